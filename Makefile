@@ -1,0 +1,39 @@
+# `make quickstart` and `make test` do all their own set-up; each step runs only when it has to.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= quickstart
+# The profile follows the machine: cuda where an NVIDIA driver answers, cpu elsewhere.
+PROFILE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+# On a machine without a GPU, torch's own index of CPU builds saves gigabytes: make TORCH_INDEX=<its address> …
+TORCH_INDEX ?=
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INSTALLED := $(VENV)/.installed-$(PROFILE)
+
+.PHONY: quickstart test lint setup clean
+
+quickstart: setup
+	$(VENV)/bin/llm4msr quickstart --out $(OUT)
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements/common.txt requirements/$(PROFILE).txt requirements/no-deps.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "setting up $(VENV) for $(PROFILE); a few minutes the first time"
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/$(PROFILE).txt
+	$(PIP) --no-deps -r requirements/no-deps.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	$(VENV)/bin/python -c 'import embeddings'
+	@rm -f $(VENV)/.installed-* && touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,116 @@
+"""Raw ids (int64 or string, straight from the log) to rows of a table."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+UNKNOWN_ROW = 0  # every id that was never seen in training shares this row
+
+
+class IdMap(Protocol):
+    """Maps raw ids to rows; `rows` is the size of the table it needs."""
+
+    rows: int
+
+    def lookup(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Maps ids (int64 or string, no nulls) to table rows (int64, same length)."""
+        ...
+
+
+class SortedKeys:
+    """Position of a key in a sorted list of unique keys; the one search behind vocabularies and joins.
+
+    Integers are found by binary search, strings by Arrow's hash kernel.
+    """
+
+    def __init__(self, keys: pa.Array) -> None:
+        self.keys = keys
+        self._numbers = (
+            keys.to_numpy(zero_copy_only=False) if pa.types.is_integer(keys.type) else None
+        )
+
+    def positions(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Returns int64 positions, -1 where the id is absent.
+
+        Raises:
+            TypeError: If ids and keys differ in kind (integer against string).
+        """
+        if isinstance(ids, pa.ChunkedArray):
+            ids = ids.combine_chunks()
+        if pa.types.is_integer(ids.type) != (self._numbers is not None):
+            raise TypeError(
+                f"ids are {ids.type}, the keys they are looked up in are {self.keys.type}"
+            )
+        if len(self.keys) == 0:
+            return np.full(len(ids), -1, dtype=np.int64)
+        if self._numbers is None:
+            found = pc.index_in(ids, value_set=self.keys.cast(ids.type))
+            return pc.fill_null(found.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        wanted = ids.to_numpy(zero_copy_only=False)
+        at = np.searchsorted(self._numbers, wanted).clip(max=len(self._numbers) - 1)
+        return np.where(self._numbers[at] == wanted, at, -1).astype(np.int64)
+
+
+class Vocabulary:
+    """One row per id of the training data, in sorted order after the shared row for unknown ids."""
+
+    def __init__(self, ids: pa.Array) -> None:
+        self._keys = SortedKeys(ids)
+        self.rows = len(ids) + 1
+
+    def lookup(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """See `IdMap.lookup`; unknown ids go to `UNKNOWN_ROW`."""
+        return self._keys.positions(ids) + 1
+
+    def save(self, path: Path) -> None:
+        """Writes the ids as one Parquet column, in row order."""
+        pq.write_table(pa.table({"id": self._keys.keys}), path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        """Reads what `save` wrote."""
+        return cls(pq.read_table(path)["id"].combine_chunks())
+
+
+class HashedIds:
+    """`rows` rows shared by all ids through a well-mixed hash; collisions are accepted."""
+
+    def __init__(self, rows: int, salt: int = 0) -> None:
+        if rows < 2:
+            raise ValueError(f"a hashed table needs at least 2 rows, got {rows}")
+        self.rows, self._salt = rows, salt
+
+    def lookup(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """See `IdMap.lookup`; row 0 stays the row for unknown ids and is never hit by a hash."""
+        if isinstance(ids, pa.ChunkedArray):
+            ids = ids.combine_chunks()
+        if pa.types.is_integer(ids.type):
+            mixed = _mix64(
+                ids.to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64), self._salt
+            )
+        else:
+            encoded = ids.dictionary_encode()  # each distinct string is hashed once
+            digests = [
+                hashlib.blake2b(
+                    value.encode(), digest_size=8, salt=self._salt.to_bytes(8, "little")
+                ).digest()
+                for value in encoded.dictionary.to_pylist()
+            ]
+            table = np.frombuffer(b"".join(digests), dtype="<u8")
+            mixed = table[encoded.indices.to_numpy(zero_copy_only=False)]
+        return (mixed % np.uint64(self.rows - 1)).astype(np.int64) + 1
+
+
+def _mix64(values: np.ndarray, salt: int) -> np.ndarray:
+    """Finaliser of SplitMix64 (Steele et al., 2014): every input bit reaches every output bit."""
+    mask = (1 << 64) - 1
+    with np.errstate(over="ignore"):
+        x = values + np.uint64((0x9E3779B97F4A7C15 * (salt + 1)) & mask)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))

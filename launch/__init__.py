@@ -1,0 +1,1 @@
+"""Command line, recipes and cluster launching: the top of the dependency order."""

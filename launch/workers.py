@@ -1,0 +1,34 @@
+"""Several processes of one module on this machine, through torchrun's own launcher."""
+
+import os
+import sys
+
+INPUT_WAS_WRONG = 2
+
+
+def run_workers(module: str, arguments: list[str], processes: int) -> int:
+    """Runs `python -m module arguments…` as `processes` ranks.
+
+    Returns:
+        0, or the exit code of the rank that failed first (so that 2 still means bad input).
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # One thread per rank unless the user chose: ranks that share cores and oversubscribe crawl.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="llm4msr",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        return max(error.get_first_failure()[1].exitcode, 1)
+    return 0

@@ -1,0 +1,11 @@
+"""The one error that means: what the user gave us is wrong."""
+
+
+class InputError(ValueError):
+    """Bad input from the user: a file, a column, a row, an option.
+
+    The message says what was wrong, where (file, column, row, rank) and what to do. The command
+    line prints it without a traceback and exits with code 2.
+    """
+
+    shared = False  # set where all ranks raise the same error, so that one of them can report it

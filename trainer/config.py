@@ -1,0 +1,290 @@
+"""The one typed description of a run: checked before anything starts, saved with every output."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llm_knowledge.errors import InputError
+
+Split = Literal["profile", "train", "valid", "test"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and silent conversions are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(Section):
+    """Which events are read, and how."""
+
+    path: str = Field(
+        description="Prepared dataset directory (the output of `llm4msr prepare …` or `simulate`)."
+    )
+    train_splits: list[Split] = Field(
+        default=["profile", "train"],
+        min_length=1,
+        description="Splits that are trained on. Events of the profile window precede every cut-off, "
+        "so they train the ids with the default vector in place of knowledge.",
+    )
+    shuffle_buffer: int = Field(
+        default=262_144, ge=1, description="Rows held by each rank to shuffle within."
+    )
+
+
+class KnowledgeConfig(Section):
+    """Knowledge stores joined by key; null leaves a level out."""
+
+    user: str | None = Field(default=None, description="Store with one vector per user.")
+    scenario: str | None = Field(default=None, description="Store with one vector per scenario.")
+    item: str | None = Field(default=None, description="Store with one vector per item.")
+
+
+class TablesConfig(Section):
+    """Sharded id tables."""
+
+    dim: int = Field(
+        default=16, ge=4, multiple_of=4, description="Width of user, item and scenario embeddings."
+    )
+    ids: Literal["vocabulary", "hash"] = Field(
+        default="vocabulary",
+        description="vocabulary: one row per id seen in training; hash: `hash_rows` rows for all ids.",
+    )
+    hash_rows: int | None = Field(default=None, ge=2, description="Rows per table when ids = hash.")
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = Field(
+        default="rowwise_adagrad",
+        description="Optimizer fused into the backward pass of the tables.",
+    )
+    learning_rate: float = Field(default=0.05, gt=0, description="Step size of the tables.")
+    init_std: float = Field(default=0.01, gt=0, description="Standard deviation of initial rows.")
+
+    @model_validator(mode="after")
+    def _hash_needs_rows(self) -> "TablesConfig":
+        if (self.ids == "hash") != (self.hash_rows is not None):
+            raise ValueError("hash_rows belongs to ids = hash: set both, or neither")
+        return self
+
+
+class MetaConfig(Section):
+    """Hierarchical meta networks: how knowledge becomes layers.
+
+    `form = residual` starts as the plain backbone; `form = linear` is the paper's linear generator.
+    """
+
+    enabled: bool = Field(default=False, description="Put meta layers on the backbone.")
+    form: Literal["residual", "linear"] = Field(
+        default="residual",
+        description="residual: h + W(z)h + b(z) with zero-initialised W, b; linear: act(W(z)h + b(z)).",
+    )
+    rank: int = Field(
+        default=8, ge=1, description="Width of z, the bottleneck that every vector passes."
+    )
+    user_layers: int = Field(default=1, ge=0, description="User-level meta layers at the bottom.")
+    scenario_layers: int = Field(
+        default=1, ge=0, description="Scenario-level meta layers in parallel."
+    )
+    scenario_width: int = Field(default=32, ge=1, description="Width of the parallel branch.")
+    noise: float = Field(
+        default=0.1, ge=0, description="Standard deviation of noise on normalised vectors."
+    )
+    dropout: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Share of vectors replaced by the default while training.",
+    )
+    item_knowledge: Literal["none", "input", "match"] = Field(
+        default="none",
+        description="input: item vectors enter the bottom input; match: also their match with user vectors.",
+    )
+    match_width: int = Field(
+        default=16, ge=1, description="Width of the projections that are matched."
+    )
+    strategy: Literal["auto", "reference", "grouped"] = Field(
+        default="auto", description="Implementation of the meta-layer op."
+    )
+
+
+class ModelConfig(Section):
+    """The backbone, and what is put on it."""
+
+    backbone: Literal["shared_bottom", "star"] = Field(
+        default="star", description="Multi-scenario backbone."
+    )
+    hidden: list[int] = Field(
+        default=[64, 32], min_length=1, description="Widths of the backbone's layers."
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout in the backbone.")
+    meta: MetaConfig = MetaConfig()
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    global_batch_size: int = Field(
+        default=1024, ge=1, description="Samples per step over all ranks."
+    )
+    epochs: int = Field(default=8, ge=1, description="Passes over the training splits, at most.")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, description="Adam step size of dense parameters."
+    )
+    meta_learning_rate: float = Field(
+        default=1e-3, gt=0, description="Adam step size of meta networks."
+    )
+    weight_decay: float = Field(
+        default=1e-5, ge=0, description="Decoupled weight decay of dense parameters."
+    )
+    eval_every: int = Field(
+        default=80, ge=1, description="Steps between evaluations on the valid split."
+    )
+    patience: int = Field(
+        default=3, ge=1, description="Evaluations without improvement before stopping."
+    )
+    checkpoint_every: int = Field(default=80, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    seed: int = Field(
+        default=0, ge=0, description="Seeds initialisation, shuffling, dropout and noise."
+    )
+    timeout_seconds: int = Field(
+        default=600, ge=1, description="A collective that waits longer fails."
+    )
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(
+        min_length=1, pattern=r"^[\w.+-]+$", description="Names the arm in tables and reports."
+    )
+    output: str = Field(description="Run directory to create.")
+    data: DataConfig
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    tables: TablesConfig = TablesConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _knowledge_where_it_is_needed(self) -> "RunConfig":
+        meta, stores = self.model.meta, self.knowledge
+        if not meta.enabled:
+            given = [level for level in ("user", "scenario", "item") if getattr(stores, level)]
+            if given:
+                raise ValueError(
+                    f"knowledge.{given[0]} is given but model.meta.enabled is false, so it would be ignored: "
+                    "enable the meta layers or remove the store"
+                )
+            return self
+        needed = {
+            "user": meta.user_layers > 0 or meta.item_knowledge == "match",
+            "scenario": meta.scenario_layers > 0,
+            "item": meta.item_knowledge != "none",
+        }
+        for level, is_needed in needed.items():
+            if is_needed and getattr(stores, level) is None:
+                raise ValueError(
+                    f"knowledge.{level} must name a store: model.meta uses {level} knowledge"
+                )
+            if not is_needed and getattr(stores, level) is not None:
+                raise ValueError(
+                    f"knowledge.{level} is given but nothing in model.meta uses it: remove it"
+                )
+        return self
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """Turns ["a.b=1", …] into {"a": {"b": 1}}; values are read as YAML scalars or lists.
+
+    Raises:
+        InputError: If an assignment has no "=" or an empty key.
+    """
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not all(key.split(".")):
+            raise InputError(f"--set {assignment}: write it as --set section.field=value")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"--set {assignment}: the value is not valid YAML ({error})"
+            ) from error
+    return tree
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a YAML file, applies overrides, checks everything.
+
+    Args:
+        path: YAML file; None starts from nothing but the overrides.
+        overrides: "section.field=value" assignments, applied in order.
+
+    Raises:
+        InputError: Names every wrong field with its value and what would be accepted.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the configuration ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(
+                f"{path}: a configuration is a mapping of sections, found {type(values).__name__}"
+            )
+    values = _merge(values, parse_overrides(overrides or []))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        source = str(path) if path else "configuration"
+        problems = [_explain(problem) for problem in error.errors()]
+        raise InputError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Writes the resolved configuration as YAML, every field included."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the section that holds `location`."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        section = field.annotation if field else None
+    return list(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def _explain(problem: Any) -> str:
+    location = tuple(problem["loc"])
+    field = ".".join(map(str, location)) or "the run"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(location)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
+        return f"{field}: no such field; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: required and not given; add it to the file or pass --set {field}=VALUE"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = (
+        "" if isinstance(problem["input"], dict | BaseModel) else f" (found {problem['input']!r})"
+    )
+    return f"{field}: {message}{value}"

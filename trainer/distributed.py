@@ -1,0 +1,94 @@
+"""Processes, devices and seeds; the only reader of the launcher's environment."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llm_knowledge.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands in the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes shared files."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(timeout_seconds: int) -> Iterator[Runtime]:
+    """Joins the process group that torchrun describes, or makes one of a single process.
+
+    Uses NCCL and this rank's GPU where there is one, gloo and the CPU otherwise. A group that exists
+    already is used and left alone, so several runs can follow each other in one job.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    use_gpu = torch.cuda.is_available()
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if use_gpu
+        else torch.device("cpu")
+    )
+    if use_gpu:
+        torch.cuda.set_device(device)
+    owner = not dist.is_initialized()
+    if owner:
+        backend = "cuda:nccl,cpu:gloo" if use_gpu else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        if world > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    try:
+        yield Runtime(rank, world, device)
+    finally:
+        if owner:
+            dist.destroy_process_group()
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Seeds dropout and noise of one step, so that a resumed run draws what the first one drew."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4_096 + rank)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; bad input found by any is raised on all of them.
+
+    Without this the rank that finds it leaves and the others wait until their timeout.
+
+    Raises:
+        InputError: With the message of the lowest rank that failed; `shared` is set, so that one rank
+            can speak for all.
+    """
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = action()
+    except InputError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [(rank, text) for rank, text in enumerate(problems) if text]
+    if found:
+        rank, text = found[0]
+        everywhere = len({text for _, text in found}) == 1 and len(found) == len(problems)
+        shared = InputError(text if everywhere else f"rank {rank}: {text}")
+        shared.shared = True
+        raise shared
+    return result  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Backbones and the LLM4MSR wrapper around any of them."""

@@ -1,0 +1,197 @@
+"""The model: sharded ids and frozen knowledge in, a backbone with meta layers around it, logits out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+
+from embeddings.tables import FrozenTables, SparseFeatures, Table
+from trainer.config import MetaConfig, ModelConfig
+from trainer.data.batch import Batch
+from trainer.models.meta import (
+    KnowledgeAdapter,
+    KnowledgeMatch,
+    ScenarioMetaLayers,
+    UserMetaLayers,
+)
+from trainer.models.shared_bottom import SharedBottom
+from trainer.models.star import Star
+
+BACKBONES: dict[str, type[nn.Module]] = {"shared_bottom": SharedBottom, "star": Star}
+NUM_TASKS = 1
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the data says about the model's size.
+
+    Attributes:
+        user_rows: Rows of the user table.
+        item_rows: Rows of the item table.
+        history_length: Longest history of a sample.
+        scenarios: Number of scenarios.
+        user_vectors: (rows, dim) of the user store, or None.
+        item_vectors: (rows, dim) of the item store, or None.
+        scenario_vectors: The scenario store itself, float32 [rows, dim], or None.
+    """
+
+    user_rows: int
+    item_rows: int
+    history_length: int
+    scenarios: int
+    user_vectors: tuple[int, int] | None = None
+    item_vectors: tuple[int, int] | None = None
+    scenario_vectors: Tensor | None = None
+
+
+@dataclass
+class Predictions:
+    """What a step leaves behind, all [B]: logits, labels, weights (0 = padding), scenarios, join."""
+
+    logits: Tensor
+    label: Tensor
+    weight: Tensor
+    scenario: Tensor
+    has_knowledge: Tensor
+
+
+class MetaNetworks(nn.Module):
+    """Everything that LLM4MSR adds to a backbone; all of its parameters train at their own step size."""
+
+    def __init__(self, config: MetaConfig, shapes: Shapes, width: int, dim: int) -> None:
+        super().__init__()
+        user_dim = shapes.user_vectors[1] if shapes.user_vectors else 0
+        item_dim = shapes.item_vectors[1] if shapes.item_vectors else 0
+        rank, form, strategy = config.rank, config.form, config.strategy
+        self.scenario_vectors: Tensor
+        self.user_layers = self.scenario_layers = self.item_input = self.match = None
+        if config.user_layers:
+            self.user_adapter = KnowledgeAdapter(user_dim, rank, config.noise, config.dropout)
+            self.user_layers = UserMetaLayers(width, config.user_layers, rank, form, strategy)
+        if config.scenario_layers:
+            assert shapes.scenario_vectors is not None
+            # Few and small: every rank keeps all of them. Not in checkpoints, the store has them.
+            self.register_buffer("scenario_vectors", shapes.scenario_vectors, persistent=False)
+            dim_s = shapes.scenario_vectors.shape[1]
+            # A scenario's vector never stands for a user: neither noise nor dropout is called for.
+            self.scenario_adapter = KnowledgeAdapter(dim_s, rank, noise=0.0, dropout=0.0)
+            self.scenario_layers = ScenarioMetaLayers(
+                width,
+                config.scenario_width,
+                config.scenario_layers,
+                rank,
+                form,
+                NUM_TASKS,
+                strategy,
+            )
+        if config.item_knowledge != "none":
+            self.item_input = nn.Linear(item_dim, dim, bias=False)
+            nn.init.zeros_(self.item_input.weight)
+        if config.item_knowledge == "match":
+            self.match = KnowledgeMatch(user_dim, item_dim, config.match_width, NUM_TASKS)
+
+    def scenario_logits(self, h: Tensor, rows: Tensor) -> Tensor:
+        """Parallel branch: bottom input [B, width], store rows [B] (-1 = none) to logits [B, tasks]."""
+        assert self.scenario_layers is not None
+        vectors = F.pad(
+            self.scenario_vectors, (0, 0, 0, 1)
+        )  # the last row stands for "no knowledge"
+        none = len(vectors) - 1
+        known = torch.arange(len(vectors), device=h.device) < none
+        z = self.scenario_adapter(vectors, known)
+        return self.scenario_layers(h, z, torch.where(rows < 0, none, rows))
+
+
+class DenseModel(nn.Module):
+    """Everything after the lookups: data-parallel, the same on every rank."""
+
+    def __init__(self, config: ModelConfig, shapes: Shapes, dim: int) -> None:
+        super().__init__()
+        self.history_length = shapes.history_length
+        self.scenario_embedding = nn.Embedding(shapes.scenarios, dim)
+        nn.init.normal_(self.scenario_embedding.weight, std=0.1)
+        width = 6 * dim
+        self.backbone = BACKBONES[config.backbone](
+            width, shapes.scenarios, config.hidden, config.dropout, NUM_TASKS
+        )
+        self.meta = MetaNetworks(config.meta, shapes, width, dim) if config.meta.enabled else None
+
+    def forward(
+        self,
+        pooled: KeyedTensor,
+        sequences: dict[str, JaggedTensor],
+        vectors: KeyedTensor | None,
+        batch: Batch,
+    ) -> tuple[Tensor, Predictions]:
+        """Returns the loss (a sum over samples divided by the batch size) and the predictions."""
+        meta = self.meta
+        knowledge = (
+            vectors if vectors is not None else {}
+        )  # levels that are configured, [B, dim] each
+        known = {level: batch.knowledge[level].lengths().bool() for level in ("user", "item")}
+        user = pooled["user"]
+        item = sequences["item"].to_padded_dense(1).squeeze(1)
+        history = sequences["history"].to_padded_dense(self.history_length).sum(1)
+        history = history / batch.ids["history"].lengths().clamp(min=1)[:, None]
+        if meta is not None and meta.item_input is not None:
+            item_vectors = knowledge["item"]  # zeros where there is none
+            normal = F.layer_norm(item_vectors, item_vectors.shape[-1:])
+            item = item + meta.item_input(normal)
+        scenario = self.scenario_embedding(batch.scenario)
+        x = torch.cat([user, item, scenario, history, user * item, history * item], dim=1)
+        h = x
+        if meta is not None and meta.user_layers is not None:
+            h = meta.user_layers(x, meta.user_adapter(knowledge["user"], known["user"]))
+        logits = self.backbone(h, batch.scenario)
+        if meta is not None and meta.scenario_layers is not None:
+            logits = logits + meta.scenario_logits(x, batch.scenario_knowledge)
+        if meta is not None and meta.match is not None:
+            both = known["user"] & known["item"]
+            logits = logits + meta.match(knowledge["user"], knowledge["item"], both)
+        logits = logits.squeeze(1)
+        # Divided by the batch size, not by the number of samples: on every rank and in a last, padded
+        # batch each sample counts once and equally.
+        losses = F.binary_cross_entropy_with_logits(
+            logits, batch.label, batch.weight, reduction="sum"
+        )
+        found = Predictions(
+            logits.detach(), batch.label, batch.weight, batch.scenario, known["user"]
+        )
+        return losses / len(batch.label), found
+
+
+class LLM4MSR(nn.Module):
+    """Tables and dense model; what DistributedModelParallel wraps.
+
+    Without `config.meta.enabled` this is the plain backbone.
+    """
+
+    def __init__(self, config: ModelConfig, shapes: Shapes, dim: int, init_std: float) -> None:
+        super().__init__()
+        self.sparse = SparseFeatures(
+            pooled=[Table("user", shapes.user_rows, dim, ("user",))],
+            sequences=[Table("item", shapes.item_rows, dim, ("item", "history"))],
+            init_std=init_std,
+        )
+        frozen = {"user": shapes.user_vectors, "item": shapes.item_vectors}
+        tables = [
+            Table(f"{level}_knowledge", *shape, (level,))
+            for level, shape in frozen.items()
+            if shape
+        ]
+        self.knowledge = FrozenTables(tables) if tables else None
+        self.dense = DenseModel(config, shapes, dim)
+
+    def table_names(self) -> list[str]:
+        """Names of all tables, trainable and frozen."""
+        return ["user", "item"] + (
+            [t.name for t in self.knowledge.tables] if self.knowledge else []
+        )
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
+        """Joins ids and knowledge by key, then predicts."""
+        pooled, sequences = self.sparse(batch.ids)
+        vectors = self.knowledge(batch.knowledge) if self.knowledge is not None else None
+        return self.dense(pooled, sequences, vectors, batch)

@@ -1,0 +1,259 @@
+"""From a configuration to the live objects of a run; training and evaluation both begin here."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import yaml
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from embeddings.ids import HashedIds, IdMap, SortedKeys, Vocabulary
+from embeddings.optimizer import fuse_optimizer
+from embeddings.sharding import describe_plan, format_plan, plan_sharding, shard
+from embeddings.tables import load_frozen_rows
+from embeddings.versions import versions
+from llm_knowledge.errors import InputError
+from llm_knowledge.store import KnowledgeStore
+from trainer.config import RunConfig, save_config
+from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
+from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder
+from trainer.distributed import Runtime
+from trainer.models.llm4msr import LLM4MSR, Shapes
+
+
+@dataclass
+class Run:
+    """Everything that a loop needs, on one rank."""
+
+    config: RunConfig
+    folder: Path
+    runtime: Runtime
+    dataset: DatasetInfo
+    encoder: RowEncoder
+    fingerprints: dict[str, str]
+    model: DistributedModelParallel
+    optimizer: torch.optim.Optimizer
+    pipeline: TrainPipelineSparseDist
+
+    def stream(self, splits: list[str], shuffle: bool) -> EventStream:
+        """This rank's share of some splits."""
+        path = Path(self.config.data.path)
+        return EventStream(
+            [file for split in splits for file in split_files(path, split)],
+            self.encoder,
+            batch_size=self.config.train.global_batch_size // self.runtime.world_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            shuffle_buffer=self.config.data.shuffle_buffer if shuffle else 0,
+            seed=self.config.train.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    dataset: DatasetInfo
+    stores: dict[str, KnowledgeStore]
+
+
+def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, KnowledgeStore]:
+    """Opens the configured stores and checks that they can be joined with the dataset.
+
+    Raises:
+        InputError: If a store is of another level or its keys are of another type.
+    """
+    stores: dict[str, KnowledgeStore] = {}
+    key_types = {
+        "user": dataset.user_id_type,
+        "item": dataset.item_id_type,
+        "scenario": dataset.scenario_id_type,
+    }
+    for level, key_type in key_types.items():
+        path = getattr(config.knowledge, level)
+        if path is None:
+            continue
+        store = KnowledgeStore.open(Path(path))
+        if store.manifest.level != level:
+            raise InputError(
+                f"knowledge.{level}: {path} is a store of level {store.manifest.level}"
+            )
+        if store.manifest.key_type != key_type:
+            raise InputError(
+                f"knowledge.{level}: {path} has {store.manifest.key_type} keys, the dataset's {level} ids "
+                f"are {key_type}"
+            )
+        stores[level] = store
+    return stores
+
+
+def _id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMap]:
+    """Builds (rank 0) or reads the id maps of the run."""
+    tables = config.tables
+    if tables.ids == "hash":
+        assert tables.hash_rows is not None
+        return {
+            level: HashedIds(tables.hash_rows, salt) for salt, level in enumerate(("user", "item"))
+        }
+    for level in ("user", "item"):
+        path = folder / "ids" / f"{level}.parquet"
+        if runtime.is_main and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            Vocabulary(_distinct_ids(config, f"{level}_id")).save(path)
+    dist.barrier()
+    return {
+        level: Vocabulary.load(folder / "ids" / f"{level}.parquet") for level in ("user", "item")
+    }
+
+
+def _distinct_ids(config: RunConfig, column: str) -> pa.Array:
+    import duckdb
+
+    files = [
+        str(file)
+        for split in config.data.train_splits
+        for file in split_files(Path(config.data.path), split)
+    ]
+    query = (
+        f"SELECT DISTINCT {column} AS id FROM read_parquet($files) ORDER BY id"  # a constant name
+    )
+    with duckdb.connect() as connection:
+        return connection.execute(query, {"files": files}).to_arrow_table()["id"].combine_chunks()
+
+
+def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
+    """Creates the run directory on rank 0, or accepts the one to resume.
+
+    Raises:
+        InputError: If the directory holds another run, or cannot be written.
+    """
+    folder = Path(config.output)
+    if not runtime.is_main:
+        return folder
+    saved = folder / "config.yaml"
+    try:
+        if not saved.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, saved)
+            (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+        elif not resume:
+            raise InputError(
+                f"{folder}: a run is already there; pass --resume, remove it, or choose another output"
+            )
+        elif yaml.safe_load(saved.read_text(encoding="utf-8")) != config.model_dump():
+            raise InputError(
+                f"{saved}: differs from the configuration to resume; choose another output"
+            )
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write the run directory ({error.strerror})") from error
+    return folder
+
+
+def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
+    """Opens data and stores and checks that they fit the configuration, before anything is written.
+
+    Raises:
+        InputError: If they do not.
+    """
+    batch = config.train.global_batch_size
+    if batch % runtime.world_size:
+        raise InputError(
+            f"train.global_batch_size: {batch} cannot be split over {runtime.world_size} ranks; "
+            "choose a multiple"
+        )
+    dataset = validate_dataset(Path(config.data.path))
+    return Inputs(dataset, open_stores(config, dataset))
+
+
+def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> Run:
+    """Builds and shards the model, loads this rank's knowledge rows."""
+    train, dataset, stores = config.train, inputs.dataset, inputs.stores
+    ids = _id_maps(config, folder, runtime)
+    encoder = _row_encoder(dataset, stores, ids)
+
+    scenario_store = stores.get("scenario")
+    shapes = Shapes(
+        user_rows=ids["user"].rows,
+        item_rows=ids["item"].rows,
+        history_length=dataset.history_length,
+        scenarios=len(dataset.scenarios),
+        user_vectors=_shape(stores.get("user")),
+        item_vectors=_shape(stores.get("item")),
+        scenario_vectors=torch.from_numpy(
+            scenario_store.read_vectors(0, scenario_store.manifest.rows).astype(np.float32)
+        )
+        if scenario_store
+        else None,
+    )
+    torch.manual_seed(train.seed)
+    model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
+    fuse_optimizer(model.sparse.parameters(), config.tables.optimizer, config.tables.learning_rate)
+    batch_size = train.global_batch_size // runtime.world_size
+    plan = plan_sharding(model, model.table_names(), batch_size, runtime.device)
+    if runtime.is_main:
+        tables = describe_plan(plan, runtime.world_size)
+        (folder / "plan.txt").write_text(format_plan(tables) + "\n")
+        (folder / "plan.json").write_text(json.dumps([asdict(table) for table in tables], indent=1))
+    torch.manual_seed(
+        train.seed * 4_096 + runtime.rank
+    )  # each rank draws its own rows of the tables
+    sharded = shard(model, plan, runtime.device)
+    if model.knowledge is not None:
+        load_frozen_rows(
+            sharded.module.knowledge.collection,
+            {
+                f"{level}_knowledge": stores[level].read_vectors
+                for level in ("user", "item")
+                if level in stores
+            },
+        )
+    optimizer = _dense_optimizer(sharded, config)
+    return Run(
+        config=config,
+        folder=folder,
+        runtime=runtime,
+        dataset=dataset,
+        encoder=encoder,
+        fingerprints={level: store.fingerprint for level, store in stores.items()},
+        model=sharded,
+        optimizer=optimizer,
+        pipeline=TrainPipelineSparseDist(
+            sharded, optimizer, runtime.device, execute_all_batches=True
+        ),
+    )
+
+
+def _shape(store: KnowledgeStore | None) -> tuple[int, int] | None:
+    return (store.manifest.rows, store.manifest.dim) if store else None
+
+
+def _row_encoder(
+    dataset: DatasetInfo, stores: dict[str, KnowledgeStore], ids: dict[str, IdMap]
+) -> RowEncoder:
+    scenario_ids = np.array([scenario.scenario_id for scenario in dataset.scenarios])
+    order = np.argsort(scenario_ids)
+    return RowEncoder(
+        users=ids["user"],
+        items=ids["item"],
+        scenarios=SortedKeys(pa.array(scenario_ids[order].tolist())),
+        scenario_order=order.astype(np.int64),
+        history_length=dataset.history_length,
+        joins={level: KnowledgeJoin(store) for level, store in stores.items()},
+    )
+
+
+def _dense_optimizer(model: DistributedModelParallel, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW on everything that is not a table, meta networks at their own step size."""
+    dense = model.module.dense
+    meta = list(dense.meta.parameters()) if dense.meta is not None else []
+    of_meta = {id(parameter) for parameter in meta}
+    rest = [parameter for parameter in dense.parameters() if id(parameter) not in of_meta]
+    groups = [{"params": rest, "lr": config.train.learning_rate}]
+    if meta:
+        groups.append({"params": meta, "lr": config.train.meta_learning_rate})
+    return torch.optim.AdamW(groups, weight_decay=config.train.weight_decay)

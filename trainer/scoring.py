@@ -1,0 +1,125 @@
+"""Scoring a split with the live model: running metrics while training, predictions as Parquet."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.checkpoint import checkpoints, load_checkpoint, read_state
+from trainer.config import load_config
+from trainer.data.loader import EventStream
+from trainer.distributed import distributed
+from trainer.models.llm4msr import Predictions
+from trainer.run import Run, build, open_inputs
+
+BINS = 16_384  # of predicted probability; AUC of a histogram this fine is exact to about 1e-4
+ID_COLUMNS = ["user_id", "item_id", "scenario_id", "timestamp", "label"]
+
+
+def score(run: Run, events: EventStream) -> Iterator[Predictions]:
+    """Yields predictions batch by batch, in the stream's order."""
+    run.model.eval()
+    batches = iter(events.batches())
+    with torch.no_grad():
+        for _ in range(events.steps):
+            yield run.pipeline.progress(batches)
+
+
+def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
+    """Computes AUC (None if only one class occurs) and logloss over all ranks, in constant memory."""
+    device = run.runtime.device
+    counts = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for found in score(run, events):
+        bins = (found.logits.sigmoid() * BINS).long().clamp(max=BINS - 1)
+        for label in (0, 1):
+            counts[label].index_add_(0, bins, (found.weight * (found.label == label)).double())
+        loss = F.binary_cross_entropy_with_logits(
+            found.logits, found.label, found.weight, reduction="sum"
+        )
+        sums += torch.stack([loss, found.weight.sum()]).double()
+    dist.all_reduce(counts)
+    dist.all_reduce(sums)
+    return histogram_auc(counts), (sums[0] / sums[1].clamp(min=1)).item()
+
+
+def histogram_auc(counts: Tensor) -> float | None:
+    """AUC from [2, bins] counts of negatives and positives; a shared bin counts as a tie."""
+    negatives, positives = counts
+    pairs = negatives.sum() * positives.sum()
+    if pairs == 0:
+        return None
+    below = negatives.cumsum(0) - negatives
+    return ((positives * (below + 0.5 * negatives)).sum() / pairs).item()
+
+
+def write_predictions(run: Run, split: str) -> Path:
+    """Scores a split and writes `predictions/SPLIT/part-RANK.parquet`, each row of the split once.
+
+    The directory appears whole, by rename, after every rank has written its part.
+    """
+    events = run.stream([split], shuffle=False)
+    scored = list(score(run, events))
+    rows = events.stop - events.start
+    chances = torch.cat([found.logits for found in scored])[:rows].sigmoid().float().cpu()
+    known = torch.cat([found.has_knowledge for found in scored])[:rows].cpu()
+    target = run.folder / "predictions" / split
+    partial = target.with_name(f"{split}.partial")
+    if run.runtime.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    at = 0
+    if rows:
+        with _PartWriter(partial / f"part-{run.runtime.rank:05d}.parquet") as writer:
+            for table, _ in events.tables(ID_COLUMNS):
+                piece = slice(at, at + len(table))
+                table = table.append_column("prediction", pa.array(chances[piece].numpy()))
+                writer.write(table.append_column("has_knowledge", pa.array(known[piece].numpy())))
+                at += len(table)
+    dist.barrier()
+    if run.runtime.is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+    dist.barrier()
+    return target
+
+
+class _PartWriter:
+    """A Parquet writer that takes its schema from the first table."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema)
+        self._writer.write_table(table)
+
+    def __enter__(self) -> "_PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def predict(folder: Path, split: str, overrides: list[str] | None = None) -> Path:
+    """Scores a split with a finished run's best checkpoint and writes the predictions."""
+    config = load_config(folder / "config.yaml", overrides)
+    with distributed(config.train.timeout_seconds) as runtime:
+        run = build(config, runtime, folder, open_inputs(config, runtime))
+        found = checkpoints(folder / "checkpoints")
+        best = read_state(found[-1]).best_step if found else 0
+        load_checkpoint(
+            folder / "checkpoints" / f"step-{best:08d}", run.model, run.optimizer, run.fingerprints
+        )
+        return write_predictions(run, split)

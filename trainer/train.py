@@ -1,0 +1,142 @@
+"""Training, top to bottom: build, loop, evaluate, save. One process or a thousand."""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from trainer.checkpoint import LoopState, checkpoints, load_checkpoint, save_checkpoint
+from trainer.config import RunConfig
+from trainer.data.batch import Batch
+from trainer.data.loader import EventStream
+from trainer.distributed import distributed, seed_step, together
+from trainer.log import RunLog
+from trainer.run import Run, build, open_inputs, prepare_folder
+from trainer.scoring import measure, write_predictions
+
+
+def train(config: RunConfig, resume: bool = False) -> Path:
+    """Trains one run and writes its predictions for the test split.
+
+    Args:
+        config: The run.
+        resume: Continue from the newest checkpoint of `config.output`, if there is one.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        InputError: If configuration, data and stores do not fit together.
+    """
+    began = time.perf_counter()
+    with distributed(config.train.timeout_seconds) as runtime:
+        inputs = together(lambda: open_inputs(config, runtime))
+        folder = together(lambda: prepare_folder(config, runtime, resume))
+        run = build(config, runtime, folder, inputs)
+        state = fit(run)
+        best = folder / "checkpoints" / f"step-{state.best_step:08d}"
+        load_checkpoint(best, run.model, run.optimizer, run.fingerprints)
+        write_predictions(run, "test")
+        if runtime.is_main:
+            summary = {
+                "steps": state.step,
+                "best_step": state.best_step,
+                "valid_auc": state.best_auc,
+                "wall_seconds": round(time.perf_counter() - began, 2),
+                "world_size": runtime.world_size,
+            }
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        dist.barrier()
+    return folder
+
+
+def fit(run: Run) -> LoopState:
+    """Runs the loop until the last epoch or until the valid split stops improving."""
+    options, folder = run.config.train, run.folder / "checkpoints"
+    events = run.stream(list(run.config.data.train_splits), shuffle=True)
+    valid = run.stream(["valid"], shuffle=False)
+    total = options.epochs * events.steps
+    state = LoopState(fingerprints=run.fingerprints)
+    if found := checkpoints(folder):
+        state = load_checkpoint(found[-1], run.model, run.optimizer, run.fingerprints)
+
+    batches = _epochs(events, options.epochs, state.step)
+    bar = tqdm(
+        total=total, initial=state.step, unit="step", desc=run.config.name, leave=False,
+        disable=not run.runtime.is_main or not sys.stderr.isatty(),
+    )  # fmt: skip
+    with RunLog(run.folder, run.runtime, state.step) as log, bar:
+        while not state.finished:
+            # The pipeline reads ahead, so it is drained before anything else may happen.
+            stop = min(
+                _next(state.step, options.eval_every),
+                _next(state.step, options.checkpoint_every),
+                total,
+            )
+            _train_steps(
+                run,
+                itertools.islice(batches, stop - state.step),
+                state,
+                stop,
+                log,
+                bar,
+                events.steps,
+            )
+            improved = False
+            if state.step % options.eval_every == 0 or state.step == total:
+                auc, logloss = measure(run, valid)
+                improved = auc is not None and (state.best_auc is None or auc > state.best_auc)
+                log.write(
+                    "valid",
+                    state.step,
+                    state.step // events.steps,
+                    valid_auc=auc,
+                    valid_logloss=logloss,
+                )
+                state.evaluations_without_gain = (
+                    0 if improved else state.evaluations_without_gain + 1
+                )
+                if improved or state.best_step == 0:
+                    state.best_auc, state.best_step = auc, state.step
+                state.finished = (
+                    state.step == total or state.evaluations_without_gain >= options.patience
+                )
+            if improved or state.finished or state.step % options.checkpoint_every == 0:
+                save_checkpoint(folder, run.model, run.optimizer, state, run.runtime.is_main)
+    return state
+
+
+def _train_steps(
+    run: Run,
+    batches: Iterator[Batch],
+    state: LoopState,
+    stop: int,
+    log: RunLog,
+    bar: tqdm,
+    per_epoch: int,
+) -> None:
+    run.model.train()
+    while state.step < stop:
+        seed_step(run.config.train.seed, run.runtime.rank, state.step)
+        predictions = run.pipeline.progress(batches)
+        state.step += 1
+        log.add(predictions)
+        bar.update()
+        if state.step % run.config.train.log_every == 0 or state.step == stop:
+            log.flush(state.step, state.step // per_epoch, run.config.train.learning_rate, bar)
+
+
+def _epochs(events: EventStream, epochs: int, done: int) -> Iterator[Batch]:
+    """All batches that are left after `done` steps."""
+    for epoch in range(done // events.steps, epochs):
+        skip = max(done - epoch * events.steps, 0)
+        yield from events.batches(epoch, skip)
+
+
+def _next(step: int, every: int) -> int:
+    return (step // every + 1) * every
