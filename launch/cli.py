@@ -154,10 +154,9 @@ def _compare(options: argparse.Namespace, words: list[str]) -> int | None:
 
 
 def _report(options: argparse.Namespace, words: list[str]) -> int | None:
-    from trainer.report import write_report
-
     from trainer.compare import compare
     from trainer.predictions import group_runs, resolve_runs
+    from trainer.report import write_report
 
     groups = group_runs(options.runs)
     comparison = compare(groups) if len(groups) > 1 else None

@@ -170,7 +170,7 @@ def _evaluate(arms: dict[str, list[Path]], out: Path) -> list[dict[str, Any]]:
 def _print_table(arms: dict[str, list[Path]], comparisons: list[dict[str, Any]]) -> None:
     """Prints what was found, not significant differences included."""
     print(
-        f"\n{'arm':<26}{'test AUC':>9}{'GAUC':>8}{'logloss':>9}{'Recall@10':>11}{'NDCG@10':>9}  (mean of seeds)"
+        f"\n{'arm':<26}{'test AUC':>9}{'GAUC':>8}{'logloss':>9}{'Recall@10':>11}{'NDCG@10':>9}  (means)"
     )
     for name, runs in arms.items():
         found = [json.loads((run / "evaluation.json").read_text())["overall"] for run in runs]

@@ -88,7 +88,7 @@ class MetaConfig(Section):
     )
     scenario_width: int = Field(default=32, ge=1, description="Width of the parallel branch.")
     noise: float = Field(
-        default=0.1, ge=0, description="Standard deviation of noise on normalised vectors."
+        default=0.1, ge=0, description="Length of noise on user vectors, their own being 1."
     )
     dropout: float = Field(
         default=0.2,

@@ -15,6 +15,7 @@ from trainer.models.meta import (
     KnowledgeMatch,
     ScenarioMetaLayers,
     UserMetaLayers,
+    standardise,
 )
 from trainer.models.shared_bottom import SharedBottom
 from trainer.models.star import Star
@@ -136,9 +137,7 @@ class DenseModel(nn.Module):
         history = sequences["history"].to_padded_dense(self.history_length).sum(1)
         history = history / batch.ids["history"].lengths().clamp(min=1)[:, None]
         if meta is not None and meta.item_input is not None:
-            item_vectors = knowledge["item"]  # zeros where there is none
-            normal = F.layer_norm(item_vectors, item_vectors.shape[-1:])
-            item = item + meta.item_input(normal)
+            item = item + meta.item_input(standardise(knowledge["item"]))  # 0 where there is none
         scenario = self.scenario_embedding(batch.scenario)
         x = torch.cat([user, item, scenario, history, user * item, history * item], dim=1)
         h = x

@@ -14,6 +14,16 @@ from trainer.models.layers import MLP
 from trainer.ops import meta_linear
 
 
+def standardise(vectors: Tensor) -> Tensor:
+    """Centres vectors [N, dim] and gives them length 1 (0 stays 0).
+
+    Hidden states are badly scaled: some dimensions are a hundred times others', and their length says
+    nothing. Length 1 rather than variance 1, because a step of Adam moves every weight by the same
+    amount, so what a projection's output moves by grows with the sum of its inputs.
+    """
+    return F.layer_norm(vectors, vectors.shape[-1:]) / math.sqrt(vectors.shape[-1])
+
+
 class KnowledgeAdapter(nn.Module):
     """Knowledge vector to the small code z that meta networks read: normalise, disturb, project.
 
@@ -23,23 +33,23 @@ class KnowledgeAdapter(nn.Module):
     Args:
         dim: Width of the knowledge vectors.
         rank: Width of z.
-        noise: Standard deviation of Gaussian noise on the normalised vector (training only).
+        noise: Length of Gaussian noise on the vector, whose own length is 1 (training only).
         dropout: Share of vectors replaced by the default (training only).
     """
 
     def __init__(self, dim: int, rank: int, noise: float, dropout: float) -> None:
         super().__init__()
         self.project = nn.Linear(dim, rank, bias=False)
-        nn.init.normal_(self.project.weight, std=1 / math.sqrt(dim))
+        nn.init.normal_(self.project.weight)  # of a vector of length 1 it makes z of variance 1
         self.default = nn.Parameter(torch.zeros(rank))
         self.noise, self.dropout = noise, dropout
 
     def forward(self, vectors: Tensor, known: Tensor) -> Tensor:
         """Maps vectors [N, dim], with `known` bool [N], to z [N, rank]; unknown rows get the default."""
-        # Hidden states are badly scaled: without their mean and length the step size means something.
-        normal = F.layer_norm(vectors, vectors.shape[-1:])
+        normal = standardise(vectors)
         if self.training:
-            normal = normal + self.noise * torch.randn_like(normal)
+            scale = self.noise / math.sqrt(vectors.shape[-1])
+            normal = normal + scale * torch.randn_like(normal)
             known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
         return torch.where(known[:, None], self.project(normal), self.default)
 
@@ -163,6 +173,8 @@ class KnowledgeMatch(nn.Module):
         super().__init__()
         self.user = nn.Linear(user_dim, width, bias=False)
         self.item = nn.Linear(item_dim, width, bias=False)
+        nn.init.normal_(self.user.weight)
+        nn.init.normal_(self.item.weight)
         self.has_cosine = user_dim == item_dim
         self.hidden = MLP(width + int(self.has_cosine), [16], dropout=0.0)
         self.out = nn.Linear(16, num_tasks, bias=False)
@@ -170,8 +182,7 @@ class KnowledgeMatch(nn.Module):
 
     def forward(self, users: Tensor, items: Tensor, known: Tensor) -> Tensor:
         """Maps vectors [B, user_dim], [B, item_dim] to logits [B, tasks]; 0 where `known` is false."""
-        product = F.layer_norm(self.user(users) * self.item(items), (self.user.out_features,))
-        features = [product]
+        features = [self.user(standardise(users)) * self.item(standardise(items))]
         if self.has_cosine:
             # Cosines of one encoder's texts lie in a narrow band; widened to the scale of the others.
             features.append(5 * F.cosine_similarity(users, items, dim=-1)[:, None])

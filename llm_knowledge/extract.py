@@ -1,0 +1,184 @@
+"""The extraction job: profiles -> prompts -> frozen model -> knowledge store.
+
+Keys are cut into chunks; each becomes one part, written by rename. A run that was killed is
+continued by starting it again: parts that are there are kept. The result does not depend on the
+number of workers. Start it as ``torchrun --nproc-per-node 2 -m llm_knowledge.extract --data DATA
+...`` or without torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+from llm_knowledge.errors import InputError
+
+LEVELS = ("user", "item", "scenario")
+ENCODER_FIELDS = ("model", "pooling", "layer", "dtype", "max_tokens", "normalize", "trust_remote_code",
+                  "revision", "device", "batch_tokens")  # fmt: skip
+EXAMPLE = """example:
+  torchrun --nproc-per-node 2 -m llm_knowledge.extract --data data/movielens \\
+      --level all --out knowledge/movielens
+"""
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What to extract, from where, with which model.
+
+    With ``level="all"`` the stores are ``out/user``, ``out/item`` and ``out/scenario``. Fields that
+    are None take the model's default, see ``Encoder``.
+    """
+
+    data: Path
+    out: Path
+    level: str = "user"
+    model: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    template: str | None = None
+    pooling: str = "auto"
+    layer: int = -1
+    dtype: str = "auto"
+    store_dtype: str = "float16"
+    normalize: bool | None = None
+    max_tokens: int | None = None
+    device: str | None = None
+    batch_tokens: int | None = None
+    chunk: int | None = None
+    per_scenario: int = 8
+    total: int = 24
+    memory_limit: str = "2GB"
+    timeout_minutes: float = 360.0
+    progress: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of an extraction to a parser; ``config_from`` reads them back."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="prepared dataset directory")
+    add("--out", type=Path, required=True, help="store directory, new or to be continued")
+    add("--level", choices=(*LEVELS, "all"), default="user", help="default: user")
+    add("--model", help="directory or hub name (safetensors only); default: the MiniLM package")
+    add("--revision", help="branch, tag or commit of a hub model")
+    add("--trust-remote-code", action="store_true", help="run Python code that a model brings")
+    add("--template", help="shipped template's name or a YAML file; default: by kind of model")
+    add("--pooling", choices=("auto", "mean", "last"), default="auto",
+        help="auto: mean for encoders, last token for decoders")  # fmt: skip
+    add("--layer", type=int, default=-1, help="hidden state to take, default -1: the final one")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the model; auto: float32 on a CPU, bfloat16 elsewhere")  # fmt: skip
+    add("--store-dtype", choices=("float16", "float32", "int8"), default="float16",
+        help="of the stored vectors, default: float16")  # fmt: skip
+    add("--normalize", action=argparse.BooleanOptionalAction, default=None,
+        help="scale vectors to length 1; default: for encoders")  # fmt: skip
+    add("--max-tokens", type=int, help="budget of a prompt; default: 256 encoder, 1024 decoder")
+    add("--device", help="cpu, cuda, cuda:0, ...; default: an accelerator if there is one")
+    add("--batch-tokens", type=int, help="padded tokens in a batch; default: 4096 CPU, 65536 GPU")
+    add(
+        "--chunk",
+        type=int,
+        help="keys of one part file; default: 256, fewer (to 64) for a small log",
+    )
+    add("--per-scenario", type=int, default=8, help="liked and disliked items of each scenario")
+    add("--total", type=int, default=24, help="liked and disliked items over all scenarios")
+    add("--memory-limit", default="2GB", help="of the database that builds the profiles")
+    add("--timeout-minutes", type=float, default=360.0, help="how long workers wait for each other")
+    add("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+
+def config_from(args: argparse.Namespace) -> ExtractConfig:
+    """The configuration that the options of ``add_arguments`` describe."""
+    return ExtractConfig(**{name: getattr(args, name) for name in ExtractConfig.__annotations__})
+
+
+def check(config: ExtractConfig) -> None:
+    """Refuse what can be refused without loading the model: cheap, for use before torchrun starts.
+
+    Raises:
+        InputError: dataset, template, model directory, an option or the output directory.
+    """
+    from llm_knowledge.encoder import find_model, model_kind, weights_hash
+    from llm_knowledge.profiles import Dataset
+    from llm_knowledge.prompts import load_template
+
+    for name in ("chunk", "per_scenario", "total", "timeout_minutes"):
+        if (value := getattr(config, name)) is not None and value <= 0:
+            raise InputError(f"--{name.replace('_', '-')}: must be positive")
+    if config.level == "all" and config.template:
+        raise InputError("--template: belongs to one level; extract the levels one by one")
+    dataset = Dataset.open(config.data)
+    for level, _ in _levels(config):
+        dataset.files(level)
+        if config.template:
+            load_template(config.template, level)
+    if config.model is None or Path(config.model).is_dir():
+        from llm_knowledge.encoder import read_json
+
+        path, _, _ = find_model(config.model, config.revision)
+        weights_hash(path)
+        model_kind(read_json(path / "config.json"))
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; name a directory")
+
+
+def extract(config: ExtractConfig) -> Path:
+    """Run an extraction, or this worker's share of it, and return ``config.out``.
+
+    Every worker returns after the stores are complete and verified. A complete store of the same
+    job is left as it is.
+
+    Raises:
+        InputError: bad input, or the directory holds another job or is in use.
+    """
+    from llm_knowledge.encoder import Encoder
+    from llm_knowledge.job import Job, lead
+    from llm_knowledge.workers import connect
+
+    with connect(timedelta(minutes=config.timeout_minutes)) as workers:
+        lead(workers, "check", lambda: check(config))
+        encoder = Encoder(**{name: getattr(config, name) for name in ENCODER_FIELDS})
+        for level, out in _levels(config):
+            Job(replace(config, level=level, out=out), encoder, workers).run()
+    return config.out
+
+
+def _levels(config: ExtractConfig) -> list[tuple[str, Path]]:
+    if config.level == "all":
+        return [(level, config.out / level) for level in LEVELS]
+    return [(config.level, config.out)]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run from parsed options; returns the exit code (0, or 2 for bad input, said in one line)."""
+    import os
+    import time
+
+    try:
+        out = extract(config_from(args))
+    except InputError as error:
+        if error.shared:
+            # Rank 0 says why. torchrun stops all workers when one ends: leave it the time.
+            time.sleep(1)
+            return 2
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        print(out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llm_knowledge.extract", description=(__doc__ or "").split("\n\n")[0],
+        epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(_parser().parse_args()))

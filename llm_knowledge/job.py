@@ -1,0 +1,274 @@
+"""One level of an extraction, as one worker runs it: plan, encode the claimed chunks, finish."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from llm_knowledge.errors import InputError
+from llm_knowledge.manifest import (
+    JOB_KEY,
+    Cutoff,
+    Manifest,
+    ModelInfo,
+    Part,
+    TemplateInfo,
+    file_checksum,
+    fingerprint_of,
+    part_name,
+    read_manifest,
+)
+from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
+from llm_knowledge.prompts import Renderer, Template, default_template, load_template
+from llm_knowledge.store import check_footer, open_part, verify
+from llm_knowledge.workers import Workers, directory_lock, wait_until
+from llm_knowledge.writer import write_manifest, write_part
+
+if TYPE_CHECKING:
+    from llm_knowledge.encoder import Encoder
+    from llm_knowledge.extract import ExtractConfig
+
+# A directory with more files than this is slow to list and to verify: chunks grow instead.
+MOST_PARTS = 10_000
+
+
+def lead(workers: Workers, name: str, work: Callable[[], Any]) -> Any:
+    """Run ``work`` on rank 0 alone; every worker gets its result, or stops if it fails."""
+    if workers.rank == 0:
+        try:
+            result = work()
+        except BaseException as error:
+            workers.publish(name, {"error": str(error) or repr(error)})
+            raise
+        workers.publish(name, {"result": result})
+        return result
+    answer = workers.receive(name)
+    if "error" in answer:
+        refused = InputError(answer["error"])
+        refused.shared = True
+        raise refused
+    return answer["result"]
+
+
+class Job:
+    """One level of an extraction in one worker."""
+
+    def __init__(self, config: ExtractConfig, encoder: Encoder, workers: Workers) -> None:
+        self.config, self.encoder, self.workers = config, encoder, workers
+        self.dataset: Dataset = Dataset.open(config.data)
+        name = config.template or default_template(config.level, encoder.kind)
+        self.template: Template = load_template(name, config.level)
+        self.renderer: Renderer = Renderer(
+            self.template, self.dataset.scenarios, self.dataset.positive_name,
+            self.dataset.negative_name, encoder.count_tokens, encoder.max_tokens)  # fmt: skip
+        self.profiles = config.out / "profiles.parquet"
+
+    def run(self) -> None:
+        """Lead (rank 0) or follow, until the store is complete."""
+        stage, leader = self.config.level, self.workers.rank == 0
+        with ExitStack() as held:
+
+            def prepare() -> list[int] | None:
+                held.enter_context(directory_lock(self.config.out))
+                return self._prepare()
+
+            missing = lead(self.workers, f"{stage}/plan", prepare)
+            if missing is not None:
+                self._work(missing)
+                if leader:
+                    self._finish()
+        if leader:
+            self.workers.publish(f"{stage}/done", {})
+        else:
+            self.workers.receive(f"{stage}/done")
+
+    def _manifest(self) -> Manifest:
+        """The manifest before any part exists: it says what is being made."""
+        config, encoder, level = self.config, self.encoder, self.config.level
+        about = [self.dataset.fingerprint(level)]
+        if level == "user":
+            about += [str(config.per_scenario), str(config.total)]
+        return Manifest(
+            level=level,  # type: ignore[arg-type]
+            complete=False,
+            model=ModelInfo(name=encoder.name, revision=encoder.revision,
+                            weights_hash=encoder.weights_hash, max_tokens=encoder.max_tokens,
+                            precision=encoder.dtype_name),
+            template=TemplateInfo(name=self.template.name, version=self.template.version,
+                                  hash=self.template.hash),
+            pooling=encoder.pooling, layer=encoder.layer, dim=encoder.dim,
+            dtype=config.store_dtype,  # type: ignore[arg-type]
+            key_type=self.dataset.key_types[level],  # type: ignore[arg-type]
+            rows=0, cutoff=Cutoff(kind="per_key" if level == "user" else "none"),
+            input_fingerprint=fingerprint_of(about), normalized=encoder.normalize,
+            versions=_versions(),
+        )  # fmt: skip
+
+    def _prepare(self) -> list[int] | None:
+        """Check the directory, build the profiles, list the missing parts; None if all is done."""
+        out, wanted = self.config.out, self._manifest()
+        if (out / "manifest.json").exists():
+            found = read_manifest(out)
+            _refuse_other_job(out, found, wanted)
+            if found.complete:
+                verify(out)
+                return None
+        else:
+            strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")]
+            if strangers:
+                raise InputError(f"{out}: holds files of something else ({strangers[0]}); choose a "
+                                 f"new directory")  # fmt: skip
+            write_manifest(out, wanted)
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink()
+        for spilled in out.glob(".spill.*"):
+            shutil.rmtree(spilled, ignore_errors=True)
+        self._build_profiles(wanted.job)
+        with open_part(self.profiles) as profiles:
+            return [index for index in range(profiles.num_row_groups)
+                    if not _part_is_there(out, index, wanted, profiles)]  # fmt: skip
+
+    def _build_profiles(self, job: str) -> None:
+        """Write ``profiles.parquet`` once; a row group is a chunk, so that a worker reads its own."""
+        if self.profiles.exists():
+            with open_part(self.profiles) as old:
+                if (old.schema_arrow.metadata or {}).get(JOB_KEY) == job.encode():
+                    return
+        options = ProfileOptions(self.config.per_scenario, self.config.total,
+                                 memory_limit=self.config.memory_limit)  # fmt: skip
+        rows = self._chunk()
+        temporary = self.config.out / f".profiles.{os.getpid()}.tmp"
+        writer = None
+        with tempfile.TemporaryDirectory(dir=self.config.out, prefix=".spill.") as scratch:
+            batches = profile_batches(self.dataset, self.config.level, options, rows, Path(scratch))
+            try:
+                for batch in batches:
+                    schema = batch.schema.with_metadata({JOB_KEY: job.encode()})
+                    writer = writer or pq.ParquetWriter(temporary, schema, compression="zstd")
+                    writer.write_batch(batch.replace_schema_metadata(schema.metadata), rows)
+            except OSError as error:
+                raise InputError(f"{temporary}: cannot be written ({error})") from error
+            finally:
+                if writer:
+                    writer.close()
+        if writer is None:
+            raise InputError(f"{self.config.data}: no {self.config.level} to extract")
+        os.replace(temporary, self.profiles)
+
+    def _chunk(self) -> int:
+        """Keys of one part: by the number of keys alone, never by the number of workers."""
+        keys = int(self.dataset.raw.get(f"{self.config.level}s") or 0) \
+            if self.config.level != "scenario" else 0  # fmt: skip
+        chunk = self.config.chunk or min(256, max(64, -(-keys // 32)))
+        return max(chunk, -(-keys // MOST_PARTS))
+
+    def _work(self, missing: list[int]) -> None:
+        """Claim chunks until none is left. Rank 0 shows the progress of all workers."""
+        stage, count = self.config.level, self.workers.count
+
+        def claim() -> int:
+            return count(f"{stage}/next", 1) - 1
+
+        place = claim()
+        if place >= len(missing) and self.workers.rank:
+            return  # the others were faster, and rank 0 may have finished and removed the profiles
+        manifest = self._manifest()
+        with open_part(self.profiles) as profiles, self._bar(profiles, missing) as bar:
+            start = bar.n
+            while place < len(missing):
+                index = missing[place]
+                rows = profiles.read_row_group(index)
+                prompts = self.renderer.render(map(json.loads, rows["data"].to_pylist()))
+                vectors = self.encoder.encode(prompts)
+                write_part(self.config.out, index, manifest, rows["key"].to_pylist(), vectors,
+                           prompts, None, rows["cutoff"].to_pylist())  # fmt: skip
+                done = count(f"{stage}/rows", len(rows))
+                count(f"{stage}/parts", 1)
+                _show(bar, start + done)
+                place = claim()
+            if self.workers.rank == 0:
+
+                def all_done() -> bool:
+                    _show(bar, start + count(f"{stage}/rows", 0))
+                    return count(f"{stage}/parts", 0) >= len(missing)
+
+                if not wait_until(all_done, timedelta(minutes=self.config.timeout_minutes)):
+                    raise RuntimeError("a worker did not finish its chunk in time; start again")
+
+    def _bar(self, profiles: pq.ParquetFile, missing: list[int]) -> Any:
+        from tqdm import tqdm
+
+        total = profiles.metadata.num_rows
+        rest = sum(profiles.metadata.row_group(index).num_rows for index in missing)
+        show = self.config.progress and self.workers.rank == 0
+        return tqdm(total=total, initial=total - rest, unit=self.config.level, disable=not show,
+                    desc=f"{self.config.level} knowledge", mininterval=0.5)  # fmt: skip
+
+    def _finish(self) -> None:
+        """List all parts in the manifest, verify the store, then call it complete."""
+        out, parts = self.config.out, []
+        with open_part(self.profiles) as profiles:
+            cutoffs = profiles.read(["cutoff"])["cutoff"]
+            for index in range(profiles.num_row_groups):
+                keys = profiles.read_row_group(index, columns=["key"])["key"]
+                parts.append(Part(file=part_name(index), rows=len(keys), key_min=keys[0].as_py(),
+                                  key_max=keys[-1].as_py(),
+                                  checksum=file_checksum(out / part_name(index))))  # fmt: skip
+        update: dict[str, Any] = {"rows": len(cutoffs), "parts": parts, "complete": True}
+        if self.config.level != "user" and cutoffs.null_count == 0:
+            update["cutoff"] = Cutoff(kind="global", value=cutoffs[0].as_py())
+        manifest = self._manifest().model_copy(update=update)
+        verify(out, manifest)
+        write_manifest(out, manifest)
+        self.profiles.unlink()
+
+
+def _show(bar: Any, rows: int) -> None:
+    bar.update(rows - bar.n)
+
+
+def _versions() -> dict[str, str]:
+    import duckdb
+    import pyarrow
+    import torch
+    import transformers
+
+    modules = (duckdb, pyarrow, torch, transformers)
+    return {"python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in modules}}  # fmt: skip
+
+
+def _refuse_other_job(out: Path, found: Manifest, wanted: Manifest) -> None:
+    if found.job == wanted.job:
+        return
+    old, new = found.model_dump(), wanted.model_dump()
+    differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in old
+              if name not in ("complete", "rows", "cutoff", "parts", "versions")
+              and old[name] != new[name]]  # fmt: skip
+    raise InputError(f"{out}: holds the knowledge of another job ({'; '.join(differ)}); choose "
+                     f"another --out or remove it")  # fmt: skip
+
+
+def _part_is_there(out: Path, index: int, manifest: Manifest, profiles: pq.ParquetFile) -> bool:
+    """Whether a part of this job with this chunk's keys is on disk and can be read through."""
+    file = out / part_name(index)
+    if not file.exists():
+        return False
+    try:
+        with open_part(file) as part:
+            check_footer(file, part, manifest, profiles.metadata.row_group(index).num_rows)
+            # Reading the whole part checks the checksum of every page.
+            keys = part.read()["key"]
+    except (InputError, OSError):
+        return False
+    return keys.equals(profiles.read_row_group(index, columns=["key"])["key"])

@@ -1,0 +1,136 @@
+"""The manifest of a knowledge store: what its vectors are, in one checked JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llm_knowledge.errors import InputError
+
+FORMAT_VERSION = 1
+NO_CUTOFF = np.iinfo(np.int64).min
+DTYPES: dict[str, np.dtype] = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
+}
+JOB_KEY, PART_KEY = b"llm_knowledge.job", b"llm_knowledge.part"
+# 64 MiB of vectors in one row group: large reads stay sequential, a narrow range stays cheap.
+ROW_GROUP_BYTES = 64 << 20
+
+Level = Literal["user", "scenario", "item"]
+DType = Literal["float16", "float32", "int8"]
+KeyType = Literal["int64", "string"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelInfo(_Strict):
+    """Which frozen model made the vectors."""
+
+    name: str
+    revision: str | None = None
+    weights_hash: str
+    max_tokens: int
+    precision: str = "float32"
+
+
+class TemplateInfo(_Strict):
+    """Which prompt template, by name, version and content hash."""
+
+    name: str
+    version: int
+    hash: str
+
+
+class Cutoff(_Strict):
+    """``per_key``: in the rows; ``global``: one time (seconds) for all; ``none``: nothing dated."""
+
+    kind: Literal["per_key", "global", "none"]
+    value: int | None = None
+
+
+class Part(_Strict):
+    """One file of the store; ``checksum`` is ``blake2b:<hex>`` of its bytes."""
+
+    file: str
+    rows: int
+    key_min: int | str
+    key_max: int | str
+    checksum: str
+
+
+class Manifest(_Strict):
+    """Everything that identifies a store. Unknown fields are refused."""
+
+    format_version: int = FORMAT_VERSION
+    level: Level
+    complete: bool
+    model: ModelInfo
+    template: TemplateInfo
+    pooling: str
+    layer: int
+    dim: int
+    dtype: DType
+    key_type: KeyType
+    rows: int
+    cutoff: Cutoff
+    input_fingerprint: str
+    parents: list[str] = []
+    normalized: bool
+    note: str = ""
+    parts: list[Part] = []
+    versions: dict[str, str] = {}
+
+    @property
+    def job(self) -> str:
+        """Fingerprint of what was asked for (model, template, data), also in every part's footer."""
+        return fingerprint_of(
+            self.model_dump(exclude={"complete", "parts", "versions", "rows", "cutoff"})
+        )
+
+
+def fingerprint_of(value: Any) -> str:
+    """Hex digest (32 characters) of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """``blake2b:<hex>`` of the bytes of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def part_name(index: int) -> str:
+    """File name of part ``index``."""
+    return f"part-{index:05d}.parquet"
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        InputError: no directory, no manifest, not JSON, unknown or missing fields, another format.
+    """
+    file = Path(path) / "manifest.json"
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: not found; this is no knowledge store, "
+                         f"make one with `knowledge extract`") from error  # fmt: skip
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(f"{file}: {field}: {first['msg']}; the manifest is damaged or was written "
+                         f"by another version") from error  # fmt: skip

@@ -1,0 +1,342 @@
+"""What is known of a user, a scenario and an item, by DuckDB from a prepared dataset.
+
+Only the ``profile`` split and the catalogue are read: no event of the train, valid or test split
+can reach a prompt. Every profile is one row (key, cutoff, data), ``data`` being JSON for
+``prompts``. Results are deterministic: every order has a total tie-break. The log is never looped
+over in Python, and DuckDB spills to disk, so memory does not grow with the log.
+
+Cut-offs: a user's is the time of the user's newest profile event. An item's is null, since only the
+catalogue is read. A scenario's profile is made of aggregates over all users of the profile window
+and of category names, never of item titles. Under a global time split its cut-off is the newest
+profile event. Under a per-user split no such time exists, because one user's profile window may
+reach past another user's first training event; the cut-off is null then. That is acceptable
+because no single event can be read off a share of categories over all users, and the events that
+are aggregated are never scored themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_knowledge.errors import InputError
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+WHOLE_FILE_HASH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The facts of ``dataset.json`` that profiles and prompts need."""
+
+    path: Path
+    name: str
+    scenarios: dict[int | str, dict[str, str]]  # scenario_id -> name, description; in file order
+    key_types: dict[str, str]  # level -> "int64" | "string"
+    split_rule: str
+    positive_name: str
+    negative_name: str | None
+    raw: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """Read ``dataset.json``.
+
+        Raises:
+            InputError: it is absent, not JSON, of another version, or lacks a field.
+        """
+        file = Path(path) / "dataset.json"
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: not found; make a dataset with `prepare`") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read as JSON ({error})") from error
+        try:
+            if raw["format_version"] != 1:
+                raise InputError(f"{file}: format_version {raw['format_version']}, expected 1")
+            scenarios = {
+                s["scenario_id"]: {
+                    "name": str(s.get("name") or s["scenario_id"]),
+                    "description": str(s.get("description") or ""),
+                }
+                for s in raw["scenarios"]
+            }
+            types = {level: str(raw[f"{level}_id_type"]) for level in ("user", "item", "scenario")}
+            return cls(Path(path), str(raw["name"]), scenarios, types, raw["split"]["rule"],
+                       str(raw.get("positive_name") or "liked"), raw.get("negative_name"), raw)  # fmt: skip
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: field {error} is missing or has a wrong type") from error
+
+    def files(self, level: str) -> list[Path]:
+        """The Parquet files that a level's profiles are made of, in a fixed order."""
+        parts = [] if level == "item" else sorted((self.path / "profile").glob("part-*.parquet"))
+        if level != "item" and not parts:
+            raise InputError(f"{self.path / 'profile'}: no part-*.parquet; the profile split is "
+                             f"empty, prepare the data with a profile window")  # fmt: skip
+        items = self.path / "items.parquet"
+        if not items.is_file():
+            raise InputError(f"{items}: not found; prepare the data again")
+        return [items, *parts]
+
+    def fingerprint(self, level: str) -> str:
+        """Hash of all that a level's profiles depend on in this dataset.
+
+        Files above 64 MiB enter with their size and their last MiB, which holds the Parquet footer.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        named = [self.raw["positive_name"], self.raw["negative_name"]] if level != "item" else []
+        about = [self.raw["scenarios"], *named] if level != "item" else []
+        digest.update(json.dumps(about, sort_keys=True).encode())
+        for file in self.files(level):
+            size = file.stat().st_size
+            digest.update(f"\0{file.name}\0{size}\0".encode())
+            with file.open("rb") as handle:
+                if size > WHOLE_FILE_HASH_BYTES:
+                    handle.seek(size - (1 << 20))
+                while block := handle.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How much of a user's past is kept, and what the database may use."""
+
+    per_scenario: int = 8  # items per scenario, liked and disliked each
+    total: int = 24  # items over all scenarios, liked and disliked each
+    categories: int = 6  # category names in a scenario's lists
+    memory_limit: str = "2GB"
+    threads: int | None = None
+
+
+def profile_batches(
+    dataset: Dataset, level: str, options: ProfileOptions, rows: int, scratch: Path
+) -> Iterator[pa.RecordBatch]:
+    """Yield the profiles of a level as record batches of ``rows`` rows (the last may be shorter).
+
+    Columns: key (int64 | string, unique, increasing over all batches), cutoff (int64 or null), data
+    (JSON text). Users without any profile event have no row.
+
+    Args:
+        dataset: the prepared dataset.
+        level: "user", "scenario" or "item".
+        options: limits.
+        rows: rows per batch.
+        scratch: directory that DuckDB may spill to.
+
+    Raises:
+        InputError: a file or column is missing or damaged.
+    """
+    import duckdb
+    import pyarrow as pa
+
+    key_type = pa.int64() if dataset.key_types[level] == "int64" else pa.string()
+    schema = pa.schema([("key", key_type), ("cutoff", pa.int64()), ("data", pa.string())])
+    files = dataset.files(level)
+    with duckdb.connect() as database:
+        database.execute("SET memory_limit = $m", {"m": options.memory_limit})
+        database.execute("SET temp_directory = $d", {"d": str(scratch)})
+        if options.threads:
+            database.execute("SET threads = $n", {"n": options.threads})
+        try:
+            if level == "scenario":
+                yield from _scenario_batches(database, dataset, options, schema, rows)
+                return
+            parameters: dict[str, Any] = {"items": str(files[0])}
+            query = ITEM_QUERY
+            if level == "user":
+                query = USER_QUERY
+                parameters |= {
+                    "events": [str(file) for file in files[1:]],
+                    "negatives": dataset.negative_name is not None,
+                    "per_scenario": options.per_scenario,
+                    "total": options.total,
+                }
+            reader = database.execute(query, parameters).to_arrow_reader(max(2048, rows))
+            yield from _rebatch((batch.cast(schema) for batch in reader), rows)
+        except duckdb.Error as error:
+            names = ", ".join(sorted({str(file.parent) for file in files}))
+            text = str(error).splitlines()[0]
+            raise InputError(f"{names}: the {level} profiles cannot be read: {text}") from error
+
+
+def _rebatch(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Cut a stream of batches into batches of exactly ``rows`` rows, the last one shorter."""
+    import pyarrow as pa
+
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        while sum(len(b) for b in held) >= rows:
+            table = pa.Table.from_batches(held).combine_chunks()
+            yield table.slice(0, rows).to_batches()[0]
+            rest = table.slice(rows)
+            held = rest.to_batches() if len(rest) else []
+    if any(len(batch) for batch in held):
+        yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
+
+
+# An item without a title is named by its categories; one without either is left out of the lists.
+# An item met twice in a scenario counts once, with its newest label.
+USER_QUERY = """
+WITH events AS (
+  SELECT user_id, scenario_id, item_id,
+         max({'timestamp': timestamp, 'label': label}) AS last
+  FROM read_parquet($events) GROUP BY ALL
+), cut AS (
+  SELECT user_id, max(last.timestamp) AS cutoff FROM events GROUP BY user_id
+), named AS (
+  SELECT e.user_id, e.scenario_id, e.item_id, e.last.timestamp AS timestamp, e.last.label AS label,
+         CASE WHEN trim(coalesce(i.title, '')) <> '' THEN left(i.title, 1000)
+              ELSE left(array_to_string(i.categories, ', '), 1000) END AS text
+  FROM events e JOIN read_parquet($items) i USING (item_id)
+), per_scenario AS (
+  SELECT *, row_number() OVER (PARTITION BY user_id, scenario_id, label
+                               ORDER BY timestamp DESC, item_id) AS place
+  FROM named WHERE text <> '' AND (label = 1 OR $negatives)
+), newest AS (
+  SELECT *, row_number() OVER (PARTITION BY user_id, label
+                               ORDER BY timestamp DESC, item_id, scenario_id) AS position
+  FROM per_scenario WHERE place <= $per_scenario
+), lists AS (
+  SELECT user_id, to_json(list({'scenario': scenario_id, 'liked': label = 1, 'title': text}
+         ORDER BY timestamp DESC, item_id, scenario_id)) AS items
+  FROM newest WHERE position <= $total GROUP BY user_id
+)
+SELECT user_id AS key, cutoff,
+       '{"items":' || coalesce(CAST(items AS VARCHAR), '[]') || '}' AS data
+FROM cut LEFT JOIN lists USING (user_id) ORDER BY key
+"""
+
+ITEM_QUERY = """
+SELECT item_id AS key, CAST(NULL AS BIGINT) AS cutoff,
+       CAST(to_json({'title': left(coalesce(title, ''), 1000), 'categories': coalesce(categories,
+       [])})
+            AS VARCHAR) AS data
+FROM read_parquet($items) ORDER BY key
+"""
+
+# --------------------------------------------------------------------------------- scenario
+# profiles
+
+_ACTIVITY = """
+SELECT scenario_id, count(*) AS events, count(DISTINCT user_id) AS users,
+       count(DISTINCT item_id) AS items, avg(label) AS rate, max(timestamp) AS newest
+FROM read_parquet($events) GROUP BY scenario_id
+"""
+# How often each category is liked: events of label 1 (every event where negatives mean nothing).
+_CATEGORIES = """
+WITH liked AS (
+  SELECT e.scenario_id, unnest(list_distinct(i.categories)) AS category
+  FROM read_parquet($events) e JOIN read_parquet($items) i USING (item_id) WHERE e.label = 1
+)
+SELECT scenario_id, category, count(*) AS liked FROM liked
+WHERE trim(category) <> '' GROUP BY ALL ORDER BY scenario_id, liked DESC, category
+"""
+# For every ordered pair of scenarios: common users, and whether who likes much here likes much
+# there.
+_PAIRS = """
+WITH tastes AS (
+  SELECT user_id, scenario_id, avg(label) AS rate FROM read_parquet($events) GROUP BY ALL
+)
+SELECT a.scenario_id, b.scenario_id, count(*) AS common, corr(a.rate, b.rate) AS agreement
+FROM tastes a JOIN tastes b USING (user_id) WHERE a.scenario_id <> b.scenario_id GROUP BY ALL
+"""
+
+
+def _scenario_batches(
+    database: duckdb.DuckDBPyConnection,
+    dataset: Dataset,
+    options: ProfileOptions,
+    schema: pa.Schema,
+    rows: int,
+) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    files = [str(file) for file in dataset.files("scenario")]
+    both = {"events": files[1:], "items": files[0]}
+    events = {"events": files[1:]}
+    activity = {row[0]: row[1:] for row in database.execute(_ACTIVITY, events).fetchall()}
+    liked: dict[Any, dict[str, int]] = {}
+    for scenario, category, count in database.execute(_CATEGORIES, both).fetchall():
+        liked.setdefault(scenario, {})[category] = count
+    pairs = {row[:2]: row[2:] for row in database.execute(_PAIRS, events).fetchall()}
+    unknown = [scenario for scenario in activity if scenario not in dataset.scenarios]
+    if unknown:
+        raise InputError(f"{dataset.path / 'profile'}: scenario_id {unknown[0]!r} is not in "
+                         f"dataset.json ({list(dataset.scenarios)})")  # fmt: skip
+    cutoff = None
+    if dataset.split_rule == "global_time":
+        cutoff = max(row[4] for row in activity.values())
+    keys = sorted(dataset.scenarios)
+    data = [json.dumps(_scenario_data(key, dataset, options, activity, liked, pairs),
+                       ensure_ascii=False) for key in keys]  # fmt: skip
+    columns = [pa.array(keys, schema.field("key").type), pa.array([cutoff] * len(keys), pa.int64()),
+               pa.array(data)]  # fmt: skip
+    yield from pa.Table.from_arrays(columns, schema=schema).to_batches(max_chunksize=rows)
+
+
+def _scenario_data(
+    key: Any,
+    dataset: Dataset,
+    options: ProfileOptions,
+    activity: dict[Any, Any],
+    liked: dict[Any, dict[str, int]],
+    pairs: dict[Any, Any],
+) -> dict[str, Any]:
+    """Aggregates of one scenario as JSON values; ``rate`` is None where negatives are sampled."""
+    rated = dataset.negative_name is not None
+    events, users, items, rate, _ = activity.get(key, (0, 0, 0, None, None))
+    own = liked.get(key, {})
+    others: list[dict[str, Any]] = []
+    for other in dataset.scenarios:
+        if other == key:
+            continue
+        common, agreement = pairs.get((key, other), (0, None))
+        others.append({
+            "name": dataset.scenarios[other]["name"],
+            "common_users": common / users if users else 0.0,
+            "agreement": agreement if rated and common >= 30 else None,
+            "category_similarity": _cosine(own, liked.get(other, {})),
+        })  # fmt: skip
+    others.sort(key=lambda other: (-other["common_users"], other["name"]))
+    return {
+        **dataset.scenarios[key],
+        "events": events,
+        "users": users,
+        "items": items,
+        "rate": rate if rated else None,
+        "top_categories": list(own)[: options.categories],
+        "distinct_categories": _distinct(key, liked, options.categories),
+        "others": others,
+    }
+
+
+def _distinct(key: Any, liked: dict[Any, dict[str, int]], count: int) -> list[str]:
+    """Categories with at least 1.2 times the share that they have in the other scenarios."""
+    own = liked.get(key, {})
+    rest: dict[str, int] = {}
+    for other, counts in liked.items():
+        for category, number in counts.items() if other != key else ():
+            rest[category] = rest.get(category, 0) + number
+    own_sum, rest_sum = sum(own.values()), sum(rest.values())
+    if not own_sum or not rest_sum:
+        return []
+    # One added observation keeps a category that is seen once from looking distinctive.
+    lift = {c: (n / own_sum) / ((rest.get(c, 0) + 1) / rest_sum) for c, n in own.items()
+            if n >= 0.01 * own_sum}  # fmt: skip
+    return sorted((c for c in lift if lift[c] >= 1.2), key=lambda c: (-lift[c], c))[:count]
+
+
+def _cosine(one: dict[str, int], two: dict[str, int]) -> float:
+    dot = sum(number * two.get(category, 0) for category, number in one.items())
+    norm = sum(n * n for n in one.values()) * sum(n * n for n in two.values())
+    return dot / norm**0.5 if norm else 0.0

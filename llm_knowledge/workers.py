@@ -1,0 +1,146 @@
+"""How the workers of one extraction share the work: a key-value store, no collectives.
+
+Chunks are claimed by a counter, so a slow worker takes fewer of them, and nobody waits for a
+collective that a long chunk would let time out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm_knowledge.errors import InputError
+
+
+class Workers(Protocol):
+    """What an extraction needs from its peers. ``name`` keeps the stages of a run apart."""
+
+    rank: int
+    size: int
+
+    def publish(self, name: str, value: dict[str, Any]) -> None:
+        """Rank 0 hands a JSON-able value to all."""
+
+    def receive(self, name: str) -> dict[str, Any]:
+        """Wait for a published value."""
+
+    def count(self, name: str, amount: int) -> int:
+        """Add to a counter of all workers and return its new value."""
+
+
+class OneWorker:
+    """A run in a single process."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._values: dict[str, dict[str, Any]] = {}
+
+    def publish(self, name: str, value: dict[str, Any]) -> None:
+        """Keep a value."""
+        self._values[name] = value
+
+    def receive(self, name: str) -> dict[str, Any]:
+        """Return a kept value."""
+        return self._values[name]
+
+    def count(self, name: str, amount: int) -> int:
+        """Add to a counter."""
+        self._counts[name] = self._counts.get(name, 0) + amount
+        return self._counts[name]
+
+
+class StoreWorkers:
+    """Workers started by torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR/PORT)."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        try:
+            store, self.rank, self.size = next(rendezvous("env://", timeout=timeout))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"the workers cannot find each other: {error}") from error
+        store.set_timeout(timeout)
+        # torchrun shares one store between restarts: keys of a dead attempt must not be seen.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"extract/{attempt}", store)
+
+    def publish(self, name: str, value: dict[str, Any]) -> None:
+        """Hand a value to all workers."""
+        self._store.set(name, json.dumps(value))
+
+    def receive(self, name: str) -> dict[str, Any]:
+        """Wait for a published value, up to the timeout."""
+        return json.loads(self._store.get(name))
+
+    def count(self, name: str, amount: int) -> int:
+        """Add to a counter of all workers."""
+        return self._store.add(name, amount)
+
+
+@contextmanager
+def connect(timeout: timedelta) -> Iterator[Workers]:
+    """The workers of this run; on the way out, rank 0 (which may host the store) leaves last."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield OneWorker()
+        return
+    workers = StoreWorkers(timeout)
+    try:
+        yield workers
+    finally:
+        workers.count("left", 1)
+        if workers.rank == 0:
+            wait_until(lambda: workers.count("left", 0) >= workers.size, timedelta(seconds=20))
+
+
+def wait_until(done: Callable[[], bool], timeout: timedelta, pause: float = 0.05) -> bool:
+    """Poll until ``done()``; false if that took longer than ``timeout``."""
+    import time
+
+    end = time.monotonic() + timeout.total_seconds()
+    while not done():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+    return True
+
+
+@contextmanager
+def directory_lock(path: Path) -> Iterator[None]:
+    """Hold a directory for one run; the kernel drops the lock with its owner: none is ever stale.
+
+    Raises:
+        InputError: another run holds it, or the directory cannot be written.
+    """
+    file = path / ".lock"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); choose another --out") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The owner before us removed the file between our open and our lock: it is not ours.
+        if not file.exists() or os.fstat(handle).st_ino != file.stat().st_ino:
+            raise BlockingIOError
+    except BlockingIOError:
+        owner = os.pread(handle, 200, 0).decode(errors="replace") or "unknown"
+        os.close(handle)
+        raise InputError(f"{path}: another run is writing here ({owner}); wait for it, or choose "
+                         f"another --out") from None  # fmt: skip
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)

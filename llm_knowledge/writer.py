@@ -1,0 +1,222 @@
+"""Writing a knowledge store: parts and manifest appear by rename; a shuffled control store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_knowledge.errors import InputError
+from llm_knowledge.manifest import (
+    DTYPES,
+    JOB_KEY,
+    PART_KEY,
+    DType,
+    Manifest,
+    Part,
+    file_checksum,
+    part_name,
+)
+from llm_knowledge.store import NO_CUTOFF, KnowledgeStore
+
+# 64 MiB of vectors in one row group: large reads stay sequential, a narrow range stays cheap.
+ROW_GROUP_BYTES = 64 << 20
+
+
+def write_manifest(path: str | Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` by rename: a reader sees the old or the new one, never half."""
+    path = Path(path)
+    write_bytes(path / "manifest.json", (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name in the same folder, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); check space and rights") from error
+
+
+def write_part(
+    path: str | Path,
+    index: int,
+    manifest: Manifest,
+    keys: Sequence[int] | Sequence[str] | np.ndarray,
+    vectors: np.ndarray,
+    prompts: Sequence[str],
+    answers: Sequence[str | None] | None = None,
+    cutoffs: Sequence[int | None] | None = None,
+) -> Part:
+    """Write one part by rename and return its entry for the manifest.
+
+    Args:
+        path: the store's directory, which exists.
+        index: number of the part; part i's keys lie before part i+1's.
+        manifest: level, dim, dtype and key type of the store, and the job's fingerprint.
+        keys: [rows] strictly increasing, not empty.
+        vectors: [rows, dim] float; stored as ``manifest.dtype``.
+        prompts: [rows] the text that the model read.
+        answers: [rows] generated text, or None.
+        cutoffs: [rows] seconds of the newest event in the prompt, None where no event is in it.
+
+    Raises:
+        InputError: wrong shape, or NaN/Inf (also after the cast to float16), with part and row.
+    """
+    path, name, rows = Path(path), part_name(index), len(keys)
+    vectors = np.asarray(vectors)
+    if rows == 0 or vectors.shape != (rows, manifest.dim):
+        raise InputError(f"{path / name}: vectors have shape {vectors.shape}, expected "
+                         f"[{rows} > 0, {manifest.dim}]")  # fmt: skip
+    raw, scale = _to_bytes(vectors, manifest.dtype, path / name)
+    table = _part_table(manifest, index, keys, raw, scale, prompts, answers, cutoffs)
+    temporary = path / f".{name}.{os.getpid()}.tmp"
+    group = max(1, min(65_536, ROW_GROUP_BYTES // max(1, raw.shape[1])))
+    try:
+        pq.write_table(table, temporary, row_group_size=group, compression="zstd",
+                       compression_level=1, use_dictionary=False, write_page_checksum=True,
+                       write_statistics=["key", "cutoff"])  # fmt: skip
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        checksum = file_checksum(temporary)
+        os.replace(temporary, path / name)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path / name}: cannot be written ({error}); check space and rights") \
+            from error  # fmt: skip
+    low, high = table["key"][0].as_py(), table["key"][-1].as_py()
+    return Part(file=name, rows=rows, key_min=low, key_max=high, checksum=checksum)
+
+
+def _to_bytes(
+    vectors: np.ndarray, dtype: DType, where: Path
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Cast [rows, dim] floats to (uint8 [rows, dim*itemsize], float32 scale [rows] or None)."""
+    scale = None
+    _refuse_not_finite(vectors, where)
+    if dtype == "int8":
+        scale = np.maximum(np.abs(vectors).max(axis=1), 1e-12).astype(np.float32) / 127
+        cast = np.rint(vectors / scale[:, None]).clip(-127, 127).astype(np.int8)
+    else:
+        with np.errstate(over="ignore"):
+            cast = vectors.astype(DTYPES[dtype])
+        _refuse_not_finite(cast, where)
+    return np.ascontiguousarray(cast).view(np.uint8), scale
+
+
+def _refuse_not_finite(vectors: np.ndarray, where: Path) -> None:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        raise InputError(f"{where}: row {bad[0]}: the vector has NaN or Inf as {vectors.dtype}; "
+                         f"store float32, or normalize, or check the model")  # fmt: skip
+
+
+def _part_table(
+    manifest: Manifest,
+    index: int,
+    keys: Sequence[int] | Sequence[str] | np.ndarray,
+    raw: np.ndarray,
+    scale: np.ndarray | None,
+    prompts: Sequence[str],
+    answers: Sequence[str | None] | None,
+    cutoffs: Sequence[int | None] | None,
+) -> pa.Table:
+    rows, width = raw.shape
+    key_type = pa.int64() if manifest.key_type == "int64" else pa.string()
+    vector = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), rows, [None, pa.py_buffer(raw.tobytes())]
+    )
+    meta = {"dim": str(manifest.dim), "dtype": manifest.dtype}
+    columns: list[tuple[pa.Field, pa.Array]] = [
+        (pa.field("key", key_type, nullable=False), pa.array(keys, key_type)),
+        (pa.field("vector", pa.binary(width), nullable=False, metadata=meta), vector),
+        (pa.field("prompt", pa.string()), pa.array(prompts, pa.string())),
+        (pa.field("answer", pa.string()), pa.array(answers or [None] * rows, pa.string())),
+        (pa.field("cutoff", pa.int64()), pa.array(cutoffs or [None] * rows, pa.int64())),
+    ]
+    if scale is not None:
+        columns.insert(2, (pa.field("scale", pa.float32(), nullable=False), pa.array(scale)))
+    schema = pa.schema(
+        [field for field, _ in columns],
+        metadata={JOB_KEY: manifest.job.encode(), PART_KEY: str(index).encode()},
+    )
+    return pa.Table.from_arrays([array for _, array in columns], schema=schema)
+
+
+def write_store(
+    path: str | Path,
+    manifest: Manifest,
+    keys: Sequence[int] | Sequence[str] | np.ndarray,
+    vectors: np.ndarray,
+    prompts: Sequence[str | None] | None = None,
+    answers: Sequence[str | None] | None = None,
+    cutoffs: Sequence[int | None] | None = None,
+    rows_per_part: int = 65_536,
+) -> Manifest:
+    """Write a whole store from memory into a new directory; rows may come in any order.
+
+    Args:
+        path: a directory that does not exist yet or is empty; it appears whole, by rename.
+        manifest: as wanted; ``rows``, ``parts`` and ``complete`` are filled in here.
+        keys: [rows] unique int or str.
+        vectors: [rows, dim] float.
+        prompts: [rows], by default empty strings.
+        answers: [rows] or None.
+        cutoffs: [rows] seconds or None.
+        rows_per_part: rows of one file.
+
+    Raises:
+        InputError: the directory is in use, or ``write_part`` refuses a row.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise InputError(f"{path}: is not empty; choose a new directory for the store")
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    building.mkdir(parents=True)
+    parts, int64 = [], manifest.key_type == "int64"
+    for index, start in enumerate(range(0, len(order), rows_per_part)):
+        take = order[start : start + rows_per_part]
+        pick = lambda column, take=take: column and [column[i] for i in take]  # noqa: E731
+        text = pick(prompts) or [""] * len(take)
+        take_keys = np.array([keys[i] for i in take], np.int64 if int64 else object)
+        part = (building, index, manifest, take_keys, np.asarray(vectors)[take])
+        parts.append(write_part(*part, text, pick(answers), pick(cutoffs)))
+    done = manifest.model_copy(update={"rows": len(order), "parts": parts, "complete": True})
+    write_manifest(building, done)
+    if path.exists():
+        path.rmdir()
+    os.replace(building, path)
+    return done
+
+
+def shuffled_store(path: str | Path, out: str | Path, seed: int) -> Manifest:
+    """Write the control store: the same keys and cut-offs, the vectors permuted between the keys.
+
+    No key keeps its own vector when there are two rows or more. A prompt moves with its vector,
+    since it is the text that the vector was made of. Needs memory for all vectors and texts of the
+    store.
+    """
+    source = KnowledgeStore.open(path)
+    manifest = source.manifest
+    order = np.random.default_rng(seed).permutation(manifest.rows)
+    giver = np.empty_like(order)
+    giver[order] = np.roll(order, 1)  # one cycle through all rows: no fixed point
+    text = source.read_text(giver)
+    cutoffs = [None if c == NO_CUTOFF else int(c) for c in source.cutoffs()]
+    dtype: DType = "float32" if manifest.dtype == "int8" else manifest.dtype
+    wanted = manifest.model_copy(update={
+        "parents": [source.fingerprint], "note": f"shuffled control, seed {seed}",
+        "dtype": dtype})  # fmt: skip
+    vectors = source.read_vectors(0, manifest.rows)[giver]
+    prompts, answers = [row["prompt"] for row in text], [row["answer"] for row in text]
+    return write_store(out, wanted, source.keys(), vectors, prompts, answers, cutoffs)

@@ -1,0 +1,190 @@
+"""Backbones and meta networks: their defining properties."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from trainer.config import MetaConfig, ModelConfig
+from trainer.data.batch import Batch
+from trainer.models.llm4msr import BACKBONES, DenseModel, Predictions, Shapes
+from trainer.models.meta import KnowledgeAdapter
+from trainer.models.star import StarLinear
+
+ROWS, DIM, VECTOR, SCENARIOS = 12, 4, 6, 3
+
+
+def shapes() -> Shapes:
+    torch.manual_seed(7)
+    return Shapes(
+        user_rows=10,
+        item_rows=10,
+        history_length=5,
+        scenarios=SCENARIOS,
+        user_vectors=(10, VECTOR),
+        item_vectors=(10, VECTOR),
+        scenario_vectors=torch.randn(SCENARIOS, VECTOR),
+    )
+
+
+def inputs() -> tuple[KeyedTensor, dict[str, JaggedTensor], KeyedTensor, Batch]:
+    """Looked-up embeddings and the batch they belong to; row 3 knows no user, row 5 no item."""
+    torch.manual_seed(1)
+    ones, lengths = torch.ones(ROWS, dtype=torch.long), torch.arange(ROWS) % 5
+    known = {"user": torch.arange(ROWS) != 3, "item": torch.arange(ROWS) != 5}
+    pooled = KeyedTensor(["user"], [DIM], torch.randn(ROWS, DIM))
+    sequences = {
+        "item": JaggedTensor(torch.randn(ROWS, DIM), lengths=ones),
+        "history": JaggedTensor(torch.randn(int(lengths.sum()), DIM), lengths=lengths),
+    }
+    vectors = [torch.randn(ROWS, VECTOR) * known[level][:, None] for level in ("user", "item")]
+    batch = Batch(
+        ids=KeyedJaggedTensor(
+            ["user", "item", "history"],
+            torch.zeros(2 * ROWS + int(lengths.sum()), dtype=torch.long),
+            lengths=torch.cat([ones, ones, lengths]),
+        ),
+        knowledge=KeyedJaggedTensor(
+            ["user", "item"],
+            torch.zeros(2 * ROWS - 2, dtype=torch.long),
+            lengths=torch.cat([known["user"].long(), known["item"].long()]),
+        ),
+        scenario=torch.arange(ROWS) % SCENARIOS,
+        scenario_knowledge=torch.where(torch.arange(ROWS) == 4, -1, torch.arange(ROWS) % SCENARIOS),
+        label=(torch.arange(ROWS) % 2).float(),
+        weight=torch.ones(ROWS),
+    )
+    return (
+        pooled,
+        sequences,
+        KeyedTensor(["user", "item"], [VECTOR] * 2, torch.cat(vectors, 1)),
+        batch,
+    )
+
+
+def model(backbone: str, **meta: object) -> DenseModel:
+    torch.manual_seed(0)
+    options = {"enabled": True, "item_knowledge": "match", "user_layers": 2, **meta}
+    config = ModelConfig(backbone=backbone, hidden=[8, 6], meta=MetaConfig(**options))
+    return DenseModel(config, shapes(), DIM)
+
+
+def logits(dense: nn.Module) -> Tensor:
+    found: Predictions = dense.eval()(*inputs())[1]
+    return found.logits
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_residual_form_starts_as_the_plain_backbone(backbone: str) -> None:
+    plain, lifted = model(backbone, enabled=False), model(backbone)
+    torch.testing.assert_close(logits(lifted), logits(plain), rtol=0, atol=0)
+    assert sum(p.numel() for p in lifted.parameters()) > sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("form", ["residual", "linear"])
+def test_every_meta_parameter_learns(backbone: str, form: str) -> None:
+    dense = model(backbone, form=form).train()
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.5)
+    before = {name: value.clone() for name, value in dense.meta.named_parameters()}
+    for _ in range(4):  # what begins at zero passes its gradient on only once it has moved
+        optimizer.zero_grad()
+        dense(*inputs())[0].backward()
+        optimizer.step()
+    still = [
+        name for name, value in dense.meta.named_parameters() if torch.equal(value, before[name])
+    ]
+    assert still == []
+
+
+def test_linear_form_differs_by_user_knowledge_from_the_start() -> None:
+    dense = model("star", form="linear", item_knowledge="none")
+    pooled, sequences, vectors, batch = inputs()
+    doubled = KeyedTensor(["user", "item"], [VECTOR] * 2, vectors.values().flip(0))
+    one = dense.eval()(pooled, sequences, vectors, batch)[1].logits
+    two = dense.eval()(pooled, sequences, doubled, batch)[1].logits
+    assert not torch.allclose(one, two)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_no_output_depends_on_batch_mates(backbone: str) -> None:
+    torch.manual_seed(3)
+    net = BACKBONES[backbone](5, SCENARIOS, [8, 6], 0.0, 1)
+    x, scenario = torch.randn(ROWS, 5), torch.arange(ROWS) % SCENARIOS
+    whole = net(x, scenario)
+    for row in range(ROWS):
+        torch.testing.assert_close(net(x[row : row + 1], scenario[row : row + 1])[0], whole[row])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_own_parameters_get_no_gradient_from_another_scenario(backbone: str) -> None:
+    net = BACKBONES[backbone](5, SCENARIOS, [8, 6], 0.0, 1)
+    scenario = torch.zeros(ROWS, dtype=torch.long)
+    net(torch.randn(ROWS, 5), scenario).sum().backward()
+    own = [p for p in net.parameters() if p.dim() > 1 and p.shape[0] == SCENARIOS]
+    assert own
+    for parameter in own:
+        assert parameter.grad is not None
+        assert parameter.grad[1:].abs().max() == 0
+        assert parameter.grad[0].abs().max() > 0
+
+
+def test_star_weights_are_products_of_shared_and_own() -> None:
+    layer = StarLinear(SCENARIOS, 4, 3)
+    nn.init.normal_(layer.own_weight)
+    nn.init.normal_(layer.own_bias)
+    x = torch.randn(2, 4)
+    for s in range(SCENARIOS):
+        expected = (
+            x @ (layer.shared.weight * layer.own_weight[s]).t()
+            + layer.shared.bias
+            + layer.own_bias[s]
+        )
+        torch.testing.assert_close(layer(x, torch.full((2,), s)), expected)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_parameter_count(backbone: str) -> None:
+    i, widths = 5, [8, 6]
+    net = BACKBONES[backbone](i, SCENARIOS, widths, 0.0, 1)
+    dense = [a * b + b for a, b in itertools.pairwise([i, *widths])]
+    if backbone == "shared_bottom":
+        expected = sum(dense) + SCENARIOS * ((6 * 3 + 3) + (3 + 1))
+    else:
+        star = (1 + SCENARIOS) * (sum(dense) + 6 + 1)
+        expected = star + 2 * i + 2 * SCENARIOS * i + (i * 6 + 6) + (6 + 1)
+    assert sum(p.numel() for p in net.parameters()) == expected
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_overfits_a_handful_of_samples(backbone: str) -> None:
+    dense = model(backbone, noise=0.0, dropout=0.0).train()
+    optimizer = torch.optim.Adam(dense.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = dense(*inputs())[0]
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_unknown_rows_get_the_default_and_dropout_makes_more_of_them() -> None:
+    adapter = KnowledgeAdapter(VECTOR, 3, noise=0.0, dropout=0.5)
+    nn.init.constant_(adapter.default, 9.0)
+    vectors, known = torch.randn(2000, VECTOR), torch.arange(2000) % 2 == 0
+    assert torch.equal((adapter.eval()(vectors, known) == 9).all(1), ~known)
+    dropped = (adapter.train()(vectors, known) == 9).all(1)
+    assert dropped[1::2].all()
+    assert 400 < int(dropped[::2].sum()) < 600
+
+
+def test_padding_adds_nothing_to_the_loss() -> None:
+    dense = model("star").eval()
+    pooled, sequences, vectors, batch = inputs()
+    batch.weight[6:] = 0
+    loss, found = dense(pooled, sequences, vectors, batch)
+    loss_of = nn.functional.binary_cross_entropy_with_logits
+    expected = loss_of(found.logits[:6], batch.label[:6], reduction="sum") / ROWS
+    torch.testing.assert_close(loss.detach(), expected)

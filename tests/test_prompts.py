@@ -1,0 +1,197 @@
+import json
+import unicodedata
+
+import pytest
+
+from llm_knowledge.errors import InputError
+from llm_knowledge.prompts import (
+    MAX_TITLE_CHARS,
+    Renderer,
+    Template,
+    clean,
+    default_template,
+    load_template,
+    quote,
+)
+from tests.knowledge_data import HOSTILE
+
+SCENARIOS = {
+    "food": {"name": "Food", "description": ""},
+    "kitchen": {"name": "Kit\nchen", "description": ""},
+}
+
+
+def words(texts):
+    return [len(text.split()) for text in texts]
+
+
+def renderer(name="user", level="user", budget=10**6, negative="disliked", count=words):
+    template = name if isinstance(name, Template) else load_template(name, level)
+    return Renderer(template, SCENARIOS, "liked", negative, count, budget)
+
+
+def item(title, liked=True, scenario="food"):
+    return {"title": title, "liked": liked, "scenario": scenario}
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "\u2028a\u2029b\x85c\x0bd", "\ud800 lone", "a\r\nb\tc"])
+def test_clean_text_is_one_printable_line(name):
+    text = clean(name)
+    assert len(text.splitlines()) == 1
+    assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
+    assert "\u202e" not in text
+    text.encode()
+
+
+def test_clean_keeps_scripts_and_clips_characters():
+    for text in ("👩‍👩‍👧 family", "שלום עולם", "日本語", "Kürbis & Söhne"):
+        assert clean(text) == text
+    long = clean("é" * 10_000)
+    assert len(long) == MAX_TITLE_CHARS
+    assert long.endswith("…")
+    assert clean("") == ""
+
+
+def test_hostile_title_cannot_leave_its_quotes():
+    text = renderer().render([{"items": [item(HOSTILE), item("plain")]}])[0]
+    line = next(line for line in text.splitlines() if line.startswith("In "))
+    start = line.index("liked ") + len("liked ")
+    decoder = json.JSONDecoder()
+    value, end = decoder.raw_decode(line, start)
+    assert value == clean(HOSTILE)
+    assert line[end:] == ', "plain".'
+    assert len(text.splitlines()) == 3  # instruction, one section, closing
+
+
+def test_hostile_title_cannot_start_a_line_in_a_plain_prompt():
+    text = renderer("user_plain").render([{"items": [item(HOSTILE), item("plain")]}])[0]
+    assert text.splitlines() == [clean(HOSTILE) + ".", "plain."]
+
+
+def test_braces_in_titles_are_text():
+    text = renderer().render([{"items": [item("{liked} {0.__class__} %s")]}])[0]
+    assert '"{liked} {0.__class__} %s"' in text
+
+
+def test_user_prompt_groups_by_scenario_liked_first():
+    data = {"items": [item("n1", False), item("p1"), item("k1", scenario="kitchen"), item("p2")]}
+    text = renderer().render([data])[0]
+    assert 'In "Food": liked "p1", "p2". disliked "n1".' in text
+    assert 'In "Kit chen": liked "k1".' in text
+    assert "liked" not in renderer("user_plain").render([data])[0]
+    assert renderer("user_plain").render([data])[0] == "p1.\nk1.\np2."
+
+
+def test_nothing_known():
+    assert renderer("user_plain").render([{"items": []}]) == ["Nothing liked yet."]
+    assert renderer("user_plain").render([{"items": [item("n", False)]}]) == ["Nothing liked yet."]
+    assert "Nothing is known" in renderer().render([{"items": [item("\x00\n")]}])[0]
+
+
+def test_budget_drops_the_oldest_and_keeps_the_instruction():
+    data = {
+        "items": [
+            item(f"word{i} again", i % 3 > 0, "food" if i % 2 else "kitchen") for i in range(24)
+        ]
+    }
+    whole = renderer().render([data])[0]
+    template = load_template("user", "user")
+    head = renderer().text({"items": []}).split("Nothing")[0]
+    least = words([renderer().text(data, 0)])[0]
+    for budget in range(least, words([whole])[0] + 1, 3):
+        text = renderer(budget=budget).render([data])[0]
+        assert words([text])[0] <= budget
+        assert text.startswith(head)
+        assert text.endswith(template.closing)
+        kept = [i for i in range(24) if f'"word{i} ' in text]
+        assert kept == list(range(len(kept)))  # the newest, without a gap
+    assert len(kept) >= 20
+    assert renderer(budget=words([whole])[0]).render([data]) == [whole]
+    with pytest.raises(InputError, match=f"needs {least} tokens"):
+        renderer(budget=least - 1).render([data])
+
+
+def test_budget_of_items_and_scenarios():
+    letters = lambda texts: [len(text) for text in texts]  # noqa: E731
+    data = {"title": "word " * 300, "categories": ["c"]}
+    text = renderer("item_plain", "item", 100, count=letters).render([data])[0]
+    assert 80 < len(text) <= 100
+    assert renderer("item_plain", "item").render([{"title": "", "categories": ["a", "b"]}]) == [
+        "a, b"
+    ]
+    assert (
+        "without a title" in renderer("item", "item").render([{"title": " ", "categories": []}])[0]
+    )
+    assert json.dumps("T") in renderer("item", "item").render([{"title": "T", "categories": []}])[0]
+    others = [{"name": f"S{i}", "common_users": 0.5, "agreement": 0.9, "category_similarity": 0.9}
+              for i in range(9)]  # fmt: skip
+    facts = {"name": "Food", "description": "Eat.", "events": 3, "users": 2, "items": 2, "rate": 0.5,
+             "top_categories": ["a"], "distinct_categories": [], "others": others}  # fmt: skip
+    whole = renderer("scenario", "scenario").render([facts])[0]
+    assert "S8" in whole
+    cut = renderer("scenario", "scenario", words([whole])[0] - 30).render([facts])[0]
+    assert "S0" in cut
+    assert "S8" not in cut
+    assert "50% of the events are liked" in cut
+
+
+def test_shipped_templates_load_and_have_their_defaults():
+    for level in ("user", "scenario", "item"):
+        for kind in ("encoder", "decoder"):
+            template = load_template(default_template(level, kind), level)
+            assert bool(template.instruction) == (kind == "decoder")
+    assert load_template("user", "user").hash != load_template("user_plain", "user").hash
+
+
+def write(path, **update):
+    values = {"name": "mine", "version": 1, "level": "user", "body": "{liked}", "liked": "{titles}",
+              "empty": "none", **update}  # fmt: skip
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_own_template_by_path_and_hash_of_every_word(tmp_path):
+    one = load_template(write(tmp_path / "a.yaml"), "user")
+    two = load_template(str(write(tmp_path / "b.yaml", empty="none!")), "user")
+    assert renderer(one).render([{"items": [item("x"), item("y")]}]) == ['"x", "y"']
+    assert one.hash != two.hash
+    assert one.hash == load_template(write(tmp_path / "c.yaml"), "user").hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"body": "{gender}"}, r"body: unknown placeholder \{gender\}; allowed: .*sections"),
+        ({"body": "{liked.__class__}"}, "unknown placeholder"),
+        ({"body": "{liked!r}"}, "unknown placeholder"),
+        ({"body": "{liked:>9}"}, "unknown placeholder"),
+        ({"body": "{}"}, "unknown placeholder"),
+        ({"body": "{liked"}, r"body: .*write \{\{"),
+        ({"instruction": "{titles}"}, "instruction: unknown placeholder"),
+        ({"empty": "{liked}"}, "allowed: none"),
+        ({"level": "item"}, "level 'item', but 'user'"),
+        ({"colour": 1}, "colour: Extra inputs"),
+        ({"version": "new"}, "version: "),
+        ({"quoting": "line", "instruction": "Do."}, "only safe without instruction"),
+    ],
+)
+def test_bad_templates_are_refused(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        load_template(write(tmp_path / "t.yaml", **change), "user")
+
+
+def test_absent_and_broken_template_files(tmp_path):
+    with pytest.raises(InputError, match=r"neither a file nor one of: .*user_plain"):
+        load_template("uzer", "user")
+    with pytest.raises(InputError, match="neither a file"):
+        load_template("../templates/user", "user")
+    (tmp_path / "t.yaml").write_text("a: [")
+    with pytest.raises(InputError, match="not readable as YAML"):
+        load_template(tmp_path / "t.yaml", "user")
+    (tmp_path / "t.yaml").write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(InputError, match="not readable as YAML"):
+        load_template(tmp_path / "t.yaml", "user")
+
+
+def test_quote_is_json():
+    assert json.loads(quote('a "b" \\ c')) == 'a "b" \\ c'

@@ -1,0 +1,309 @@
+"""Reading run directories and prediction files with a check of every row; atomic text output."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_knowledge.errors import InputError
+
+if TYPE_CHECKING:
+    import duckdb
+
+COLUMNS = {
+    "user_id": "key",
+    "item_id": "key",
+    "scenario_id": "key",
+    "timestamp": "int",
+    "label": "int",
+    "prediction": "float",
+    "has_knowledge": "bool",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What evaluation needs to know about a run directory.
+
+    Attributes:
+        path: The run directory.
+        config: The resolved configuration (`config.yaml`).
+        arm: `config["name"]`, for example "star+llm4msr".
+        seed: `config["train"]["seed"]`.
+        dataset: The prepared dataset directory, or None when it is not where config.yaml says.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    arm: str
+    seed: int
+    dataset: Path | None
+
+    def predictions(self, split: str) -> list[Path]:
+        """Returns the prediction files of a split, sorted; InputError when there is none."""
+        files = sorted((self.path / "predictions" / split).glob("part-*.parquet"))
+        if not files:
+            raise InputError(
+                f"{self.path}: no predictions/{split}/part-*.parquet. "
+                "Train the run to its end first, or check the path."
+            )
+        return files
+
+
+def read_run(path: Path) -> Run:
+    """Reads the configuration of a run directory.
+
+    Raises:
+        InputError: `config.yaml` is absent, is not YAML, or lacks `name` or `train.seed`.
+    """
+    import yaml
+
+    path = Path(path)
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{path}: not a run directory, config.yaml is missing. Check the path.")
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        arm, seed = str(config["name"]), int(config["train"]["seed"])
+        data = Path(config["data"]["path"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file}: name, train.seed, data.path: not readable ({error!r})."
+        ) from error
+    places = [data, path / data]
+    dataset = next((place for place in places if (place / "dataset.json").is_file()), None)
+    return Run(path, config, arm, seed, dataset)
+
+
+def resolve_runs(path: Path) -> list[Path]:
+    """Lists the runs behind one command-line argument.
+
+    Args:
+        path: A run directory, or a directory whose subdirectories are runs (the seeds of an arm).
+
+    Returns:
+        Run directories sorted by name.
+
+    Raises:
+        InputError: There is no run.
+    """
+    path = Path(path)
+    if (path / "config.yaml").is_file():
+        return [path]
+    runs = sorted(file.parent for file in path.glob("*/config.yaml")) if path.is_dir() else []
+    if not runs:
+        raise InputError(
+            f"{path}: neither a run directory nor a directory of runs (no config.yaml in it or in "
+            "its subdirectories). Check the path."
+        )
+    return runs
+
+
+def group_runs(paths: Sequence[Path]) -> list[tuple[str, list[Path]]]:
+    """Turns command-line arguments into named groups: one argument is one group of seeds.
+
+    A group is called by the arm's name when its runs share one that no other group has, otherwise
+    by its path.
+    """
+    groups = []
+    for path in paths:
+        runs = resolve_runs(path)
+        arms = {read_run(run).arm for run in runs}
+        groups.append((arms.pop() if len(arms) == 1 else str(path), runs, str(path)))
+    names = [name for name, _, _ in groups]
+    return [(name if names.count(name) == 1 else path, runs) for name, runs, path in groups]
+
+
+def group_by_arm(paths: Sequence[Path]) -> list[tuple[str, list[Path]]]:
+    """Groups all runs behind the paths by their arm's name, in order of first appearance."""
+    arms: dict[str, list[Path]] = {}
+    for path in paths:
+        for run in resolve_runs(path):
+            arms.setdefault(read_run(run).arm, []).append(run)
+    return list(arms.items())
+
+
+def read_dataset_facts(dataset: Path) -> dict[str, Any]:
+    """Reads DATA/dataset.json; InputError when it is absent or broken."""
+    file = Path(dataset) / "dataset.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{dataset}: not a prepared dataset, dataset.json is missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid JSON ({error}). Prepare the dataset again.") from error
+    if not isinstance(facts, dict) or not {"rows", "scenarios"} <= facts.keys():
+        raise InputError(f"{file}: 'rows' or 'scenarios' is missing. Prepare the dataset again.")
+    return facts
+
+
+def dataset_fingerprint(facts: dict[str, Any]) -> str:
+    """Hash of what dataset.json says about rows, split and scenarios (not of versions or paths)."""
+    kept = ("name", "scenarios", "history_length", "split", "rows", "users", "items", "negatives")
+    text = json.dumps({key: facts.get(key) for key in kept}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def database(memory_limit: str = "2GB", threads: int = 2) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Opens a temporary DuckDB database that spills to disk and is removed afterwards."""
+    import duckdb
+
+    with tempfile.TemporaryDirectory(prefix="llm4msr-metrics-") as folder:
+        con = duckdb.connect(
+            str(Path(folder) / "work.duckdb"),
+            config={
+                "memory_limit": memory_limit,
+                "threads": threads,
+                "temp_directory": str(Path(folder) / "spill"),
+                "preserve_insertion_order": False,
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+            },
+        )
+        try:
+            yield con
+        finally:
+            con.close()
+
+
+def load_predictions(
+    con: duckdb.DuckDBPyConnection, files: Sequence[Path], dataset: Path | None
+) -> None:
+    """Creates table `p`: the prediction columns, `scenario` (text), `segment` (text or null).
+
+    Args:
+        con: A connection from `database`.
+        files: Prediction Parquet files.
+        dataset: Prepared dataset that defines the segments; None leaves `segment` null.
+
+    Raises:
+        InputError: A file is absent, truncated, lacks a column, or holds a null, NaN, a prediction
+            outside [0, 1] or a label outside {0, 1}; the message names file, column and row.
+    """
+    _check_files(files)
+    names = [str(file) for file in files]
+    _check_values(con, names)
+    if dataset is None:
+        segment, join, extra = "NULL::VARCHAR", "", []
+    else:
+        train = split_files(dataset, "train")
+        profile = split_files(dataset, "profile", may_be_empty=True)
+        _check_key_types(files[0], Path(train[0]))
+        segment = """CASE WHEN u.user_id IS NULL THEN 'new_user'
+                          WHEN s.user_id IS NULL THEN 'new_in_scenario' ELSE 'known' END"""
+        join = """LEFT JOIN (SELECT DISTINCT user_id FROM read_parquet(?)) u USING (user_id)
+                  LEFT JOIN (SELECT DISTINCT user_id, scenario_id FROM read_parquet(?)) s
+                  USING (user_id, scenario_id)"""
+        extra = [train, profile + train]
+    con.execute(
+        f"""CREATE TABLE p AS SELECT {", ".join("r." + name for name in COLUMNS)},
+            r.scenario_id::VARCHAR AS scenario, {segment} AS segment
+            FROM read_parquet(?) r {join}""",
+        [names, *extra],
+    )
+
+
+def _check_values(con: duckdb.DuckDBPyConnection, names: list[str]) -> None:
+    """Raises InputError for the first row with a null, a NaN or a value out of range."""
+    import duckdb
+
+    nulls = " + ".join(f"({name} IS NULL)::INT" for name in COLUMNS)
+    try:
+        bad = con.execute(
+            f"""SELECT filename, file_row_number, label, prediction, {nulls} AS nulls
+                FROM read_parquet(?, filename = true, file_row_number = true)
+                WHERE nulls > 0 OR label NOT IN (0, 1) OR prediction NOT BETWEEN 0 AND 1
+                ORDER BY filename, file_row_number LIMIT 1""",
+            [names],
+        ).fetchone()
+    except duckdb.Error as error:
+        raise InputError(f"{names[0]}, … : the prediction files do not read: {error}") from error
+    if bad:
+        if bad[4]:
+            problem = "holds a null"
+        elif bad[2] not in (0, 1):
+            problem = f"label is {bad[2]}, must be 0 or 1"
+        else:
+            problem = f"prediction is {bad[3]}, must be a number in [0, 1]"
+        raise InputError(
+            f"{bad[0]}: row {bad[1]} (from 0): {problem}. Write the predictions again; a NaN means "
+            "that training diverged (lower the learning rate)."
+        )
+
+
+def _check_files(files: Sequence[Path]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not files:
+        raise InputError("no prediction files were given.")
+    accepts = {
+        "key": lambda t: pa.types.is_integer(t) or t in (pa.string(), pa.large_string()),
+        "int": pa.types.is_integer,
+        "float": pa.types.is_floating,
+        "bool": pa.types.is_boolean,
+    }
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: prediction file not found.") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{file}: not readable as Parquet ({error}).") from error
+        for name, kind in COLUMNS.items():
+            if name not in schema.names:
+                raise InputError(f"{file}: column '{name}' is missing (found {schema.names}).")
+            if not accepts[kind](schema.field(name).type):
+                raise InputError(
+                    f"{file}: column '{name}' has type {schema.field(name).type}, expected {kind}."
+                )
+
+
+def _check_key_types(predictions: Path, events: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    left, right = pq.read_schema(predictions), pq.read_schema(events)
+    for name in ("user_id", "item_id", "scenario_id"):
+        found, expected = left.field(name).type, right.field(name).type
+        if pa.types.is_integer(found) != pa.types.is_integer(expected):
+            raise InputError(
+                f"{predictions}: column '{name}' is {found}, but {expected} in {events}. The run "
+                "was made from another dataset."
+            )
+
+
+def split_files(dataset: Path, split: str, may_be_empty: bool = False) -> list[str]:
+    """Lists the Parquet files of one split; InputError when there is none."""
+    files = sorted(str(file) for file in (Path(dataset) / split).glob("part-*.parquet"))
+    if not files and not may_be_empty:
+        raise InputError(f"{dataset}: no {split}/part-*.parquet. Prepare the dataset again.")
+    return files
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes JSON (NaN and infinity are an error) as `write_text` does; returns the path."""
+    path = Path(path)
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes UTF-8 text so that the old file stays whole until the new one is complete."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}). Choose another place.") from error
+    return path
