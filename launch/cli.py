@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported until a command needs it, so that help is instant."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -120,12 +121,16 @@ def _train(options: argparse.Namespace, words: list[str]) -> int | None:
         from launch.workers import run_workers
 
         return run_workers("launch", words, options.processes)
+    from trainer.distributed import distributed
     from trainer.train import train
 
-    for config in configs:
-        folder = train(config, resume=options.resume)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{folder}: {(folder / 'summary.json').read_text()}")
+    # One process group for all runs: a second one would find the first one's keys in the store.
+    with distributed(configs[0].train.timeout_seconds) as runtime:
+        for config in configs:
+            folder = train(config, resume=options.resume)
+            if runtime.is_main:
+                found = json.loads((folder / "summary.json").read_text())
+                print(f"{folder}: {found}", file=sys.stderr)
     return None
 
 
@@ -136,8 +141,6 @@ def _evaluate(options: argparse.Namespace, words: list[str]) -> int | None:
         from trainer.scoring import predict
 
         predict(options.run_dir, options.split, options.set)
-    import json
-
     print(json.dumps(write_evaluation(options.run_dir, options.split), indent=1))
     return None
 
