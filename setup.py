@@ -42,5 +42,13 @@ setup(
         "launch": ["torchx==0.7.0"],
         "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
-    entry_points={"console_scripts": ["llm4msr=launch.cli:main"]},
+    entry_points={
+        "console_scripts": ["llm4msr=launch.cli:main"],
+        # Registering any component hides torchx's own, hence dist and utils again.
+        "torchx.components": [
+            "llm4msr=launch.components",
+            "dist=torchx.components.dist",
+            "utils=torchx.components.utils",
+        ],
+    },
 )

@@ -14,7 +14,8 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 
-logging.getLogger("torchrec").setLevel(logging.ERROR)
+for _noisy in ("torchrec", "torch.fx._symbolic_trace"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|torchrec")
 
 

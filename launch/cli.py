@@ -20,7 +20,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        options = _parser().parse_args(words)
+        # What follows -- belongs to the stage that `launch` submits.
+        at = words.index("--") if "--" in words else len(words)
+        options = _parser().parse_args(words[:at])
+        options.arguments = words[at + 1 :]
         return options.run(options, words) or DONE
     except InputError as error:
         # Ranks agree on bad input before they raise it: one of them speaks for all.
@@ -166,6 +169,33 @@ def _report(options: argparse.Namespace, words: list[str]) -> int | None:
     runs = [run for path in options.runs for run in resolve_runs(path)]
     print(write_report(runs, options.out, comparison))
     return None
+
+
+def _launch(options: argparse.Namespace, words: list[str]) -> int | None:
+    from launch.submit import submit
+
+    stage = {"train": ["train"], "extract": ["knowledge", "extract"]}[options.stage]
+    inner = _parser().parse_args(
+        [*stage, *options.arguments]
+    )  # wrong ones fail here, not on a cluster
+    if options.stage == "train":
+        from trainer.config import load_config
+
+        for path in inner.config:
+            load_config(path, inner.set)
+    pairs = [pair.partition("=") for pair in options.cfg]
+    if wrong := [key for key, separator, _ in pairs if not separator]:
+        raise InputError(f"--cfg {wrong[0]}: write it as --cfg option=value")
+    return submit(
+        options.stage,
+        options.arguments,
+        options.scheduler,
+        options.j,
+        options.dryrun,
+        {key: value for key, _, value in pairs},
+        options.resource,
+        options.gpu,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -326,4 +356,21 @@ def _parser() -> argparse.ArgumentParser:
         "runs", type=Path, nargs="+", metavar="RUN", help="run directory, or folder of runs by seed"
     )
     p.add_argument("--out", type=Path, default=Path("report.html"), help="(default: report.html)")
+
+    p = command(
+        commands, "launch", _launch,
+        "Runs a stage through a torchx scheduler; its own arguments follow --.",
+        "launch train --scheduler local_cwd -j 1x2 -- --config launch/configs/movielens.yaml",
+    )  # fmt: skip
+    p.add_argument("stage", choices=["train", "extract"], help="what to run")
+    p.add_argument("--scheduler", default="local_cwd", help="torchx scheduler (default: local_cwd)")
+    p.add_argument(
+        "-j", default="1x2", metavar="NxM", help="hosts x processes per host (default: 1x2)"
+    )
+    p.add_argument("--resource", help="named resource of a host, e.g. aws_p5.48xlarge")
+    p.add_argument("--gpu", type=int, default=0, help="GPUs per host, when no resource is named")
+    p.add_argument(
+        "--cfg", action="append", default=[], metavar="K=V", help="option of the scheduler"
+    )
+    p.add_argument("--dryrun", action="store_true", help="show what would be submitted")
     return root
