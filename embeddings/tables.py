@@ -1,6 +1,6 @@
 """Sharded tables: trainable ones for ids, frozen ones for knowledge vectors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ class Table:
     rows: int
     dim: int
     features: tuple[str, ...]
+    bytes_per_value: int = 4
 
 
 def _initialiser(std: float) -> Callable[[Tensor], Tensor]:
@@ -121,7 +122,7 @@ def _zeros(weight: Tensor) -> Tensor:
 
 
 def load_frozen_rows(
-    collection: nn.Module, readers: dict[str, Callable[[int, int], np.ndarray]], chunk: int = 65_536
+    collection: nn.Module, readers: Mapping[str, Callable[[int, int], np.ndarray]], chunk: int = 65_536
 ) -> None:
     """Fills the local shards of sharded frozen tables; each rank reads only the rows that it owns.
 

@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported until a command needs it, so that help is instant."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -24,11 +25,22 @@ def main(arguments: list[str] | None = None) -> int:
         at = words.index("--") if "--" in words else len(words)
         options = _parser().parse_args(words[:at])
         options.arguments = words[at + 1 :]
+        if getattr(options, "processes", 1) < 1:
+            raise InputError(f"--processes {options.processes}: at least 1 is needed")
         return options.run(options, words) or DONE
     except InputError as error:
         # Ranks agree on bad input before they raise it: one of them speaks for all.
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             print(f"llm4msr: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = error.filename or "a file of this command"
+        print(
+            f"llm4msr: error: {where}: {error.strerror}; make room or choose another place",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     except KeyboardInterrupt:
         print("llm4msr: interrupted; the same command continues where it can", file=sys.stderr)

@@ -33,6 +33,7 @@ def quickstart(out: Path, raw: Path | None = None, seeds: int = 3, processes: in
     began = time.perf_counter()
     if seeds < 1 or processes < 1:
         raise InputError("quickstart: --seeds and --processes must be at least 1")
+    out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     say = _Speaker(began)
     say("1/5 data")

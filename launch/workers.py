@@ -12,9 +12,13 @@ def run_workers(module: str, arguments: list[str], processes: int) -> int:
     Returns:
         0, or the exit code of the rank that failed first (so that 2 still means bad input).
     """
+    import logging
+
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # A rank says itself what was wrong; the launcher's own lines about its exit code add nothing.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # One thread per rank unless the user chose: ranks that share cores and oversubscribe crawl.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(

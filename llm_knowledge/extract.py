@@ -18,7 +18,7 @@ from llm_knowledge.errors import InputError
 
 LEVELS = ("user", "item", "scenario")
 ENCODER_FIELDS = ("model", "pooling", "layer", "dtype", "max_tokens", "normalize", "trust_remote_code",
-                  "revision", "device", "batch_tokens")  # fmt: skip
+                  "revision", "device", "batch_tokens", "chat_template", "prefix_reuse")  # fmt: skip
 EXAMPLE = """example:
   torchrun --nproc-per-node 2 -m llm_knowledge.extract --data data/movielens \\
       --level all --out knowledge/movielens
@@ -48,6 +48,8 @@ class ExtractConfig:
     max_tokens: int | None = None
     device: str | None = None
     batch_tokens: int | None = None
+    chat_template: str = "auto"
+    prefix_reuse: str = "auto"
     chunk: int | None = None
     per_scenario: int = 8
     total: int = 24
@@ -78,6 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, help="budget of a prompt; default: 256 encoder, 1024 decoder")
     add("--device", help="cpu, cuda, cuda:0, ...; default: an accelerator if there is one")
     add("--batch-tokens", type=int, help="padded tokens in a batch; default: 4096 CPU, 65536 GPU")
+    add("--chat-template", choices=("auto", "off"), default="auto",
+        help="auto: a prompt is one user message, for decoders that bring a template")  # fmt: skip
+    add("--prefix-reuse", choices=("auto", "off"), default="auto",
+        help="auto: compute what all prompts begin with once, for decoders")  # fmt: skip
     add(
         "--chunk",
         type=int,
@@ -154,7 +160,11 @@ def _levels(config: ExtractConfig) -> list[tuple[str, Path]]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run from parsed options; returns the exit code (0, or 2 for bad input, said in one line)."""
+    """Run from parsed options; returns 0.
+
+    Raises:
+        InputError: see ``extract``. ``shared`` is set where rank 0 raises the same.
+    """
     import os
     import time
 
@@ -164,9 +174,7 @@ def main(args: argparse.Namespace) -> int:
         if error.shared:
             # Rank 0 says why. torchrun stops all workers when one ends: leave it the time.
             time.sleep(1)
-            return 2
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        raise
     if os.environ.get("RANK", "0") == "0":
         print(out)
     return 0
@@ -180,5 +188,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command() -> int:
+    try:
+        return main(_parser().parse_args())
+    except InputError as error:
+        if not error.shared:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main(_parser().parse_args()))
+    sys.exit(_command())

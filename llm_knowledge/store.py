@@ -138,12 +138,29 @@ class KnowledgeStore:
             raise InputError(f"{self._file(index)}: cannot be read ({error})") from error
 
     def keys(self) -> np.ndarray:
-        """All keys in order: int64 [rows], or an object array of str [rows]."""
+        """All keys in order: int64 [rows], or an object array of str [rows].
+
+        Raises:
+            InputError: they are not unique and sorted, so that no row could be found by its key.
+        """
         if self._keys is None:
             column = self._column("key")
+            if column.null_count:
+                raise InputError(f"{self.path}: a key is null; run `knowledge verify` on the store")
             dtype = np.int64 if self.manifest.key_type == "int64" else object
-            self._keys = column.to_numpy().astype(dtype, copy=False)
+            keys = column.to_numpy().astype(dtype, copy=False)
+            wrong = np.flatnonzero(keys[1:] <= keys[:-1])
+            if wrong.size:
+                at, same = int(wrong[0]) + 1, keys[wrong[0] + 1] == keys[wrong[0]]
+                raise InputError(f"{self._place(at)}: key {keys[at : at + 1].tolist()[0]!r} is "
+                                 f"{'a duplicate' if same else 'out of order'}; extract again")  # fmt: skip
+            self._keys = keys
         return self._keys
+
+    def _place(self, row: int) -> str:
+        """Part and row within it (from 0) of a row of the store, for messages."""
+        index = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return f"{self._file(index)}: row {row - self.offsets[index]}"
 
     def cutoffs(self) -> np.ndarray:
         """Cut-off of each row, int64 seconds [rows]; ``NO_CUTOFF`` (smallest int64) where null."""
@@ -174,6 +191,9 @@ class KnowledgeStore:
         """Vectors of rows start..stop-1: [stop-start, dim] float16, or float32 for other stores.
 
         Only the parts and row groups that overlap the range are read.
+
+        Raises:
+            InputError: a part cannot be read, or a vector has NaN or Inf.
         """
         start, stop = max(0, start), min(stop, int(self.offsets[-1]))
         int8 = self.manifest.dtype == "int8"
@@ -192,6 +212,11 @@ class KnowledgeStore:
                 if low < high:
                     table = self._read(index, columns, [group])
                     values = decode_vectors(table, self.manifest)[low - at : high - at]
+                    # One sum per row: not finite as soon as one of its numbers is not.
+                    bad = np.flatnonzero(~np.isfinite(values.sum(axis=1, dtype=np.float32)))
+                    if bad.size:
+                        raise InputError(f"{self._place(low + int(bad[0]))}: the vector has NaN or "
+                                         f"Inf; extract again")  # fmt: skip
                     out[low - start : high - start] = values
                 at += rows
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -178,24 +179,31 @@ def write_store(
         InputError: the directory is in use, or ``write_part`` refuses a row.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; choose a new directory for the store")
     if path.exists() and any(path.iterdir()):
         raise InputError(f"{path}: is not empty; choose a new directory for the store")
     order = sorted(range(len(keys)), key=keys.__getitem__)
     building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    building.mkdir(parents=True)
     parts, int64 = [], manifest.key_type == "int64"
-    for index, start in enumerate(range(0, len(order), rows_per_part)):
-        take = order[start : start + rows_per_part]
-        pick = lambda column, take=take: column and [column[i] for i in take]  # noqa: E731
-        text = pick(prompts) or [""] * len(take)
-        take_keys = np.array([keys[i] for i in take], np.int64 if int64 else object)
-        part = (building, index, manifest, take_keys, np.asarray(vectors)[take])
-        parts.append(write_part(*part, text, pick(answers), pick(cutoffs)))
-    done = manifest.model_copy(update={"rows": len(order), "parts": parts, "complete": True})
-    write_manifest(building, done)
-    if path.exists():
-        path.rmdir()
-    os.replace(building, path)
+    try:
+        building.mkdir(parents=True)
+        for index, start in enumerate(range(0, len(order), rows_per_part)):
+            take = order[start : start + rows_per_part]
+            pick = lambda column, take=take: column and [column[i] for i in take]  # noqa: E731
+            text = pick(prompts) or [""] * len(take)
+            take_keys = np.array([keys[i] for i in take], np.int64 if int64 else object)
+            part = (building, index, manifest, take_keys, np.asarray(vectors)[take])
+            parts.append(write_part(*part, text, pick(answers), pick(cutoffs)))
+        done = manifest.model_copy(update={"rows": len(order), "parts": parts, "complete": True})
+        write_manifest(building, done)
+        if path.exists():
+            path.rmdir()
+        os.replace(building, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); check space and rights") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)  # is gone by then, unless something failed
     return done
 
 

@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import signal
@@ -302,11 +301,10 @@ def test_a_dead_owner_does_not_block(tmp_path):
         pass
 
 
-def test_main_says_one_line_and_returns_two(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    command_line.add_arguments(parser)
-    args = parser.parse_args(["--data", str(tmp_path), "--out", str(tmp_path / "o")])
-    assert command_line.main(args) == 2
+def test_module_says_one_line_and_returns_two(tmp_path, capsys, monkeypatch):
+    words = ["extract", "--data", str(tmp_path), "--out", str(tmp_path / "o")]
+    monkeypatch.setattr(command_line.sys, "argv", words)
+    assert command_line._command() == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert len(said.splitlines()) == 1

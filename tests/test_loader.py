@@ -42,7 +42,9 @@ def streams(
     data, stores = inputs
     files = [file for split in splits for file in split_files(data, split)]
     encoder = make_encoder(stores)
-    return [EventStream(files, encoder, batch, rank, world, **options) for rank in range(world)]
+    return [
+        EventStream(files, encoder, batch * world, rank, world, **options) for rank in range(world)
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -81,6 +83,39 @@ def test_every_row_once_and_even_steps(inputs: tuple[Path, Path], world: int, bu
                 )
         assert sorted(seen) == expected
         assert counts == [ranks[0].steps] * world
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(
+    inputs: tuple[Path, Path], world: int
+) -> None:
+    def global_batches(ranks: int) -> list[list[tuple[int, int]]]:
+        options = {"streams": 6, "shuffle_buffer": 120, "seed": 3}
+        streams_ = streams(inputs, ranks, 36 // ranks, ["profile", "train"], **options)
+        steps = zip(*(stream.batches(1) for stream in streams_), strict=True)
+        return [
+            sorted(
+                pair
+                for batch in step
+                for pair in zip(
+                    batch.ids["user"].values().tolist(),
+                    batch.ids["item"].values().tolist(),
+                    strict=True,
+                )
+            )
+            for step in steps
+        ]
+
+    assert global_batches(world) == global_batches(1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "world", "message"),
+    [(64, 8, 3, "8 streams cannot be served by 3 ranks"), (60, 8, 2, "60 cannot be split over 8")],
+)
+def test_shares_that_do_not_divide(batch: int, count: int, world: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EventStream([], None, batch, 0, world, streams=count)  # type: ignore[arg-type]
 
 
 def test_shuffle_repeats_by_seed_and_differs_by_epoch(inputs: tuple[Path, Path]) -> None:

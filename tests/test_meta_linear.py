@@ -1,12 +1,31 @@
 """The meta-layer op against the materialised oracle: every strategy, forward and backward."""
 
+import functools
+import importlib.util
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.ops import grouped_linear, meta_linear
-from trainer.ops.meta_linear import MIN_ROWS_PER_GROUP, choose_strategy
+from trainer.ops import (
+    choose_strategy,
+    explain_strategy,
+    group_by_key,
+    grouped_linear,
+    meta_core,
+    meta_gate,
+    meta_linear,
+    sort_groups,
+)
+from trainer.ops.activation import ACTIVATIONS
+from trainer.ops.grouped import device_backward, device_forward, split_backward, split_forward
+from trainer.ops.meta_linear import min_rows_per_group
+from trainer.ops.reference import reference_backward, reference_forward
 
 
 def oracle(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -58,47 +77,166 @@ def test_zero_knowledge_is_the_shared_layer() -> None:
     torch.testing.assert_close(meta_linear(h, torch.zeros_like(g), weight, bias), shared)
 
 
-def test_gradcheck_and_opcheck() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+def test_fused_activation_equals_the_function_applied_after(activation: str, strategy: str) -> None:
+    inputs = tensors(24, 3, 6, 5, knowledge_rows=4)
+    group = torch.arange(24) % 4
+    plain = meta_linear(*inputs, group=group, strategy=strategy)
+    expected = plain if activation == "none" else getattr(F, activation)(plain)
+    ours = meta_linear(*inputs, group=group, strategy=strategy, activation=activation)
+    torch.testing.assert_close(ours, expected)
+    dy = torch.randn_like(expected)
+    mine = torch.autograd.grad(ours, inputs, dy)
+    for one, other in zip(mine, torch.autograd.grad(expected, inputs, dy), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_and_opcheck(activation: str) -> None:
     inputs = tensors(5, 2, 3, 4)
-    assert torch.autograd.gradcheck(meta_linear, tuple(inputs))
-    results = opcheck(torch.ops.llm4msr.meta_linear.default, tuple(inputs))
+    call = functools.partial(meta_linear, activation=activation)
+    assert torch.autograd.gradcheck(call, tuple(inputs))
+    results = opcheck(torch.ops.llm4msr.meta_linear.default, (*inputs, activation))
+    assert set(results.values()) == {"SUCCESS"}
+    fixed = (torch.rand(5, 4).double(), *(one.detach() for one in inputs))
+    results = opcheck(
+        torch.ops.llm4msr.meta_linear_backward.default, (fixed[0], fixed[0], *fixed[1:], activation)
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_empty_batch_and_non_contiguous_input() -> None:
+def test_grouped_gradcheck_and_opcheck() -> None:
+    inputs = tensors(7, 2, 3, 4, knowledge_rows=3)
+    group = torch.tensor([2, 0, 0, 2, 2, 0, 2])
+    call = functools.partial(meta_linear, group=group, strategy="grouped", activation="leaky_relu")
+    assert torch.autograd.gradcheck(call, tuple(inputs))
+    weight = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    results = opcheck(
+        torch.ops.llm4msr.grouped_linear.default,
+        (inputs[0], weight, bias, *sort_groups(group, 3), "relu"),
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+def test_empty_batch_gives_empty_output_and_zero_gradients(strategy: str) -> None:
+    inputs = tensors(6, 2, 3, 4, knowledge_rows=5)
+    nobody = torch.zeros(0, dtype=torch.int64)
+    y = meta_linear(inputs[0][:0], *inputs[1:], group=nobody, strategy=strategy, activation="relu")
+    assert y.shape == (0, 4)
+    for gradient, one in zip(torch.autograd.grad(y.sum(), inputs), inputs, strict=True):
+        assert gradient.shape == one.shape
+        assert gradient.abs().max() == 0
+
+
+def test_non_contiguous_input() -> None:
     h, g, weight, bias = tensors(6, 2, 3, 4)
-    assert meta_linear(h[:0], g[:0], weight, bias).shape == (0, 4)
-    twisted = h.t().contiguous().t()
-    torch.testing.assert_close(meta_linear(twisted, g, weight, bias), oracle(h, g, weight, bias))
-
-
-def test_compiles_without_a_graph_break() -> None:
-    inputs = [t.detach().float().requires_grad_() for t in tensors(11, 3, 5, 4)]
-    compiled = torch.compile(meta_linear, fullgraph=True, backend="aot_eager")
-    expected, ours = meta_linear(*inputs), compiled(*inputs)
+    twisted = [one.transpose(0, 1).contiguous().transpose(0, 1) for one in (h, g, weight, bias)]
+    ours, expected = meta_linear(*twisted), oracle(h, g, weight, bias)
     torch.testing.assert_close(ours, expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(ours.sum(), inputs),
-        torch.autograd.grad(expected.sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs)
+    dy = torch.randn_like(expected).t().contiguous().t()
+    inputs = (h, g, weight, bias)
+    theirs = torch.autograd.grad(expected, inputs, dy)
+    for one, other in zip(torch.autograd.grad(ours, inputs, dy), theirs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
-def test_autocast_gives_bfloat16_and_float32_gradients() -> None:
-    inputs = [t.detach().float().requires_grad_() for t in tensors(16, 3, 8, 4)]
+@pytest.mark.parametrize("strategy", ["reference", "grouped", "auto"])
+def test_compiles_without_a_graph_break_for_any_batch_size(strategy: str) -> None:
+    _, *weights = (
+        t.detach().float().requires_grad_() for t in tensors(9, 3, 5, 4, knowledge_rows=2)
+    )
+    call = functools.partial(meta_linear, strategy=strategy, activation="relu")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (33, 21, 64, 100):
+        h, group = torch.randn(rows, 5, requires_grad=True), torch.arange(rows) % 2
+        expected, ours = call(h, *weights, group=group), compiled(h, *weights, group=group)
+        torch.testing.assert_close(ours, expected)
+        theirs = torch.autograd.grad(expected.sum(), [h, *weights])
+        mine = torch.autograd.grad(ours.sum(), [h, *weights])
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+def test_autocast_gives_bfloat16_and_float32_gradients(strategy: str) -> None:
+    inputs = [t.detach().float().requires_grad_() for t in tensors(16, 3, 8, 4, knowledge_rows=2)]
+    group = torch.arange(16) % 2
     with torch.autocast("cpu", torch.bfloat16):
-        y = meta_linear(*inputs)
+        y = meta_linear(*inputs, group=group, strategy=strategy)
     assert y.dtype == torch.bfloat16
     grads = torch.autograd.grad(y.float().sum(), inputs)
     assert all(grad.dtype == torch.float32 for grad in grads)
-    torch.testing.assert_close(y.float(), oracle(*inputs), rtol=0.05, atol=0.2)
+    h, g, weight, bias = inputs
+    torch.testing.assert_close(y.float(), oracle(h, g[group], weight, bias), rtol=0.05, atol=0.2)
 
 
-def test_choice_follows_rows_per_knowledge_vector() -> None:
-    assert choose_strategy(MIN_ROWS_PER_GROUP * 3, 3) == "grouped"
-    assert choose_strategy(MIN_ROWS_PER_GROUP * 3 - 1, 3) == "reference"
-    assert choose_strategy(10_000, None) == "reference"
+def test_gradients_are_the_same_bits_every_time() -> None:
+    inputs = [t.detach().float().requires_grad_() for t in tensors(4096, 4, 16, 16, 600)]
+    group = torch.randint(0, 600, (4096,))
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(meta_linear(*inputs, group=group).square().sum(), inputs)
+
+    first = gradients()
+    for _ in range(3):
+        assert all(torch.equal(one, other) for one, other in zip(first, gradients(), strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size in bytes of the largest intermediate result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, Tensor):
+                self.bytes = max(self.bytes, one.numel() * one.element_size())
+        return result
+
+
+def test_neither_generated_weights_nor_the_outer_product_are_stored() -> None:
+    h, g, weight, bias = (t.detach() for t in tensors(300, 8, 12, 10))
+    with LargestTensor() as largest:
+        y = reference_forward(h, g, weight, bias, "none")
+        reference_backward(torch.ones_like(y), h, g, weight, bias)
+    assert largest.bytes == 8 * 300 * 12  # [B, i], 8 and 10 times less than [B, r, i] and [B, o, i]
+
+
+def test_choice_follows_device_type_and_rows_per_knowledge_vector() -> None:
+    def choice(rows: int, groups: int | None, **where: Any) -> str:
+        return choose_strategy(rows, 32, 128, 128, groups=groups, **where)[0]
+
+    needed = min_rows_per_group("cpu", 32, 128, 128)
+    assert 6 < needed < 7
+    assert min_rows_per_group("cpu", 8, 32, 32) > 25  # small products do not pay for the calls
+    assert choice(21, 3) == "grouped"
+    assert choice(18, 3) == "reference"
+    assert choice(10_000, None) == "reference"
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    if importlib.util.find_spec("triton"):
+        assert choice(10_000, None, device="cuda") == "fused"
+        assert choice(10_000, None, **bf16) == "fused"
+        assert choice(10_000, 3, device="cuda") == "fused"  # float32 has no grouped product there
+        assert choice(10_000, None, device="cuda", dtype=torch.float64) == "reference"
+        assert choice(10_000, 2_000, **bf16) == "fused"
+    assert choice(10_000, 3, **bf16) == "grouped"
+
+
+def test_choice_can_be_asked() -> None:
+    line = explain_strategy(4096, 32, 128, 64, groups=3)
+    assert line.startswith(
+        "meta layer 128 to 64, rank 32, 4,096 rows, 3 knowledge rows, cpu float32"
+    )
+    assert "grouped (at least 7 rows per knowledge row)" in line
+    assert explain_strategy(9, 1, 1, 1, strategy="reference").endswith("reference (configured)")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +244,8 @@ def test_choice_follows_rows_per_knowledge_vector() -> None:
     [
         ({"strategy": "fast"}, "unknown strategy"),
         ({"strategy": "grouped"}, "needs group"),
+        ({"strategy": "fused"}, "needs"),
+        ({"activation": "gelu"}, "unknown activation"),
         ({"g": torch.zeros(4, 2)}, "do not fit"),
         ({"bias": torch.zeros(3, 9)}, "do not fit"),
     ],
@@ -129,3 +269,88 @@ def test_grouped_linear_keeps_groups_apart() -> None:
     assert weight.grad is not None
     assert weight.grad[[0, 1, 3]].abs().max() == 0
     assert weight.grad[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_grouped_product_equals_the_split_loop(dtype: torch.dtype) -> None:
+    """What CUDA runs; PyTorch has it on the CPU too, where the loop is faster."""
+    torch.manual_seed(1)
+    h, dz = torch.randn(50, 16).to(dtype), torch.randn(50, 24).to(dtype)
+    weight, bias = torch.randn(5, 24, 16).to(dtype), torch.randn(5, 24).to(dtype)
+    group = torch.randint(0, 4, (50,)) * 4 // 3  # group 3 is empty
+    ends = sort_groups(group, 5).ends
+    tolerance = {"rtol": 2e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {}
+    ours, expected = device_forward(h, weight, bias, ends), split_forward(h, weight, bias, ends)
+    torch.testing.assert_close(ours, expected, **tolerance)
+    mine = device_backward(dz, h, weight, ends)
+    for one, other in zip(mine, split_backward(dz, h, weight, ends), strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+    assert mine[1][3].abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [None, 4, 9])
+def test_group_by_key_generates_each_key_once(size: int | None) -> None:
+    keys = torch.tensor([50, -7, 50, 9, 9, 50, 1 << 40])
+    first, group = group_by_key(keys, size)
+    assert first.shape[0] == (size or 4)
+    assert torch.equal(keys[first[group]], keys)
+    assert sorted(set(group.tolist())) == [0, 1, 2, 3]
+    h, g, weight, bias = (t.detach() for t in tensors(7, 3, 5, 4))
+    g = torch.stack([torch.sin(keys * j / 10.0) for j in (1, 2, 3)], dim=1).double()
+    ours = meta_linear(h, g[first], weight, bias, group=group, strategy="grouped")
+    torch.testing.assert_close(ours, oracle(h, g, weight, bias))
+
+
+def test_group_by_key_refuses_more_keys_than_promised() -> None:
+    with pytest.raises(RuntimeError, match="more distinct keys than size"):
+        group_by_key(torch.tensor([1, 2, 3]), size=2)
+    first, group = group_by_key(torch.tensor([], dtype=torch.int64))
+    assert first.shape == group.shape == (0,)
+
+
+def check_gradients(ours: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(ours, expected)
+    dy = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, inputs, dy)
+    for one, other in zip(torch.autograd.grad(ours, inputs, dy), theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_core_equals_the_full_layer_with_factored_slices(
+    strategy: str, activation: str | None
+) -> None:
+    h, g, core, core_bias = tensors(12, 3, 4, 4, knowledge_rows=2)
+    h = torch.randn(12, 10, dtype=torch.float64, requires_grad=True)
+    down = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    group = torch.arange(12) % 2
+    ours = meta_core(
+        h, g, down, core, core_bias, up, group=group, activation=activation, strategy=strategy
+    )
+    expected = oracle(h, g[group], up @ core @ down, core_bias @ up.t())
+    expected = torch.relu(expected) if activation else expected
+    check_gradients(ours, expected, [h, g, down, core, core_bias, up])
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("activation", [None, "sigmoid"])
+def test_gate_equals_the_full_layer_with_diagonal_slices(
+    grouped: bool, activation: str | None
+) -> None:
+    h, g, _, bias = tensors(12, 3, 5, 6, knowledge_rows=2 if grouped else None)
+    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    group = torch.arange(12) % 2 if grouped else None
+    ours = meta_gate(h, g, weight, scale, bias, group=group, activation=activation)
+    per_sample = g if group is None else g[group]
+    expected = oracle(h, per_sample, torch.diag_embed(scale) @ weight, bias)
+    expected = torch.sigmoid(expected) if activation else expected
+    check_gradients(ours, expected, [h, g, weight, scale, bias])
+
+
+def test_gate_refuses_what_does_not_fit() -> None:
+    h, g, weight = torch.zeros(2, 5), torch.zeros(2, 3), torch.zeros(6, 5)
+    with pytest.raises(ValueError, match="meta_gate"):
+        meta_gate(h, g, weight, torch.zeros(3, 6), torch.zeros(4, 6))

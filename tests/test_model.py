@@ -1,13 +1,14 @@
 """Backbones and meta networks: their defining properties."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from trainer.config import MetaConfig, ModelConfig
+from trainer.config import Backbone, MetaConfig, ModelConfig
 from trainer.data.batch import Batch
 from trainer.models.llm4msr import BACKBONES, DenseModel, Predictions, Shapes
 from trainer.models.meta import KnowledgeAdapter
@@ -76,14 +77,18 @@ def logits(dense: nn.Module) -> Tensor:
     return found.logits
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+def test_configuration_names_every_backbone() -> None:
+    assert get_args(Backbone) == tuple(BACKBONES)
+
+
+@pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_residual_form_starts_as_the_plain_backbone(backbone: str) -> None:
     plain, lifted = model(backbone, enabled=False), model(backbone)
     torch.testing.assert_close(logits(lifted), logits(plain), rtol=0, atol=0)
     assert sum(p.numel() for p in lifted.parameters()) > sum(p.numel() for p in plain.parameters())
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 @pytest.mark.parametrize("form", ["residual", "linear"])
 def test_every_meta_parameter_learns(backbone: str, form: str) -> None:
     dense = model(backbone, form=form).train()
@@ -108,7 +113,7 @@ def test_linear_form_differs_by_user_knowledge_from_the_start() -> None:
     assert not torch.allclose(one, two)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_no_output_depends_on_batch_mates(backbone: str) -> None:
     torch.manual_seed(3)
     net = BACKBONES[backbone](5, SCENARIOS, [8, 6], 0.0, 1)
@@ -118,7 +123,7 @@ def test_no_output_depends_on_batch_mates(backbone: str) -> None:
         torch.testing.assert_close(net(x[row : row + 1], scenario[row : row + 1])[0], whole[row])
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_own_parameters_get_no_gradient_from_another_scenario(backbone: str) -> None:
     net = BACKBONES[backbone](5, SCENARIOS, [8, 6], 0.0, 1)
     scenario = torch.zeros(ROWS, dtype=torch.long)
@@ -145,7 +150,7 @@ def test_star_weights_are_products_of_shared_and_own() -> None:
         torch.testing.assert_close(layer(x, torch.full((2,), s)), expected)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_parameter_count(backbone: str) -> None:
     i, widths = 5, [8, 6]
     net = BACKBONES[backbone](i, SCENARIOS, widths, 0.0, 1)
@@ -158,7 +163,7 @@ def test_parameter_count(backbone: str) -> None:
     assert sum(p.numel() for p in net.parameters()) == expected
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_overfits_a_handful_of_samples(backbone: str) -> None:
     dense = model(backbone, noise=0.0, dropout=0.0).train()
     optimizer = torch.optim.Adam(dense.parameters(), lr=0.02)

@@ -110,7 +110,7 @@ def test_same_seed_same_run_other_seed_other_run(inputs: tuple[Path, Path], tmp_
 @pytest.mark.distributed
 def test_two_processes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Uneven shares (odd batch sizes), sharded tables, predictions of every row once."""
-    config = make_config(*inputs, tmp_path / "run", train__global_batch_size=46)
+    config = make_config(*inputs, tmp_path / "run", train__global_batch_size=46, data__streams=2)
     file = write_config(config, tmp_path / "config.yaml")
     done = subprocess.run(
         command_line(file, 2),
@@ -294,7 +294,7 @@ def test_store_with_keys_of_another_type(inputs: tuple[Path, Path], tmp_path: Pa
 def test_bad_input_on_two_processes_is_one_message_and_exit_code_2(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    config = make_config(*inputs, tmp_path / "run", train__global_batch_size=63)
+    config = make_config(*inputs, tmp_path / "run", train__global_batch_size=60)
     file = write_config(config, tmp_path / "config.yaml")
     done = subprocess.run(
         command_line(file, 2),
@@ -305,7 +305,7 @@ def test_bad_input_on_two_processes_is_one_message_and_exit_code_2(
         timeout=120,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("train.global_batch_size: 63 cannot be split over 2 ranks") == 1
+    assert done.stderr.count("train.global_batch_size: 60 cannot be split over 8 streams") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -6,6 +6,7 @@ fingerprints of the knowledge stores). Frozen vectors are not in it: their store
 """
 
 import dataclasses
+import errno
 import json
 import shutil
 import warnings
@@ -16,12 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardedTensor
 
 from llm_knowledge.errors import InputError
 
 FROZEN_PREFIX = "knowledge."
+ACCUMULATOR_PREFIX = "table_optimizer."
 
 
 @dataclass
@@ -48,7 +53,7 @@ def _state(model: DistributedModelParallel, optimizer: Optimizer) -> dict[str, A
     }
     for name, values in model.fused_optimizer.state_dict()["state"].items():
         if not name.startswith(FROZEN_PREFIX):
-            state |= {f"table_optimizer.{name}.{key}": value for key, value in values.items()}
+            state |= {f"{ACCUMULATOR_PREFIX}{name}.{key}": value for key, value in values.items()}
     names = {id(parameter): name for name, parameter in model.module.dense.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -80,7 +85,10 @@ def save_checkpoint(
     dist.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(_state(model, optimizer), checkpoint_id=partial)
+        try:
+            dcp.save(_state(model, optimizer), checkpoint_id=partial)
+        except (CheckpointException, OSError) as error:  # the former on every rank, with all causes
+            raise _explain_failure(folder, error) from error
     if is_main:
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
         shutil.rmtree(target, ignore_errors=True)
@@ -90,6 +98,22 @@ def save_checkpoint(
                 shutil.rmtree(other)
     dist.barrier()
     return target
+
+
+def _explain_failure(folder: Path, error: BaseException) -> BaseException:
+    causes = [error]
+    if isinstance(error, CheckpointException):
+        causes = [cause for cause, _ in error.failures.values()]
+    full = [c for c in causes if isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT)]
+    # Writers wrap what the file system said; its words survive in theirs.
+    if not full and not any("No space left" in str(cause) for cause in causes):
+        return error
+    problem = InputError(
+        f"{folder}: no space left for a checkpoint; the ones before it are whole: free some space and "
+        "run again with --resume"
+    )
+    problem.shared = True
+    return problem
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -110,10 +134,10 @@ def load_checkpoint(
     optimizer: Optimizer,
     fingerprints: dict[str, str],
 ) -> LoopState:
-    """Restores model and optimizers in place.
+    """Restores model and optimizers in place, whatever ranks and shardings they were saved from.
 
     Raises:
-        InputError: If the checkpoint was trained with other knowledge stores.
+        InputError: If the checkpoint is damaged, of another model, or of other knowledge stores.
     """
     state = read_state(checkpoint)
     if state.fingerprints != fingerprints:
@@ -122,7 +146,66 @@ def load_checkpoint(
             f"{fingerprints or 'none'}; point knowledge.* at the stores it was trained with, or start anew"
         )
     live = _state(model, optimizer)
+    saved = _saved_sizes(checkpoint)
+    if missing := sorted(live.keys() - saved.keys()):
+        raise InputError(
+            f"{checkpoint}: holds nothing for {missing[0]} and {len(missing) - 1} more; it belongs to "
+            "another model"
+        )
+    same, accumulators = {}, {}
+    for name, value in live.items():
+        if saved[name] == value.size():
+            same[name] = value
+        elif name.startswith(ACCUMULATOR_PREFIX) and len(saved[name]) == value.dim() == 1:
+            accumulators[name] = value
+        else:
+            raise InputError(
+                f"{checkpoint}: {name} is {tuple(saved[name])}, the model needs {tuple(value.size())}"
+            )
+    whole = {name: torch.empty(saved[name]) for name in accumulators}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(live, checkpoint_id=checkpoint)
+        dcp.load(same, checkpoint_id=checkpoint)
+        if whole:
+            # Not collective: a rank that owns no part of these tables has nothing to read.
+            dcp.load(whole, checkpoint_id=checkpoint, no_dist=True)
+    for name, value in accumulators.items():
+        table = name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
+        _spread_accumulators(whole[name], value, rows=live[f"model.{table}"].size()[0])
     return state
+
+
+def _saved_sizes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Name to size of everything in a checkpoint.
+
+    Raises:
+        InputError: If its metadata is missing or damaged.
+    """
+    try:
+        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise InputError(
+            f"{checkpoint}: the checkpoint is damaged ({error}); remove it to go on from an older one"
+        ) from error
+    return {name: entry.size for name, entry in entries.items() if hasattr(entry, "size")}
+
+
+def _spread_accumulators(saved: Tensor, live: ShardedTensor, rows: int) -> None:
+    """Moves RowWiseAdagrad's accumulators between tables cut into different numbers of columns.
+
+    A table cut into n columns keeps n accumulators per row, the k-th for the mean square of the
+    gradient's k-th part, laid out [n, rows]. Parts being of equal width, fewer columns get the means of
+    theirs exactly; more columns each get the one that covered them, which is the best guess.
+    """
+    before, after = saved.numel() // rows, live.size()[0] // rows
+    parts = saved.view(before, rows)
+    if before % after == 0:
+        parts = parts.view(after, before // after, rows).mean(1)
+    elif after % before == 0:
+        parts = parts.repeat_interleave(after // before, dim=0)
+    else:
+        parts = parts.mean(0, keepdim=True).expand(after, rows)
+    flat = parts.reshape(-1)
+    for shard in live.local_shards():
+        (start,), (count,) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        shard.tensor.copy_(flat[start : start + count].view(shard.tensor.shape))

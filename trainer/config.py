@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,6 +10,34 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llm_knowledge.errors import InputError
 
 Split = Literal["profile", "train", "valid", "test"]
+
+
+Sharding = Literal[
+    "row_wise", "table_wise", "column_wise", "table_row_wise", "grid_shard", "planner"
+]
+TableName = Literal["user", "item", "user_knowledge", "item_knowledge"]
+
+
+Backbone = Literal[
+    "shared_bottom",
+    "mmoe",
+    "ple",
+    "star",
+    "aitm",
+    "sar_net",
+    "m2m",
+    "ada_sparse",
+    "adapt_dhm",
+    "epnet",
+    "ppnet",
+    "pepnet",
+    "hamur",
+    "m3oe",
+    "hinet",
+    "dnn",
+    "dcnv2",
+    "deepfm",
+]
 
 
 class Section(BaseModel):
@@ -30,8 +58,14 @@ class DataConfig(Section):
         description="Splits that are trained on. Events of the profile window precede every cut-off, "
         "so they train the ids with the default vector in place of knowledge.",
     )
+    streams: int = Field(
+        default=8,
+        ge=1,
+        description="Parts that an epoch is cut into: a multiple of the number of ranks. A run can be "
+        "continued on any number of ranks that divides it, and every row is still trained once.",
+    )
     shuffle_buffer: int = Field(
-        default=262_144, ge=1, description="Rows held by each rank to shuffle within."
+        default=65_536, ge=1, description="Rows of a stream that are held and shuffled together."
     )
 
 
@@ -60,12 +94,50 @@ class TablesConfig(Section):
     )
     learning_rate: float = Field(default=0.05, gt=0, description="Step size of the tables.")
     init_std: float = Field(default=0.01, gt=0, description="Standard deviation of initial rows.")
+    sharding: dict[TableName, Sharding] = Field(
+        default={},
+        description="Per table; tables that are not named are row_wise. planner: torchrec's planner "
+        "chooses. The item table holds sequences: row_wise, table_wise, column_wise or planner.",
+    )
 
     @model_validator(mode="after")
     def _hash_needs_rows(self) -> "TablesConfig":
         if (self.ids == "hash") != (self.hash_rows is not None):
             raise ValueError("hash_rows belongs to ids = hash: set both, or neither")
         return self
+
+    @model_validator(mode="after")
+    def _sequences_shard_in_few_ways(self) -> "TablesConfig":
+        kind = self.sharding.get("item")
+        if kind in ("table_row_wise", "grid_shard"):
+            raise ValueError(
+                f"sharding.item: {kind} is not possible for a table of sequences; use row_wise, "
+                "table_wise, column_wise or planner"
+            )
+        return self
+
+
+class HardwareConfig(Section):
+    """What the planner believes of the cluster; sizes left null are read off the machine.
+
+    The default bandwidths are the data sheet's of an H100 SXM host: HBM3, NVLink 4, one 400 Gb/s port
+    per GPU.
+    """
+
+    device_memory_gib: float | None = Field(default=None, gt=0, description="Memory of a GPU.")
+    host_memory_gib: float | None = Field(default=None, gt=0, description="Memory of a host.")
+    device_bandwidth_gbs: float = Field(default=3350, gt=0, description="GB/s of a GPU's memory.")
+    host_bandwidth_gbs: float = Field(default=300, gt=0, description="GB/s of a host's memory.")
+    intra_host_gbs: float = Field(
+        default=450, gt=0, description="GB/s between GPUs of a host, per GPU."
+    )
+    inter_host_gbs: float = Field(default=50, gt=0, description="GB/s between hosts, per GPU.")
+    reserved: float = Field(
+        default=0.15,
+        ge=0,
+        lt=1,
+        description="Share of memory that tables leave to everything else.",
+    )
 
 
 class MetaConfig(Section):
@@ -111,10 +183,8 @@ class MetaConfig(Section):
 class ModelConfig(Section):
     """The backbone, and what is put on it."""
 
-    backbone: Literal["shared_bottom", "star"] = Field(
-        default="star", description="Multi-scenario backbone."
-    )
-    hidden: list[int] = Field(
+    backbone: Backbone = Field(default="star", description="Multi-scenario backbone.")
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
         default=[64, 32], min_length=1, description="Widths of the backbone's layers."
     )
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout in the backbone.")
@@ -163,12 +233,19 @@ class RunConfig(Section):
     data: DataConfig
     knowledge: KnowledgeConfig = KnowledgeConfig()
     tables: TablesConfig = TablesConfig()
+    hardware: HardwareConfig = HardwareConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
     def _knowledge_where_it_is_needed(self) -> "RunConfig":
         meta, stores = self.model.meta, self.knowledge
+        for table in self.tables.sharding:
+            level = table.removesuffix("_knowledge")
+            if level != table and getattr(stores, level) is None:
+                raise ValueError(
+                    f"tables.sharding.{table}: there is no such table without knowledge.{level}"
+                )
         if not meta.enabled:
             given = [level for level in ("user", "scenario", "item") if getattr(stores, level)]
             if given:
@@ -209,6 +286,8 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"--set {assignment}: {parent} was set to a value before")
         try:
             node[leaf] = yaml.safe_load(text)
         except yaml.YAMLError as error:

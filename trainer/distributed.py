@@ -21,6 +21,7 @@ class Runtime:
 
     rank: int
     world_size: int
+    ranks_per_host: int
     device: torch.device
 
     @property
@@ -50,13 +51,21 @@ def distributed(timeout_seconds: int) -> Iterator[Runtime]:
         backend = "cuda:nccl,cpu:gloo" if use_gpu else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         if world > 1:
-            dist.init_process_group(backend, timeout=timeout)
+            try:
+                dist.init_process_group(backend, timeout=timeout)
+            except (ValueError, RuntimeError) as error:
+                place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise InputError(
+                    f"rank {rank} of {world} cannot meet the others at {place}: "
+                    f"{str(error).splitlines()[0]}; choose another MASTER_PORT, or start the ranks "
+                    "with torchrun"
+                ) from error
         else:
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
     try:
-        yield Runtime(rank, world, device)
+        yield Runtime(rank, world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)
     finally:
         if owner:
             dist.destroy_process_group()

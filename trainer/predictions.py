@@ -299,11 +299,13 @@ def write_json(path: Path, value: Any) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """Writes UTF-8 text so that the old file stays whole until the new one is complete."""
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(text, encoding="utf-8", errors="replace")
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error}). Choose another place.") from error
     return path

@@ -1,28 +1,28 @@
 """From a configuration to the live objects of a run; training and evaluation both begin here."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 import yaml
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.ids import HashedIds, IdMap, SortedKeys, Vocabulary
 from embeddings.optimizer import fuse_optimizer
-from embeddings.sharding import describe_plan, format_plan, plan_sharding, shard
+from embeddings.sharding import Hardware, describe_plan, format_plan, plan_sharding, shard
 from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
 from llm_knowledge.store import KnowledgeStore
 from trainer.config import RunConfig, save_config
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
-from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder
-from trainer.distributed import Runtime
+from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
+from trainer.distributed import Runtime, together
 from trainer.models.llm4msr import LLM4MSR, Shapes
 
 
@@ -41,14 +41,15 @@ class Run:
     pipeline: TrainPipelineSparseDist
 
     def stream(self, splits: list[str], shuffle: bool) -> EventStream:
-        """This rank's share of some splits."""
+        """This rank's share of some splits; unshuffled ones keep the order of the files."""
         path = Path(self.config.data.path)
         return EventStream(
             [file for split in splits for file in split_files(path, split)],
             self.encoder,
-            batch_size=self.config.train.global_batch_size // self.runtime.world_size,
+            self.config.train.global_batch_size,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
+            streams=self.config.data.streams if shuffle else None,
             shuffle_buffer=self.config.data.shuffle_buffer if shuffle else 0,
             seed=self.config.train.seed,
         )
@@ -88,27 +89,33 @@ def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, KnowledgeS
                 f"knowledge.{level}: {path} has {store.manifest.key_type} keys, the dataset's {level} ids "
                 f"are {key_type}"
             )
+        store.keys()  # reads and checks them
         stores[level] = store
     return stores
 
 
 def _id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMap]:
-    """Builds (rank 0) or reads the id maps of the run."""
+    """Builds the id maps of the run on rank 0, unless they are there, and reads them on all ranks."""
     tables = config.tables
     if tables.ids == "hash":
         assert tables.hash_rows is not None
         return {
             level: HashedIds(tables.hash_rows, salt) for salt, level in enumerate(("user", "item"))
         }
-    for level in ("user", "item"):
-        path = folder / "ids" / f"{level}.parquet"
-        if runtime.is_main and not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            Vocabulary(_distinct_ids(config, f"{level}_id")).save(path)
-    dist.barrier()
-    return {
-        level: Vocabulary.load(folder / "ids" / f"{level}.parquet") for level in ("user", "item")
-    }
+    paths = {level: folder / "ids" / f"{level}.parquet" for level in ("user", "item")}
+
+    def write() -> None:
+        for level, path in paths.items():
+            if runtime.is_main and not path.exists():
+                ids = Vocabulary(_distinct_ids(config, f"{level}_id"))
+                try:
+                    path.parent.mkdir(exist_ok=True)
+                    ids.save(path)
+                except OSError as error:
+                    raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    together(write)
+    return {level: Vocabulary.load(path) for level, path in paths.items()}
 
 
 def _distinct_ids(config: RunConfig, column: str) -> pa.Array:
@@ -119,11 +126,21 @@ def _distinct_ids(config: RunConfig, column: str) -> pa.Array:
         for split in config.data.train_splits
         for file in split_files(Path(config.data.path), split)
     ]
-    query = (
-        f"SELECT DISTINCT {column} AS id FROM read_parquet($files) ORDER BY id"  # a constant name
-    )
+    # The column's name is a constant of this module.
+    query = f"SELECT DISTINCT {column} AS id FROM read_parquet($files) ORDER BY id"
     with duckdb.connect() as connection:
-        return connection.execute(query, {"files": files}).to_arrow_table()["id"].combine_chunks()
+        try:
+            found = connection.execute(query, {"files": files}).to_arrow_table()
+        except duckdb.Error:
+            for file in files:  # which one is it?
+                try:
+                    connection.execute(query, {"files": [file]}).fetchall()
+                except duckdb.Error as error:
+                    raise InputError(
+                        f"{file}: column {column} cannot be read ({error}); prepare the data again"
+                    ) from error
+            raise
+    return found["id"].combine_chunks()
 
 
 def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
@@ -139,8 +156,10 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
     try:
         if not saved.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, saved)
             (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+            # By rename and last: where config.yaml is, a run can be resumed.
+            save_config(config, folder / ".config.yaml.partial")
+            os.replace(folder / ".config.yaml.partial", saved)
         elif not resume:
             raise InputError(
                 f"{folder}: a run is already there; pass --resume, remove it, or choose another output"
@@ -160,12 +179,7 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
     Raises:
         InputError: If they do not.
     """
-    batch = config.train.global_batch_size
-    if batch % runtime.world_size:
-        raise InputError(
-            f"train.global_batch_size: {batch} cannot be split over {runtime.world_size} ranks; "
-            "choose a multiple"
-        )
+    check_shares(config.train.global_batch_size, config.data.streams, runtime.world_size)
     dataset = validate_dataset(Path(config.data.path))
     return Inputs(dataset, open_stores(config, dataset))
 
@@ -194,9 +208,15 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     fuse_optimizer(model.sparse.parameters(), config.tables.optimizer, config.tables.learning_rate)
     batch_size = train.global_batch_size // runtime.world_size
-    plan = plan_sharding(model, model.table_names(), batch_size, runtime.device)
+    plan = plan_sharding(
+        model,
+        model.tables,
+        {str(name): str(kind) for name, kind in config.tables.sharding.items()},
+        batch_size,
+        _hardware(config, runtime),
+    )
     if runtime.is_main:
-        tables = describe_plan(plan, runtime.world_size)
+        tables = describe_plan(plan, model.tables, runtime.world_size)
         (folder / "plan.txt").write_text(format_plan(tables) + "\n")
         (folder / "plan.json").write_text(json.dumps([asdict(table) for table in tables], indent=1))
     torch.manual_seed(
@@ -204,14 +224,13 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     )  # each rank draws its own rows of the tables
     sharded = shard(model, plan, runtime.device)
     if model.knowledge is not None:
-        load_frozen_rows(
-            sharded.module.knowledge.collection,
-            {
-                f"{level}_knowledge": stores[level].read_vectors
-                for level in ("user", "item")
-                if level in stores
-            },
-        )
+        collection = sharded.module.knowledge.collection
+        readers = {
+            f"{level}_knowledge": stores[level].read_vectors
+            for level in ("user", "item")
+            if level in stores
+        }
+        together(lambda: load_frozen_rows(collection, readers))
     optimizer = _dense_optimizer(sharded, config)
     return Run(
         config=config,
@@ -225,6 +244,30 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         pipeline=TrainPipelineSparseDist(
             sharded, optimizer, runtime.device, execute_all_batches=True
         ),
+    )
+
+
+def _hardware(config: RunConfig, runtime: Runtime) -> Hardware:
+    """The configured cluster, with this machine's memory where none is given."""
+    given, gib = config.hardware, 2**30
+    device_memory = given.device_memory_gib
+    if device_memory is None and runtime.device.type == "cuda":
+        device_memory = torch.cuda.get_device_properties(runtime.device).total_memory / gib
+    host_memory = given.host_memory_gib
+    if host_memory is None:
+        host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
+    per_host = min(runtime.ranks_per_host, runtime.world_size)
+    return Hardware(
+        hosts=runtime.world_size // per_host,
+        ranks_per_host=per_host,
+        device=runtime.device.type,
+        device_memory=int((device_memory or 0) * gib),
+        host_memory=int(host_memory * gib),
+        device_bandwidth=given.device_bandwidth_gbs * 1e9,
+        host_bandwidth=given.host_bandwidth_gbs * 1e9,
+        intra_host=given.intra_host_gbs * 1e9,
+        inter_host=given.inter_host_gbs * 1e9,
+        reserved=given.reserved,
     )
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_knowledge.errors import InputError
 from trainer.checkpoint import checkpoints, load_checkpoint, read_state
 from trainer.config import load_config
 from trainer.data.loader import EventStream
@@ -38,7 +39,8 @@ def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
     counts = torch.zeros(2, BINS, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for found in score(run, events):
-        bins = (found.logits.sigmoid() * BINS).long().clamp(max=BINS - 1)
+        chances = found.logits.sigmoid().nan_to_num()
+        bins = (chances * BINS).long().clamp(max=BINS - 1)
         for label in (0, 1):
             counts[label].index_add_(0, bins, (found.weight * (found.label == label)).double())
         loss = F.binary_cross_entropy_with_logits(
@@ -47,6 +49,13 @@ def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
         sums += torch.stack([loss, found.weight.sum()]).double()
     dist.all_reduce(counts)
     dist.all_reduce(sums)
+    if not torch.isfinite(sums).all():
+        problem = InputError(
+            f"{run.folder}: predictions are not finite, training has diverged; lower train.learning_rate, "
+            "train.meta_learning_rate or tables.learning_rate"
+        )
+        problem.shared = True
+        raise problem
     return histogram_auc(counts), (sums[0] / sums[1].clamp(min=1)).item()
 
 
@@ -118,7 +127,11 @@ def predict(folder: Path, split: str, overrides: list[str] | None = None) -> Pat
     with distributed(config.train.timeout_seconds) as runtime:
         run = build(config, runtime, folder, open_inputs(config, runtime))
         found = checkpoints(folder / "checkpoints")
-        best = read_state(found[-1]).best_step if found else 0
+        if not found:
+            raise InputError(
+                f"{folder}: no checkpoint to score with; train the run, or --resume it"
+            )
+        best = read_state(found[-1]).best_step
         load_checkpoint(
             folder / "checkpoints" / f"step-{best:08d}", run.model, run.optimizer, run.fingerprints
         )

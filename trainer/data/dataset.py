@@ -24,6 +24,7 @@ from llm_knowledge.errors import InputError
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
 HISTORY_LENGTH = 20
@@ -153,26 +154,30 @@ def split_files(path: Path | str, split: str) -> list[Path]:
 
 
 def validate_dataset(path: Path | str) -> DatasetInfo:
-    """Check a prepared dataset by its Parquet footers: columns, types, row counts.
+    """Check a prepared dataset by its Parquet footers: columns, types, rows, nulls, labels.
 
     Returns:
         The description, as `open_dataset` does.
 
     Raises:
-        InputError: names the file and the column that is wrong.
+        InputError: names the file, the column and, for a value, the row that is wrong.
     """
     import pyarrow as pa
 
+    from trainer.data.checks import check_schema, check_statistics
+
     info = open_dataset(path)
     wanted = event_schema(info.user_id_type, info.item_id_type, info.scenario_id_type)
+    scenarios = [scenario.scenario_id for scenario in info.scenarios]
     for split in SPLITS:
         rows = 0
         for file in split_files(path, split):
-            found, part_rows = read_footer(file)
-            _check_schema(file, found, wanted)
+            found, metadata = _read_metadata(file)
+            check_schema(file, found, wanted)
             if bad := [n for n in found.names[len(wanted) :] if not n.startswith("truth_")]:
                 raise InputError(f"{file}: unexpected column {bad[0]!r}")
-            rows += part_rows
+            check_statistics(file, metadata, scenarios)
+            rows += metadata.num_rows
         if rows == 0:
             raise InputError(f"{Path(path) / split}: the split has no rows")
         if rows != info.rows.get(split):
@@ -182,7 +187,7 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
             )
     items = Path(path) / "items.parquet"
     found, rows = read_footer(items)
-    _check_schema(items, found, pa.schema(item_fields(info.item_id_type)))
+    check_schema(items, found, pa.schema(item_fields(info.item_id_type)))
     if rows != info.items:
         raise InputError(f"{items}: {rows} rows, dataset.json says {info.items}")
     return info
@@ -194,12 +199,17 @@ def read_footer(file: Path) -> tuple[pa.Schema, int]:
     Raises:
         InputError: the file is absent, truncated, or no Parquet.
     """
+    schema, metadata = _read_metadata(file)
+    return schema, metadata.num_rows
+
+
+def _read_metadata(file: Path) -> tuple[pa.Schema, pq.FileMetaData]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as parquet:
-            return parquet.schema_arrow, parquet.metadata.num_rows
+            return parquet.schema_arrow, parquet.metadata
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except (pa.ArrowException, OSError) as error:
@@ -207,19 +217,6 @@ def read_footer(file: Path) -> tuple[pa.Schema, int]:
         raise InputError(
             f"{file}: not a readable Parquet file, perhaps truncated ({reason}); copy or write it again"
         ) from None
-
-
-def _check_schema(file: Path, found: pa.Schema, wanted: pa.Schema) -> None:
-    for place, field in enumerate(wanted):
-        if field.name not in found.names:
-            raise InputError(f"{file}: column {field.name!r} is missing")
-        have = found.field(field.name).type
-        if not have.equals(field.type):
-            raise InputError(f"{file}: column {field.name!r} is {have}, expected {field.type}")
-        if found.names[place] != field.name:
-            raise InputError(
-                f"{file}: column {place + 1} is {found.names[place]!r}, expected {field.name!r}"
-            )
 
 
 # ---------------------------------------------------------------- schemas
@@ -278,10 +275,13 @@ def output_directory(out: Path) -> Iterator[Path]:
             )
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: is a file; give a folder that does not exist yet as --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
         work = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-        work.mkdir()
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(out)
+            work.mkdir()
+        except FileNotFoundError:  # where nothing can be made, as in /proc
+            raise InputError(f"{out}: cannot be made there; give another --out") from None
         try:
             (work / "scratch").mkdir()
             (work / "owner").write_text(f"{socket.gethostname()} {os.getpid()}")

@@ -6,7 +6,7 @@ training and nothing can hang at the end.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.ids import IdMap, SortedKeys
 from llm_knowledge.errors import InputError
 from trainer.data.batch import Batch
+from trainer.data.checks import find_problem
 
 COLUMNS = ["user_id", "item_id", "scenario_id", "timestamp", "label", "history"]
 Rows = dict[str, np.ndarray]  # column name to an array whose first dimension is the row
@@ -70,15 +71,20 @@ class RowEncoder:
         """Encodes columns `COLUMNS` of one piece of a file.
 
         Raises:
-            InputError: If a scenario of the log is not one of the dataset's.
+            InputError: If a value is null, a label is not 0 or 1, or a scenario of the log is not one
+                of the dataset's.
         """
+        for column in COLUMNS:
+            if table[column].null_count:
+                raise self._problem(source, column, "has a null")
         timestamps = table["timestamp"].to_numpy()
+        labels = table["label"].to_numpy()
+        if not np.isin(labels, (0, 1)).all():
+            raise self._problem(source, "label", "is not 0 or 1 everywhere")
         position = self.scenarios.positions(table["scenario_id"])
         if len(position) and position.min() < 0:
             value = table["scenario_id"][int(np.argmin(position))].as_py()
-            raise InputError(
-                f"{source}: column scenario_id: {value!r} is not listed in dataset.json"
-            )
+            raise self._problem(source, "scenario_id", f"{value!r} is not listed in dataset.json")
         keys = {"user": "user_id", "item": "item_id", "scenario": "scenario_id"}
         joined = {
             level: self.joins[level].rows(table[column], timestamps)
@@ -95,11 +101,16 @@ class RowEncoder:
             "user": self.users.lookup(table["user_id"]),
             "item": self.items.lookup(table["item_id"]),
             "scenario": self.scenario_order[position],
-            "label": table["label"].to_numpy().astype(np.float32),
+            "label": labels.astype(np.float32),
             "history": _last_columns(flat, lengths, self.history_length),
             "history_length": np.minimum(lengths, self.history_length),
             **{f"{level}_knowledge": rows for level, rows in joined.items()},
         }
+
+    def _problem(self, source: Path, column: str, text: str) -> InputError:
+        """Names the first bad row of the file, or says `text` where the file has none any more."""
+        found = find_problem(source, column, self.scenarios.keys.to_pylist())
+        return found or InputError(f"{source}: column {column!r} {text}; prepare the data again")
 
 
 def _last_columns(flat: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
@@ -114,30 +125,44 @@ def _last_columns(flat: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarr
 
 
 class EventStream:
-    """The events of some splits, as one rank's share of batches.
+    """The events of some splits, dealt to ranks as batches.
+
+    An epoch's order is cut into `streams` contiguous streams of even length. A global batch takes as
+    many rows from each stream, and a rank serves streams / ranks of them: what a global batch holds
+    does not depend on the number of ranks, so a run continued on another number of ranks trains every
+    row exactly once, and one rank sees the losses of many.
 
     Args:
         files: Parquet files of the splits.
         encoder: Maps columns to rows.
-        batch_size: Samples per rank and step.
+        global_batch_size: Samples per step over all ranks; a multiple of `streams`.
         rank: This rank.
         world_size: Number of ranks.
-        shuffle_buffer: Rows to shuffle within; 0 keeps the order of the files.
+        streams: A multiple of the number of ranks; None for one each.
+        shuffle_buffer: Rows of a stream that are shuffled together; 0 keeps the order of the files.
         seed: Of the shuffle.
+
+    Raises:
+        InputError: If batch size, streams and ranks do not divide each other.
     """
 
     def __init__(
         self,
         files: list[Path],
         encoder: RowEncoder,
-        batch_size: int,
+        global_batch_size: int,
         rank: int,
         world_size: int,
+        streams: int | None = None,
         shuffle_buffer: int = 0,
         seed: int = 0,
     ) -> None:
-        self._encoder, self._buffer, self._seed = encoder, shuffle_buffer, seed
-        self.batch_size = batch_size
+        streams = streams or world_size
+        check_shares(global_batch_size, streams, world_size)
+        self._encoder, self._seed, self._shuffle = encoder, seed, shuffle_buffer > 0
+        self.batch_size, self._piece = global_batch_size // world_size, global_batch_size // streams
+        own = streams // world_size
+        self._buffer = max(shuffle_buffer // self._piece, 1) * self._piece
         self._groups = [
             (file, group, metadata.row_group(group).num_rows)
             for file in files
@@ -145,27 +170,15 @@ class EventStream:
             for group in range(metadata.num_row_groups)
         ]
         self.total_rows = sum(rows for _, _, rows in self._groups)
-        bounds = [self.total_rows * r // world_size for r in range(world_size + 1)]
-        self.start, self.stop = bounds[rank], bounds[rank + 1]
+        bounds = [self.total_rows * stream // streams for stream in range(streams + 1)]
+        self._ranges = list(itertools.pairwise(bounds[rank * own : (rank + 1) * own + 1]))
+        self.start, self.stop = self._ranges[0][0], self._ranges[-1][1]
         largest = max(high - low for low, high in itertools.pairwise(bounds))
-        self.steps = -(-largest // batch_size)
+        self.steps = -(-largest // self._piece)
 
-    def tables(
-        self, columns: list[str], epoch: int | None = None
-    ) -> Iterator[tuple[pa.Table, Path]]:
-        """Reads this rank's rows piece by piece, row groups in the order of the epoch."""
-        order = np.arange(len(self._groups))
-        if epoch is not None and self._buffer:
-            order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        position = 0
-        for index in order:
-            file, group, rows = self._groups[index]
-            low, high = max(self.start - position, 0), min(self.stop - position, rows)
-            position += rows
-            if low < high:
-                with pq.ParquetFile(file) as parquet:
-                    table = parquet.read_row_group(group, columns=columns)
-                yield table.slice(low, high - low), file
+    def tables(self, columns: list[str]) -> Iterator[tuple[pa.Table, Path]]:
+        """Reads this rank's rows piece by piece, in the order of the files."""
+        return self._read(columns, range(len(self._groups)), self.start, self.stop)
 
     def batches(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         """Yields exactly `steps - skip` batches.
@@ -174,26 +187,53 @@ class EventStream:
             epoch: Chooses the shuffle.
             skip: Batches already trained on, when resuming inside an epoch.
         """
-        generator = np.random.default_rng([self._seed, epoch, self.start])
+        nothing = self._encode_nothing()
+        streams = [self._pieces(epoch, low, high, skip) for low, high in self._ranges]
+        for _ in range(skip, self.steps):
+            pieces = [next(stream, nothing) for stream in streams]
+            yield collate(_concatenate(pieces), self.batch_size)
+
+    def _read(
+        self, columns: list[str], order: Iterable[int], start: int, stop: int
+    ) -> Iterator[tuple[pa.Table, Path]]:
+        """Reads rows start..stop of the row groups in the given order."""
+        position = 0
+        for index in order:
+            file, group, rows = self._groups[index]
+            low, high = max(start - position, 0), min(stop - position, rows)
+            position += rows
+            if low < high:
+                try:
+                    with pq.ParquetFile(file) as parquet:
+                        table = parquet.read_row_group(group, columns=columns)
+                except (pa.ArrowException, OSError) as error:
+                    raise InputError(
+                        f"{file}: row group {group} is damaged ({error}); prepare the data again"
+                    ) from error
+                yield table.slice(low, high - low), file
+
+    def _pieces(self, epoch: int, start: int, stop: int, skip: int) -> Iterator[Rows]:
+        """Yields one stream's rows of each step but the first `skip` ones."""
+        generator = np.random.default_rng([self._seed, epoch, start])
         made = 0
-        for rows in self._chunks(epoch):
+        for rows in self._chunks(epoch, start, stop):
             count = len(rows["label"])
-            order = generator.permutation(count) if self._buffer else np.arange(count)
-            for at in range(0, count, self.batch_size):
+            order = generator.permutation(count) if self._shuffle else np.arange(count)
+            for at in range(0, count, self._piece):
                 made += 1
                 if made > skip:
-                    chosen = order[at : at + self.batch_size]
-                    yield collate({k: v[chosen] for k, v in rows.items()}, self.batch_size)
-        nothing = {k: v[:0] for k, v in self._encode_nothing().items()}
-        for _ in range(max(made, skip), self.steps):
-            yield collate(nothing, self.batch_size)
+                    chosen = order[at : at + self._piece]
+                    yield {name: values[chosen] for name, values in rows.items()}
 
-    def _chunks(self, epoch: int) -> Iterator[Rows]:
-        """Yields encoded rows in chunks that hold whole batches, but for the last one."""
-        size = max(self._buffer // self.batch_size, 1) * self.batch_size
+    def _chunks(self, epoch: int, start: int, stop: int) -> Iterator[Rows]:
+        """Yields encoded rows in chunks that fill whole pieces, but for the last one."""
+        order = np.arange(len(self._groups))
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, epoch]).permutation(order)
+        size = self._buffer
         pending: list[Rows] = []
         held = 0
-        for table, file in self.tables(COLUMNS, epoch):
+        for table, file in self._read(COLUMNS, order, start, stop):
             pending.append(self._encoder.encode(table, file))
             held += len(table)
             while held >= size:
@@ -210,6 +250,24 @@ class EventStream:
             schema = parquet.schema_arrow
         return self._encoder.encode(
             pa.table({name: pa.array([], type=schema.field(name).type) for name in COLUMNS}), file
+        )
+
+
+def check_shares(global_batch_size: int, streams: int, world_size: int) -> None:
+    """Checks that ranks, streams and the global batch divide each other.
+
+    Raises:
+        InputError: If not.
+    """
+    if streams % world_size:
+        raise InputError(
+            f"data.streams: {streams} streams cannot be served by {world_size} ranks; use a number of "
+            "ranks that divides it, or set data.streams to a multiple for a new run"
+        )
+    if global_batch_size % streams:
+        raise InputError(
+            f"train.global_batch_size: {global_batch_size} cannot be split over {streams} streams "
+            f"(data.streams); choose a multiple of {streams}"
         )
 
 

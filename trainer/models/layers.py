@@ -4,9 +4,14 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.ops import grouped_linear
+
+# The bottom input is six blocks of one width: four fields and two products of them.
+BLOCKS = 6
+USER, ITEM, SCENARIO, HISTORY = range(4)
 
 
 class MLP(nn.Sequential):
@@ -33,3 +38,139 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         """Applies to each sample the layer of its group."""
         return grouped_linear(x, self.weight, self.bias, group)
+
+
+def block_width(in_features: int) -> int:
+    """Width of one block of the bottom input.
+
+    Raises:
+        ValueError: If the input is not made of six equal blocks.
+    """
+    if in_features % BLOCKS:
+        raise ValueError(
+            f"in_features = {in_features} is not divisible by {BLOCKS}; this backbone reads the bottom input "
+            "as equal blocks: user, item, scenario, history, user*item, history*item"
+        )
+    return in_features // BLOCKS
+
+
+def block(x: Tensor, which: int) -> Tensor:
+    """One block [B, in / 6] of the bottom input [B, in]."""
+    return x.chunk(BLOCKS, dim=1)[which]
+
+
+def mix(experts: Tensor, scores: Tensor) -> Tensor:
+    """Sums of experts [B, E, o], weighted by softmax of scores [B, T, E]: [B, T, o]."""
+    return scores.softmax(dim=-1) @ experts
+
+
+class ParallelLinear(nn.Module):
+    """Several linear layers at once: [B, in], or an input for each [B, num, in], to [B, num, out]."""
+
+    def __init__(self, num: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(
+            torch.empty(num, out_features, in_features).uniform_(-bound, bound)
+        )
+        self.bias = nn.Parameter(torch.zeros(num, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies layer e to x, or to x[:, e]."""
+        if x.dim() == 2:  # one product for all layers
+            y = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
+            return y.unflatten(1, self.bias.shape)
+        # The weight is not transposed, so that its gradient has the layout that DDP's buckets expect.
+        return torch.baddbmm(self.bias[..., None], self.weight, x.permute(1, 2, 0)).permute(2, 0, 1)
+
+
+class Experts(nn.Module):
+    """Several MLPs of one shape on one input: [B, in] to [B, num, widths[-1]]."""
+
+    def __init__(self, num: int, in_features: int, widths: list[int], dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            ParallelLinear(num, i, o) for i, o in itertools.pairwise([in_features, *widths])
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies all experts to each sample; x may also be an input for each, [B, num, in]."""
+        for layer in self.layers:
+            x = self.dropout(layer(x).relu())
+        return x
+
+
+def own_groups(scenario: Tensor, num: int) -> Tensor:
+    """Numbers the `num` members that each scenario owns: int64 [B] to int64 [B * num]."""
+    members = torch.arange(num, device=scenario.device)
+    return (scenario[:, None] * num + members).flatten()
+
+
+class OwnExperts(nn.Module):
+    """Experts of each scenario: [B, in] to [B, num, widths[-1]], a sample meeting only its scenario's."""
+
+    def __init__(
+        self, num_scenarios: int, num: int, in_features: int, widths: list[int], dropout: float
+    ) -> None:
+        super().__init__()
+        self.num = num
+        self.layers = nn.ModuleList(
+            GroupedLinear(num_scenarios * num, i, o)
+            for i, o in itertools.pairwise([in_features, *widths])
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
+        """Applies expert e of scenario[b] to x[b], or to x[b, e] if x is [B, num, in]."""
+        if x.dim() == 2:
+            x = x[:, None].expand(-1, self.num, -1)
+        h, group = x.flatten(0, 1), own_groups(scenario, self.num)
+        for layer in self.layers:
+            h = self.dropout(layer(h, group).relu())
+        return h.unflatten(0, (len(scenario), self.num))
+
+
+class Towers(nn.Module):
+    """A tower of one hidden layer, half as wide as its input, per scenario and task."""
+
+    def __init__(
+        self, num_scenarios: int, num_tasks: int, in_features: int, dropout: float
+    ) -> None:
+        super().__init__()
+        width = max(in_features // 2, 1)
+        self.hidden = OwnExperts(num_scenarios, num_tasks, in_features, [width], dropout)
+        self.out = GroupedLinear(num_scenarios * num_tasks, width, 1)
+
+    def forward(self, h: Tensor, scenario: Tensor) -> Tensor:
+        """Maps [B, in], or an input for each task [B, tasks, in], to logits [B, tasks]."""
+        h = self.hidden(h, scenario)
+        tasks = h.shape[1]
+        return self.out(h.flatten(0, 1), own_groups(scenario, tasks)).view(-1, tasks)
+
+
+class ScenarioAffine(nn.Module):
+    """A scale and a shift per scenario: x * scale[s] + shift[s], beginning as the identity."""
+
+    def __init__(self, num_scenarios: int, features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_scenarios, features))
+        self.shift = nn.Parameter(torch.zeros(num_scenarios, features))
+
+    def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
+        """Maps [B, features] to [B, features]."""
+        return x * self.scale[scenario] + self.shift[scenario]
+
+
+class GateUnit(nn.Module):
+    """The gate of PEPNet: 2 sigmoid(W' relu(W z + b) + b'), [B, in] to factors in (0, 2)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(in_features, out_features), nn.ReLU(), nn.Linear(out_features, out_features)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Computes one factor per output; about 1 at the start."""
+        return 2 * self.layers(z).sigmoid()

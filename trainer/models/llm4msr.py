@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 from embeddings.tables import FrozenTables, SparseFeatures, Table
 from trainer.config import MetaConfig, ModelConfig
 from trainer.data.batch import Batch
+from trainer.models import BACKBONES
 from trainer.models.meta import (
     KnowledgeAdapter,
     KnowledgeMatch,
@@ -17,10 +18,7 @@ from trainer.models.meta import (
     UserMetaLayers,
     standardise,
 )
-from trainer.models.shared_bottom import SharedBottom
-from trainer.models.star import Star
 
-BACKBONES: dict[str, type[nn.Module]] = {"shared_bottom": SharedBottom, "star": Star}
 NUM_TASKS = 1
 
 
@@ -164,30 +162,24 @@ class DenseModel(nn.Module):
 class LLM4MSR(nn.Module):
     """Tables and dense model; what DistributedModelParallel wraps.
 
-    Without `config.meta.enabled` this is the plain backbone.
+    Without `config.meta.enabled` this is the plain backbone. `tables` lists all tables.
     """
 
     def __init__(self, config: ModelConfig, shapes: Shapes, dim: int, init_std: float) -> None:
         super().__init__()
-        self.sparse = SparseFeatures(
-            pooled=[Table("user", shapes.user_rows, dim, ("user",))],
-            sequences=[Table("item", shapes.item_rows, dim, ("item", "history"))],
-            init_std=init_std,
-        )
-        frozen = {"user": shapes.user_vectors, "item": shapes.item_vectors}
-        tables = [
-            Table(f"{level}_knowledge", *shape, (level,))
-            for level, shape in frozen.items()
+        ids = [
+            Table("user", shapes.user_rows, dim, ("user",)),
+            Table("item", shapes.item_rows, dim, ("item", "history")),
+        ]
+        frozen = [
+            Table(f"{level}_knowledge", *shape, (level,), bytes_per_value=2)
+            for level, shape in (("user", shapes.user_vectors), ("item", shapes.item_vectors))
             if shape
         ]
-        self.knowledge = FrozenTables(tables) if tables else None
+        self.tables = [*ids, *frozen]
+        self.sparse = SparseFeatures(pooled=ids[:1], sequences=ids[1:], init_std=init_std)
+        self.knowledge = FrozenTables(frozen) if frozen else None
         self.dense = DenseModel(config, shapes, dim)
-
-    def table_names(self) -> list[str]:
-        """Names of all tables, trainable and frozen."""
-        return ["user", "item"] + (
-            [t.name for t in self.knowledge.tables] if self.knowledge else []
-        )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
         """Joins ids and knowledge by key, then predicts."""

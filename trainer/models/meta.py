@@ -90,7 +90,8 @@ class MetaLayer(nn.Module):
         """Maps h [B, in] to [B, out] by the layer that z [B, rank] (or z[group]) generates."""
         if group is None:
             # "grouped" speaks of shared vectors; without a group every sample has its own.
-            return meta_linear(h, z, self.weight, self.bias, strategy="reference")
+            strategy = "auto" if self.strategy == "grouped" else self.strategy
+            return meta_linear(h, z, self.weight, self.bias, strategy=strategy)
         return meta_linear(h, z, self.weight, self.bias, group=group, strategy=self.strategy)
 
 

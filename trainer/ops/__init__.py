@@ -1,5 +1,16 @@
-"""Operators that can be used alone: `from trainer.ops import meta_linear`."""
+"""Operators that can be used alone: `from trainer.ops import meta_linear`. See docs/kernels.md."""
 
-from trainer.ops.meta_linear import grouped_linear, meta_linear
+from trainer.ops.cheap import meta_core, meta_gate
+from trainer.ops.grouped import group_by_key, grouped_linear, sort_groups
+from trainer.ops.meta_linear import choose_strategy, explain_strategy, meta_linear
 
-__all__ = ["grouped_linear", "meta_linear"]
+__all__ = [
+    "choose_strategy",
+    "explain_strategy",
+    "group_by_key",
+    "grouped_linear",
+    "meta_core",
+    "meta_gate",
+    "meta_linear",
+    "sort_groups",
+]

@@ -6,101 +6,117 @@
 likewise. This equals act(W_b h_b + b_b) with W_b = A_r + sum_j g_bj A_j: the linear meta network of
 LLM4MSR, without ever storing W_b [B, o, i] or the product of g and h [B, r, i].
 
-Two strategies compute the same numbers:
-- reference: a loop over the r+1 slices, scaled after the product. Any device, any batch.
+Three strategies compute the same numbers:
+- fused: Triton kernels for CUDA. 2 B (r+1) i o multiplications forward, twice that backward.
 - grouped: samples that share a knowledge vector (all impressions of one scenario) share one generated
-  weight, so it is built once per distinct vector: r times fewer products when few are distinct.
+  weight, built once per distinct vector: r times fewer products when few are distinct.
+- reference: the fused algorithm as a loop of library products. Any device.
 """
+
+import importlib.util
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Grouped wins when a group holds at least this many rows on average: building W costs r products of a
-# row each, paid once per group instead of once per row.
-MIN_ROWS_PER_GROUP = 8
+from trainer.ops.activation import activation_name
+from trainer.ops.grouped import can_group_on_device, grouped_linear
+from trainer.ops.reference import meta_linear_fused, meta_linear_reference
+
+STRATEGIES = ("auto", "fused", "grouped", "reference")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@torch.library.custom_op("llm4msr::meta_linear", mutates_args=())
-def _meta_linear(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = torch.addmm(bias[-1], h, weight[-1].t())
-    y.addmm_(g, bias[:-1])
-    for j in range(g.shape[1]):
-        y.addcmul_(g[:, j : j + 1], h @ weight[j].t())
-    return y
+def min_rows_per_group(device: str, rank: int, in_features: int, out_features: int) -> float:
+    """Rows per knowledge row from which grouped is faster than going through all slices.
+
+    On a CPU as measured (docs/kernels.md): generating a weight costs about as much as six rows, and
+    a group's calls of the library as much as 300,000 multiplications. On CUDA from arithmetic alone
+    (peak rates of an H200, nobody has measured it): a group's weights have to be generated, written
+    and read, and each group is padded to a tile of 64 rows.
+    """
+    if device == "cuda":
+        return 1 + 311 / max(rank, 1)
+    return 6 + 3e5 / ((rank + 1) * max(in_features * out_features, 1))
 
 
-@_meta_linear.register_fake
-def _(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return h.new_empty(h.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("llm4msr::meta_linear_backward", mutates_args=())
-def _meta_linear_backward(
-    dy: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # V_j = dy A_j serves both dh (scaled by g_j) and dg_j (its inner product with h): two products per
-    # slice in all, nothing saved from the forward pass but its inputs.
-    dh = dy @ weight[-1]
-    dg = dy @ bias[:-1].t()
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    dweight[-1] = dy.t() @ h
-    dbias[-1] = dy.sum(0)
-    dbias[:-1] = g.t() @ dy
-    for j in range(g.shape[1]):
-        gate = g[:, j : j + 1]
-        v = dy @ weight[j]
-        dh.addcmul_(gate, v)
-        dg[:, j] += (v * h).sum(1)
-        dweight[j] = (gate * dy).t() @ h
-    return dh, dg, dweight, dbias
-
-
-@_meta_linear_backward.register_fake
-def _(
-    dy: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        h.new_empty(h.shape),
-        g.new_empty(g.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    )
-
-
-def _save_inputs(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, ...]:
-    return _meta_linear_backward(dy.contiguous(), *ctx.saved_tensors)  # type: ignore[attr-defined]
-
-
-_meta_linear.register_autograd(_backward, setup_context=_save_inputs)
-# Without a cast rule a mixed-dtype call fails inside the op, or returns a dtype that the fake denies.
-for _device in ("cpu", "cuda"):
-    _meta_linear.register_autocast(_device, torch.bfloat16)
-
-
-def grouped_linear(h: Tensor, weight: Tensor, bias: Tensor, group: Tensor) -> Tensor:
-    """A linear layer per group of samples: y_b = weight[group_b] h_b + bias[group_b].
+def choose_strategy(
+    rows: int,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    *,
+    groups: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[str, str]:
+    """What `strategy="auto"` takes, and why.
 
     Args:
-        h: Inputs [B, i].
-        weight: One matrix per group [S, o, i].
-        bias: One bias per group [S, o].
-        group: Group of each sample, int64 [B], values in [0, S).
+        rows: Samples B.
+        rank: Width r of the knowledge vectors.
+        in_features: Width i.
+        out_features: Width o.
+        groups: Distinct knowledge rows S, or None if every sample brings its own.
+        device: "cpu" or "cuda".
+        dtype: Of the products (under autocast, the type it casts to).
 
     Returns:
-        Outputs [B, o]. Samples of one group never reach the weights of another, forward or backward.
+        "fused", "grouped" or "reference", and the reason in words.
     """
-    order = torch.argsort(group, stable=True)
-    counts = torch.bincount(group, minlength=weight.shape[0])
-    pieces = h[order].split(counts.tolist())
-    parts = [F.linear(piece, weight[s], bias[s]) for s, piece in enumerate(pieces)]
-    return torch.cat(parts)[torch.argsort(order)]
+    fused = device == "cuda" and _HAS_TRITON and dtype in _FUSED_DTYPES
+    needed = min_rows_per_group(device, rank, in_features, out_features)
+    if groups is not None and rows >= needed * groups:
+        if device != "cuda" or can_group_on_device(dtype, in_features, out_features):
+            return "grouped", f"at least {math.ceil(needed)} rows per knowledge row"
+        if not fused:
+            return (
+                "grouped",
+                "many rows per knowledge row; sizes of groups are read from the device",
+            )
+        return "fused", "no grouped product on this device for this type or these widths"
+    why = "every row has its own knowledge" if groups is None else "too few rows per knowledge row"
+    if fused:
+        return "fused", f"{why}; Triton kernels"
+    if device == "cuda" and not _HAS_TRITON:
+        return "reference", f"{why}; triton is not installed"
+    return "reference", f"{why}; no kernel for {device} {str(dtype).removeprefix('torch.')}"
+
+
+def explain_strategy(
+    rows: int,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    *,
+    groups: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    strategy: str = "auto",
+) -> str:
+    """One line to print at start-up: the layer, the strategy taken, and why.
+
+    Args:
+        rows: Samples B.
+        rank: Width r of the knowledge vectors.
+        in_features: Width i.
+        out_features: Width o.
+        groups: Distinct knowledge rows S, or None if every sample brings its own.
+        device: "cpu" or "cuda".
+        dtype: Of the products.
+        strategy: What was configured; other than "auto" it is taken as it is.
+    """
+    chosen, why = strategy, "configured"
+    if strategy == "auto":
+        chosen, why = choose_strategy(
+            rows, rank, in_features, out_features, groups=groups, device=device, dtype=dtype
+        )
+    shared = "" if groups is None else f", {groups:,} knowledge rows"
+    name = str(dtype).removeprefix("torch.")
+    layer = f"{in_features} to {out_features}, rank {rank}, {rows:,} rows{shared}, {device} {name}"
+    return f"meta layer {layer}: {chosen} ({why})"
 
 
 def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | None) -> None:
@@ -115,11 +131,13 @@ def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | N
         raise ValueError(f"meta_linear: bias {tuple(bias.shape)} must be {tuple(weight.shape[:2])}")
 
 
-def choose_strategy(rows: int, groups: int | None) -> str:
-    """Chooses by shape: grouped when knowledge rows are known to be shared by enough samples."""
-    if groups is not None and rows >= MIN_ROWS_PER_GROUP * groups:
-        return "grouped"
-    return "reference"
+def _grouped(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor, activation: str
+) -> Tensor:
+    """Generates one weight per knowledge row, as one product, and applies it to the row's samples."""
+    gates = torch.cat([g, g.new_ones(g.shape[0], 1)], dim=1)
+    generated = (gates @ weight.flatten(1)).view(-1, *weight.shape[1:])
+    return grouped_linear(h, generated, gates @ bias, group, activation)
 
 
 def meta_linear(
@@ -129,36 +147,57 @@ def meta_linear(
     bias: Tensor,
     *,
     group: Tensor | None = None,
+    activation: str | None = None,
     strategy: str = "auto",
 ) -> Tensor:
-    """Applies a generated linear layer to each sample (see the module's equation, without activation).
+    """Applies a generated linear layer to each sample (see the module's equation).
+
+    Samples never reach each other's outputs. Saved for the backward pass: the inputs, and the output
+    if there is an activation. Gradients are deterministic: the same bits on every run.
 
     Args:
         h: Layer inputs [B, i].
         g: Knowledge vectors [B, r]; with `group`, the distinct ones [S, r].
         weight: Generator slices and the shared layer [r+1, o, i].
         bias: Their biases [r+1, o].
-        group: Which row of `g` belongs to each sample, int64 [B].
-        strategy: "auto", "reference" or "grouped" (which needs `group`).
+        group: Which row of `g` belongs to each sample, int64 [B], values in [0, S)
+            (`trainer.ops.group_by_key` finds it where only keys are known).
+        activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh".
+        strategy: "auto", "fused" (CUDA), "reference", or "grouped" (which needs `group`).
 
     Returns:
         Outputs [B, o]. With g = 0 they are those of the shared layer alone.
 
     Raises:
-        ValueError: If shapes do not fit, or the strategy is unknown or impossible.
+        ValueError: If shapes do not fit, or the strategy or activation is unknown or impossible.
     """
     _check(h, g, weight, bias, group)
+    name = activation_name(activation)
     if strategy == "auto":
-        strategy = choose_strategy(h.shape[0], None if group is None else g.shape[0])
+        device = h.device.type
+        cast = torch.is_autocast_enabled(device)
+        strategy, _ = choose_strategy(
+            h.shape[0],
+            g.shape[1],
+            h.shape[1],
+            bias.shape[1],
+            groups=None if group is None else g.shape[0],
+            device=device,
+            dtype=torch.bfloat16 if cast else h.dtype,
+        )
     if strategy == "grouped":
         if group is None:
             raise ValueError(
                 "meta_linear: strategy grouped needs group, the row of g for each sample"
             )
-        generated = weight[-1] + torch.tensordot(g, weight[:-1], dims=1)
-        return grouped_linear(h, generated, bias[-1] + g @ bias[:-1], group)
-    if strategy != "reference":
+        return _grouped(h, g, weight, bias, group, name)
+    if strategy not in STRATEGIES:
         raise ValueError(
-            f"meta_linear: unknown strategy {strategy!r}; use auto, reference or grouped"
+            f"meta_linear: unknown strategy {strategy!r}; use one of {', '.join(STRATEGIES)}"
         )
-    return _meta_linear(h, g if group is None else g[group], weight, bias)
+    if strategy == "fused" and not _HAS_TRITON:
+        raise ValueError("meta_linear: strategy fused needs the package triton")
+    op = meta_linear_fused if strategy == "fused" else meta_linear_reference
+    # Indexing's gradient adds up in whatever order threads arrive; an embedding's does not.
+    per_sample = g if group is None else F.embedding(group, g)
+    return op(h, per_sample, weight, bias, name)

@@ -1,0 +1,153 @@
+"""The op in plain PyTorch: a loop over the r+1 slices, scaled after the product. Any device.
+
+It registers two pairs of operators, forward and backward, that compute the same numbers:
+`llm4msr::meta_linear` by this loop, and `llm4msr::meta_linear_fused` by the Triton kernels. They are
+opaque to the compiler (`custom_op`, not `triton_op`: that one is traced into its launch, so that it
+cannot be compiled on a machine without a GPU). What is saved for the backward pass: the inputs, and the
+output where there is an activation.
+"""
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+from trainer.ops.activation import activate_, activation_gradient
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def reference_forward(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Tensor:
+    """Outputs [B, o] of `trainer.ops.meta_linear`, summed in float32 at least."""
+    wide = _accumulator(h.dtype)
+    y = torch.addmm(bias[-1].to(wide), g.to(wide), bias[:-1].to(wide))
+    y += h @ weight[-1].t()
+    u = h.new_empty(h.shape[0], weight.shape[1])
+    for j in range(g.shape[1]):
+        torch.mm(h, weight[j].t(), out=u)
+        y.addcmul_(g[:, j : j + 1], u)
+    return activate_(y, activation).to(h.dtype)
+
+
+def reference_backward(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Gradients:
+    """Gradients of the inputs, from dz [B, o]: the gradient before the activation.
+
+    V_j = dz A_j serves both dh (scaled by g_j) and dg_j (its inner product with h): two products per
+    slice in all, as many as if the forward pass had stored something.
+    """
+    wide = _accumulator(h.dtype)
+    dh = (dz @ weight[-1]).to(wide)
+    dg = (dz @ bias[:-1].t()).to(wide)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    torch.mm(dz.t(), h, out=dweight[-1])
+    dbias[-1] = dz.sum(0)
+    dbias[:-1] = g.t() @ dz
+    v, scaled = torch.empty_like(h), torch.empty_like(dz)
+    for j in range(g.shape[1]):
+        gate = g[:, j : j + 1]
+        torch.mm(dz, weight[j], out=v)
+        dh.addcmul_(gate, v)
+        dg[:, j] += v.mul_(h).sum(1, dtype=wide)
+        torch.mul(gate, dz, out=scaled)
+        torch.mm(scaled.t(), h, out=dweight[j])
+    return dh.to(h.dtype), dg.to(g.dtype), dweight, dbias
+
+
+@torch.library.custom_op("llm4msr::meta_linear", mutates_args=())
+def meta_linear_reference(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Tensor:
+    """The loop, on any device."""
+    return reference_forward(h, g, weight, bias, activation)
+
+
+@torch.library.custom_op("llm4msr::meta_linear_backward", mutates_args=())
+def _reference_backward(
+    dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Gradients:
+    dz = activation_gradient(dy, y, activation)
+    return reference_backward(dz.contiguous(), h.contiguous(), g, weight, bias)
+
+
+@torch.library.custom_op("llm4msr::meta_linear_fused", mutates_args=(), device_types="cuda")
+def meta_linear_fused(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Tensor:
+    """The Triton kernel: CUDA, or any device under Triton's interpreter."""
+    from trainer.ops.triton_meta import fused_forward
+
+    return fused_forward(h, g, weight, bias, activation)
+
+
+@torch.library.custom_op(
+    "llm4msr::meta_linear_fused_backward", mutates_args=(), device_types="cuda"
+)
+def _fused_backward(
+    dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Gradients:
+    from trainer.ops.triton_meta import fused_backward
+
+    return fused_backward(activation_gradient(dy, y, activation), h, g, weight, bias)
+
+
+@meta_linear_fused.register_kernel("cpu")
+def _(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    from trainer.ops.triton_meta import INTERPRETING, fused_forward
+
+    if not INTERPRETING:
+        raise ValueError("meta_linear: strategy fused needs CUDA tensors; on a CPU use reference")
+    return fused_forward(h, g, weight, bias, activation)
+
+
+@_fused_backward.register_kernel("cpu")
+def _(
+    dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Gradients:
+    from trainer.ops.triton_meta import fused_backward
+
+    return fused_backward(activation_gradient(dy, y, activation), h, g, weight, bias)
+
+
+def _fake_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    return h.new_empty(h.shape[0], weight.shape[1])
+
+
+def _fake_backward(
+    dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Gradients:
+    return (
+        h.new_empty(h.shape),
+        g.new_empty(g.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+    )
+
+
+def _register(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Gives a pair of operators its shapes, gradient and autocast rule."""
+    forward.register_fake(_fake_forward)
+    backward.register_fake(_fake_backward)
+
+    def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        *tensors, ctx.activation = inputs
+        # Without an activation the gradient has no use for the output; an input stands in for it.
+        y = tensors[0] if ctx.activation == "none" else output
+        ctx.save_for_backward(y, *tensors)
+
+    def gradient(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+        y, *tensors = ctx.saved_tensors
+        return *backward(dy.contiguous(), y, *tensors, ctx.activation), None
+
+    forward.register_autograd(gradient, setup_context=save)
+    # Without a cast rule a mixed-dtype call fails inside the op, or returns a dtype that the fake denies.
+    for device in ("cpu", "cuda"):
+        forward.register_autocast(device, torch.bfloat16)
+
+
+_register(meta_linear_reference, _reference_backward)
+_register(meta_linear_fused, _fused_backward)
