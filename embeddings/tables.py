@@ -122,7 +122,9 @@ def _zeros(weight: Tensor) -> Tensor:
 
 
 def load_frozen_rows(
-    collection: nn.Module, readers: Mapping[str, Callable[[int, int], np.ndarray]], chunk: int = 65_536
+    collection: nn.Module,
+    readers: Mapping[str, Callable[[int, int], np.ndarray]],
+    chunk: int = 65_536,
 ) -> None:
     """Fills the local shards of sharded frozen tables; each rank reads only the rows that it owns.
 
