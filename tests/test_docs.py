@@ -167,7 +167,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 def test_readme_lists_the_commands_that_exist() -> None:
     listed = re.findall(
-        r"^\| `([a-z][a-z ]*?)(?: [A-Z<\[-].*?)?` \|", README.read_text(), re.MULTILINE
+        r"^\| `([a-z][a-z -]*?)(?: [A-Z<\[-].*?)?` \|", README.read_text(), re.MULTILINE
     )
     wanted: set[str] = set()
     for name, parser in subcommands(_parser()).items():

@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.meta_layer import forms
+from llm_knowledge.errors import InputError
 from trainer.ops import (
     choose_strategy,
     explain_strategy,
@@ -26,6 +28,7 @@ from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.grouped import device_backward, device_forward, split_backward, split_forward
 from trainer.ops.meta_linear import min_rows_per_group
 from trainer.ops.reference import reference_backward, reference_forward
+from trainer.profile_meta_layer import profile_meta_layer, text_of
 
 
 def oracle(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -235,7 +238,7 @@ def test_choice_can_be_asked() -> None:
     assert line.startswith(
         "meta layer 128 to 64, rank 32, 4,096 rows, 3 knowledge rows, cpu float32"
     )
-    assert "grouped (at least 7 rows per knowledge row)" in line
+    assert "grouped (at least 8 rows per knowledge row)" in line
     assert explain_strategy(9, 1, 1, 1, strategy="reference").endswith("reference (configured)")
 
 
@@ -354,3 +357,32 @@ def test_gate_refuses_what_does_not_fit() -> None:
     h, g, weight = torch.zeros(2, 5), torch.zeros(2, 3), torch.zeros(6, 5)
     with pytest.raises(ValueError, match="meta_gate"):
         meta_gate(h, g, weight, torch.zeros(3, 6), torch.zeros(4, 6))
+
+
+def test_every_form_in_the_benchmark_computes_the_same_numbers() -> None:
+    inputs = [t.detach().float().requires_grad_() for t in tensors(1001, 3, 8, 6)]
+    found = forms(inputs)
+    expected = oracle(*inputs)
+    for name, (call, _, counted, _) in found.items():
+        if counted == "reference":  # the grouped ones have other knowledge
+            torch.testing.assert_close(call(), expected, msg=name)
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("distinct", [None, 2])
+def test_profile_names_the_strategy_and_its_share_of_the_peak(distinct: int | None) -> None:
+    report = profile_meta_layer(256, 4, 64, 64, distinct, rounds=2)
+    assert report["strategy"] == ("reference" if distinct is None else "grouped")
+    for kind in ("forward", "step"):
+        assert 0 < report[kind]["low"] <= report[kind]["median"] <= report[kind]["high"]
+        assert 0 < report[kind]["fraction_of_peak"] < 1.5
+    assert report["explanation"] in text_of(report)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"dtype": "int8"}, {"strategy": "fused"}, {"strategy": "grouped"}]
+)
+def test_profile_refuses_what_it_cannot_run(wrong: dict) -> None:
+    sizes = {"batch": 8, "rank": 2, "in_features": 4, "out_features": 4}
+    with pytest.raises(InputError, match="profile meta-layer"):
+        profile_meta_layer(**sizes | wrong)

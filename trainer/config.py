@@ -175,7 +175,7 @@ class MetaConfig(Section):
     match_width: int = Field(
         default=16, ge=1, description="Width of the projections that are matched."
     )
-    strategy: Literal["auto", "reference", "grouped"] = Field(
+    strategy: Literal["auto", "fused", "grouped", "reference"] = Field(
         default="auto", description="Implementation of the meta-layer op."
     )
 

@@ -217,7 +217,14 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     )
     if runtime.is_main:
         tables = describe_plan(plan, model.tables, runtime.world_size)
-        (folder / "plan.txt").write_text(format_plan(tables) + "\n")
+        lines = [format_plan(tables)]
+        if model.dense.meta is not None:
+            lines += [
+                "",
+                "meta layers",
+                *model.dense.meta.strategies(batch_size, runtime.device.type),
+            ]
+        (folder / "plan.txt").write_text("\n".join(lines) + "\n")
         (folder / "plan.json").write_text(json.dumps([asdict(table) for table in tables], indent=1))
     torch.manual_seed(
         train.seed * 4_096 + runtime.rank

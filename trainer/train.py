@@ -38,6 +38,8 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         inputs = together(lambda: open_inputs(config, runtime))
         folder = together(lambda: prepare_folder(config, runtime, resume))
         run = build(config, runtime, folder, inputs)
+        if runtime.is_main:
+            print((folder / "plan.txt").read_text(), file=sys.stderr)
         state = fit(run)
         best = folder / "checkpoints" / f"step-{state.best_step:08d}"
         load_checkpoint(best, run.model, run.optimizer, run.fingerprints)

@@ -14,10 +14,12 @@ from trainer.models import BACKBONES
 from trainer.models.meta import (
     KnowledgeAdapter,
     KnowledgeMatch,
+    MetaLayer,
     ScenarioMetaLayers,
     UserMetaLayers,
     standardise,
 )
+from trainer.ops import explain_strategy
 
 NUM_TASKS = 1
 
@@ -90,6 +92,27 @@ class MetaNetworks(nn.Module):
             nn.init.zeros_(self.item_input.weight)
         if config.item_knowledge == "match":
             self.match = KnowledgeMatch(user_dim, item_dim, config.match_width, NUM_TASKS)
+
+    def strategies(self, rows: int, device: str) -> list[str]:
+        """One line per meta layer: which implementation a batch of `rows` will take, and why."""
+        layers: list[tuple[nn.Module, int | None]] = []
+        if self.user_layers is not None:
+            layers += [(layer, None) for layer in self.user_layers.layers]
+        if self.scenario_layers is not None:
+            keys = len(self.scenario_vectors) + 1
+            layers += [(layer, keys) for layer in self.scenario_layers.layers]
+        found = []
+        for layer, groups in layers:
+            assert isinstance(layer, MetaLayer)
+            slices, o, i = layer.weight.shape
+            # "grouped" speaks of shared vectors; where every sample has its own it means auto.
+            strategy = "auto" if groups is None and layer.strategy == "grouped" else layer.strategy
+            found.append(
+                explain_strategy(
+                    rows, slices - 1, i, o, groups=groups, device=device, strategy=strategy
+                )
+            )
+        return found
 
     def scenario_logits(self, h: Tensor, rows: Tensor) -> Tensor:
         """Parallel branch: bottom input [B, width], store rows [B] (-1 = none) to logits [B, tasks]."""

@@ -1,0 +1,222 @@
+"""The Triton kernels against the materialised oracle, under Triton's interpreter: no GPU is needed.
+
+The interpreter has to be switched on before triton is imported, hence a process of its own:
+`TRITON_INTERPRET=1 python -m tests.test_triton_meta` prints what the tests look at.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.ops import meta_linear
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+ROOT = Path(__file__).parent.parent
+# Rows, rank, in, out, activation. Ragged in every dimension; each line takes another branch or tile.
+CASES: dict[str, tuple[int, int, int, int, str]] = {
+    "small": (37, 5, 24, 20, "relu"),
+    "one_of_everything": (1, 1, 1, 1, "none"),
+    "second_tile_of_columns": (70, 16, 60, 100, "leaky_relu"),
+    "rank_beyond_a_block": (33, 40, 16, 33, "tanh"),
+    "depth_of_128": (65, 3, 128, 96, "sigmoid"),
+    "depth_loop": (40, 4, 200, 136, "leaky_relu"),
+    "several_shares": (1100, 2, 20, 12, "relu"),
+}
+# Relative Frobenius error. float32: rounding of sums of up to 1100 terms, 2^-24 each. bfloat16: the
+# interpreter cuts the result off after 8 bits, 2^-8 on average, and g dz, whose products dW sums, too.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3}
+# Derivatives as functions of the output. They are taken at the kernel's own rounded y, as the op does:
+# 1 - y^2 of a y near 1 in bfloat16 has few bits left, for PyTorch's own tanh just the same.
+SLOPES = {
+    "none": torch.ones_like,
+    "relu": lambda y: (y > 0).double(),
+    "leaky_relu": lambda y: torch.where(y > 0, 1.0, 0.01).double(),
+    "sigmoid": lambda y: y * (1 - y),
+    "tanh": lambda y: 1 - y**2,
+}
+NAMES = ("y", "dh", "dg", "dweight", "dbias")
+
+
+def inputs_of(case: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    rows, rank, i, o, _ = CASES[case]
+    torch.manual_seed(rows + i)
+    shapes = [(rows, i), (rows, rank), (rank + 1, o, i), (rank + 1, o), (rows, o)]
+    scales = [1.0, 1.0, (i * rank) ** -0.5, 1.0, 1.0]
+    return [
+        (torch.randn(*shape) * scale).to(device, dtype)
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def run(call: Any, tensors: list[Tensor], dy: Tensor) -> list[Tensor]:
+    leaves = [one.detach().clone().requires_grad_() for one in tensors]
+    y = call(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def oracle(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    generated = weight[-1] + torch.einsum("br,roi->boi", g, weight[:-1])
+    return torch.einsum("boi,bi->bo", generated, h) + bias[-1] + g @ bias[:-1]
+
+
+def errors_of(case: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
+    """Relative error of y and of every gradient; the oracle computes in float64."""
+    activation = CASES[case][-1]
+    *tensors, dy = inputs_of(case, dtype, device)
+    ours = run(lambda *a: meta_linear(*a, activation=activation, strategy="fused"), tensors, dy)
+    again = run(lambda *a: meta_linear(*a, activation=activation, strategy="fused"), tensors, dy)
+    assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+    assert all(one.dtype == dtype and one.is_contiguous() for one in ours)
+    function = (lambda z: z) if activation == "none" else getattr(torch.nn.functional, activation)
+    leaves = [one.double().requires_grad_() for one in tensors]
+    z = oracle(*leaves)
+    slope = SLOPES[activation](ours[0].double())
+    theirs = [function(z).detach(), *torch.autograd.grad(z, leaves, dy.double() * slope)]
+    return {
+        name: ((one.double() - other).norm() / other.norm().clamp(min=1e-30)).item()
+        for name, one, other in zip(NAMES, ours, theirs, strict=True)
+    }
+
+
+def facts_of_the_rest() -> dict[str, Any]:
+    """Empty batches, strides, offsets, autocast, what is allocated: everything but numbers."""
+    from tests.test_meta_linear import LargestTensor
+    from trainer.ops.triton_meta import fused_backward, fused_forward
+
+    h, g, weight, bias, dy = inputs_of("small", torch.float32)
+    empty = run(
+        lambda *a: meta_linear(*a, strategy="fused", activation="relu"),
+        [h[:0], g[:0], weight, bias],
+        dy[:0],
+    )
+    expected = run(oracle, [h, g, weight, bias], dy)
+    twisted = [one.transpose(0, 1).contiguous().transpose(0, 1) for one in (h, g, weight, bias)]
+    strided = run(lambda *a: meta_linear(*a, strategy="fused"), twisted, dy.t().contiguous().t())
+    shifted = [torch.cat([one.flatten()[:1], one.flatten()])[1:].view_as(one) for one in twisted]
+    offset = run(lambda *a: meta_linear(*a, strategy="fused"), shifted, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = meta_linear(h, g, weight, bias, strategy="fused").dtype
+    group = torch.arange(len(h)) % 3
+    shared = meta_linear(h, g[:3], weight, bias, group=group, strategy="fused")
+    wide_h, wide_g = torch.randn(300, 32), torch.randn(300, 8)
+    wide_weight, wide_bias = torch.randn(9, 32, 32), torch.randn(9, 32)
+    with LargestTensor() as largest:
+        y = fused_forward(wide_h, wide_g, wide_weight, wide_bias, "none")
+        fused_backward(torch.ones_like(y), wide_h, wide_g, wide_weight, wide_bias)
+    compiled = torch.compile(
+        lambda *a: meta_linear(*a, strategy="fused"), fullgraph=True, backend="aot_eager"
+    )
+    return {
+        "empty": [[list(one.shape) for one in empty], [one.abs().sum().item() for one in empty]],
+        "strided": [
+            torch.allclose(a, b, atol=1e-4) for a, b in zip(strided, expected, strict=True)
+        ],
+        "offset": [torch.allclose(a, b, atol=1e-4) for a, b in zip(offset, expected, strict=True)],
+        "autocast": str(cast),
+        "shared": torch.allclose(shared, oracle(h, g[:3][group], weight, bias), atol=1e-4),
+        "largest": largest.bytes,
+        "compiled": torch.equal(
+            compiled(h, g, weight, bias), meta_linear(h, g, weight, bias, strategy="fused")
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_triton_meta"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_oracle(interpreted: dict[str, Any], case: str, dtype: str) -> None:
+    errors = interpreted["errors"][f"{case} {dtype}"]
+    assert set(errors) == set(NAMES)
+    assert max(errors.values()) < TOLERANCE[dtype], errors
+
+
+@pytest.mark.slow
+def test_empty_batch(interpreted: dict[str, Any]) -> None:
+    shapes, sums = interpreted["rest"]["empty"]
+    assert shapes == [[0, 20], [0, 24], [0, 5], [6, 20, 24], [6, 20]]
+    assert sums == [0] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["strided", "offset"])
+def test_any_layout_in_memory(interpreted: dict[str, Any], how: str) -> None:
+    assert interpreted["rest"][how] == [True] * 5
+
+
+@pytest.mark.slow
+def test_autocast_shared_knowledge_and_compile(interpreted: dict[str, Any]) -> None:
+    rest = interpreted["rest"]
+    assert rest["autocast"] == "torch.bfloat16"
+    assert rest["shared"]
+    assert rest["compiled"]
+
+
+@pytest.mark.slow
+def test_neither_generated_weights_nor_the_outer_product_are_stored(
+    interpreted: dict[str, Any],
+) -> None:
+    # B=300, r=8, i=o=32: [B, i] is the largest; [B, r, i] would be 8 and [B, o, i] 32 times larger.
+    assert interpreted["rest"]["largest"] == 4 * 300 * 32
+
+
+def test_without_the_interpreter_a_cpu_is_refused() -> None:
+    *tensors, _ = inputs_of("small", torch.float32)
+    with pytest.raises(ValueError, match="needs CUDA tensors"):
+        meta_linear(*tensors, strategy="fused")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_oracle_on_cuda(case: str, dtype: torch.dtype) -> None:
+    # Three TF32 products stand for one float32 product: a few bits less than the interpreter has.
+    limit = 5e-6 if dtype == torch.float32 else TOLERANCE["bfloat16"]
+    errors = errors_of(case, dtype, "cuda")
+    assert max(errors.values()) < limit, errors
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_forward_and_backward_can_be_captured_in_a_graph() -> None:
+    *tensors, dy = inputs_of("second_tile_of_columns", torch.bfloat16, "cuda")
+    call = lambda *a: meta_linear(*a, strategy="fused", activation="relu")  # noqa: E731
+    expected = run(call, tensors, dy)  # compiles, too
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(call, tensors, dy)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
+
+
+if __name__ == "__main__":
+    found = {
+        f"{case} {name}": errors_of(case, getattr(torch, name))
+        for case in CASES
+        for name in TOLERANCE
+    }
+    print(json.dumps({"errors": found, "rest": facts_of_the_rest()}))
