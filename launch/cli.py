@@ -128,6 +128,18 @@ def _shuffle(options: argparse.Namespace, words: list[str]) -> int | None:
     return None
 
 
+def _compress(options: argparse.Namespace, words: list[str]) -> int | None:
+    from llm_knowledge.compress import main as compress_main
+
+    return compress_main(options)
+
+
+def _refresh(options: argparse.Namespace, words: list[str]) -> int | None:
+    from llm_knowledge.refresh import main as refresh_main
+
+    return refresh_main(options)
+
+
 def _train(options: argparse.Namespace, words: list[str]) -> int | None:
     from trainer.config import load_config
 
@@ -323,6 +335,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("store", type=Path, help="store directory")
     p.add_argument("--out", type=Path, required=True, help="directory to create")
     p.add_argument("--seed", type=int, default=0, help="of the permutation (default: 0)")
+
+    from llm_knowledge.options import add_compress_arguments, add_refresh_arguments
+
+    p = command(
+        stages, "compress", _compress,
+        "Writes a smaller store: fewer dimensions, fewer bits; says what was lost.",
+        "knowledge compress knowledge/user --out knowledge/user-64 --dim 64 --dtype int8",
+    )  # fmt: skip
+    add_compress_arguments(p)
+    p = command(
+        stages, "refresh", _refresh,
+        "Writes the store's successor: only changed prompts are read again; forgets on request.",
+        "knowledge refresh knowledge/user --data data/today --out knowledge/user-today --remove 1001",
+    )  # fmt: skip
+    add_refresh_arguments(p)
 
     p = command(
         commands, "train", _train, "Trains one run; several configurations run one after the other.",

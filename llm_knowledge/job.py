@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from llm_knowledge.encoder import BLOCK_TEXTS
 from llm_knowledge.errors import InputError
 from llm_knowledge.manifest import (
     JOB_KEY,
@@ -22,6 +23,7 @@ from llm_knowledge.manifest import (
     Manifest,
     ModelInfo,
     Part,
+    ProfileInfo,
     TemplateInfo,
     file_checksum,
     fingerprint_of,
@@ -35,6 +37,8 @@ from llm_knowledge.workers import Workers, directory_lock, wait_until
 from llm_knowledge.writer import write_manifest, write_part
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llm_knowledge.encoder import Encoder
     from llm_knowledge.extract import ExtractConfig
 
@@ -103,7 +107,7 @@ class Job:
             complete=False,
             model=ModelInfo(name=encoder.name, revision=encoder.revision,
                             weights_hash=encoder.weights_hash, max_tokens=encoder.max_tokens,
-                            precision=encoder.dtype_name),
+                            precision=encoder.dtype_name, chat_template=encoder.chat_hash),
             template=TemplateInfo(name=self.template.name, version=self.template.version,
                                   hash=self.template.hash),
             pooling=encoder.pooling, layer=encoder.layer, dim=encoder.dim,
@@ -111,6 +115,8 @@ class Job:
             key_type=self.dataset.key_types[level],  # type: ignore[arg-type]
             rows=0, cutoff=Cutoff(kind="per_key" if level == "user" else "none"),
             input_fingerprint=fingerprint_of(about), normalized=encoder.normalize,
+            profile=ProfileInfo(per_scenario=config.per_scenario, total=config.total)
+            if level == "user" else None,
             versions=_versions(),
         )  # fmt: skip
 
@@ -188,13 +194,13 @@ class Job:
             while place < len(missing):
                 index = missing[place]
                 rows = profiles.read_row_group(index)
-                prompts = self.renderer.render(map(json.loads, rows["data"].to_pylist()))
-                vectors = self.encoder.encode(prompts)
+                prompts, vectors = self._encode(rows["data"].to_pylist())
                 write_part(self.config.out, index, manifest, rows["key"].to_pylist(), vectors,
                            prompts, None, rows["cutoff"].to_pylist())  # fmt: skip
                 done = count(f"{stage}/rows", len(rows))
                 count(f"{stage}/parts", 1)
                 _show(bar, start + done)
+                bar.set_postfix_str(str(self.encoder.counters), refresh=False)
                 place = claim()
             if self.workers.rank == 0:
 
@@ -204,6 +210,19 @@ class Job:
 
                 if not wait_until(all_done, timedelta(minutes=self.config.timeout_minutes)):
                     raise RuntimeError("a worker did not finish its chunk in time; start again")
+
+    def _encode(self, data: list[str]) -> tuple[list[str], np.ndarray]:
+        """Prompts and vectors of profiles; the next prompts are written while the model reads."""
+        prompts: list[str] = []
+
+        def blocks() -> Iterator[list[str]]:
+            for at in range(0, len(data), BLOCK_TEXTS):
+                block = self.renderer.render(map(json.loads, data[at : at + BLOCK_TEXTS]))
+                prompts.extend(block)
+                yield block
+
+        vectors = self.encoder.encode_blocks(blocks())
+        return prompts, vectors
 
     def _bar(self, profiles: pq.ParquetFile, missing: list[int]) -> Any:
         from tqdm import tqdm
@@ -252,9 +271,9 @@ def _refuse_other_job(out: Path, found: Manifest, wanted: Manifest) -> None:
     if found.job == wanted.job:
         return
     old, new = found.model_dump(), wanted.model_dump()
-    differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in old
+    differ = [f"{name}: {old[name]!r} there, {new.get(name)!r} now" for name in old
               if name not in ("complete", "rows", "cutoff", "parts", "versions")
-              and old[name] != new[name]]  # fmt: skip
+              and old[name] != new.get(name)]  # fmt: skip
     raise InputError(f"{out}: holds the knowledge of another job ({'; '.join(differ)}); choose "
                      f"another --out or remove it")  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_knowledge.errors import InputError
 
@@ -28,18 +28,24 @@ DType = Literal["float16", "float32", "int8"]
 KeyType = Literal["int64", "string"]
 
 
+def _optional() -> Any:
+    """A field that older manifests lack: left out where it is None, so that their hashes stay."""
+    return Field(default=None, exclude_if=lambda value: value is None)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class ModelInfo(_Strict):
-    """Which frozen model made the vectors."""
+    """Which frozen model made the vectors; ``chat_template`` is a hash of what stood around them."""
 
     name: str
     revision: str | None = None
     weights_hash: str
     max_tokens: int
     precision: str = "float32"
+    chat_template: str | None = _optional()
 
 
 class TemplateInfo(_Strict):
@@ -55,6 +61,36 @@ class Cutoff(_Strict):
 
     kind: Literal["per_key", "global", "none"]
     value: int | None = None
+
+
+class ProfileInfo(_Strict):
+    """How much of a user's past was asked for, see ``profiles.ProfileOptions``."""
+
+    per_scenario: int
+    total: int
+
+
+class Compression(_Strict):
+    """How vectors were made smaller, and what that cost, measured on a sample of the rows.
+
+    Attributes:
+        method: "pca" (centred, ``projection.safetensors`` holds it) or "truncate".
+        source_dim: length of the source's vectors.
+        projection: ``blake2b:<hex>`` of the projection file, None for "truncate".
+        sample_rows: rows that were measured.
+        retained_variance: 0..1, variance of the kept dimensions over all rows, before the cast.
+        neighbour_overlap: 0..1, share of the 10 nearest rows (Euclidean, within the sample) that
+            are the same before and after.
+        cosine_error: 1 - mean cosine of a source vector and what the stored one stands for.
+    """
+
+    method: Literal["pca", "truncate"]
+    source_dim: int
+    projection: str | None = None
+    sample_rows: int
+    retained_variance: float
+    neighbour_overlap: float
+    cosine_error: float
 
 
 class Part(_Strict):
@@ -86,15 +122,20 @@ class Manifest(_Strict):
     parents: list[str] = []
     normalized: bool
     note: str = ""
+    profile: ProfileInfo | None = _optional()
+    compression: Compression | None = _optional()
     parts: list[Part] = []
     versions: dict[str, str] = {}
 
     @property
     def job(self) -> str:
         """Fingerprint of what was asked for (model, template, data), also in every part's footer."""
-        return fingerprint_of(
-            self.model_dump(exclude={"complete", "parts", "versions", "rows", "cutoff"})
-        )
+        # What is known before a part is written; what a compression cost is not.
+        late = {"complete", "parts", "versions", "rows", "cutoff", "compression"}
+        about = self.model_dump(exclude=late)
+        if self.compression is not None:
+            about["compression"] = self.compression.method
+        return fingerprint_of(about)
 
 
 def fingerprint_of(value: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,33 @@ def _part_table(
     return pa.Table.from_arrays([array for _, array in columns], schema=schema)
 
 
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary directory beside ``path`` that takes its name at the end of the block.
+
+    Nothing is left of it if the block raises.
+
+    Raises:
+        InputError: ``path`` is a file or not empty, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; choose a new directory for the store")
+    if path.exists() and any(path.iterdir()):
+        raise InputError(f"{path}: is not empty; choose a new directory for the store")
+    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        building.mkdir(parents=True)
+        yield building
+        if path.exists():
+            path.rmdir()
+        os.replace(building, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); check space and rights") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)  # is gone by then, unless something failed
+
+
 def write_store(
     path: str | Path,
     manifest: Manifest,
@@ -178,16 +206,9 @@ def write_store(
     Raises:
         InputError: the directory is in use, or ``write_part`` refuses a row.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; choose a new directory for the store")
-    if path.exists() and any(path.iterdir()):
-        raise InputError(f"{path}: is not empty; choose a new directory for the store")
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     parts, int64 = [], manifest.key_type == "int64"
-    try:
-        building.mkdir(parents=True)
+    with new_directory(path) as building:
         for index, start in enumerate(range(0, len(order), rows_per_part)):
             take = order[start : start + rows_per_part]
             pick = lambda column, take=take: column and [column[i] for i in take]  # noqa: E731
@@ -197,13 +218,6 @@ def write_store(
             parts.append(write_part(*part, text, pick(answers), pick(cutoffs)))
         done = manifest.model_copy(update={"rows": len(order), "parts": parts, "complete": True})
         write_manifest(building, done)
-        if path.exists():
-            path.rmdir()
-        os.replace(building, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); check space and rights") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)  # is gone by then, unless something failed
     return done
 
 
