@@ -80,37 +80,27 @@ def fit(run: Run) -> LoopState:
                 _next(state.step, options.checkpoint_every),
                 total,
             )
-            _train_steps(
-                run,
-                itertools.islice(batches, stop - state.step),
-                state,
-                stop,
-                log,
-                bar,
-                events.steps,
-            )
+            segment = itertools.islice(batches, stop - state.step)
+            _train_steps(run, segment, state, stop, log, bar, events.steps)
             improved = False
             if state.step % options.eval_every == 0 or state.step == total:
-                auc, logloss = measure(run, valid)
-                improved = auc is not None and (state.best_auc is None or auc > state.best_auc)
-                log.write(
-                    "valid",
-                    state.step,
-                    state.step // events.steps,
-                    valid_auc=auc,
-                    valid_logloss=logloss,
-                )
-                state.evaluations_without_gain = (
-                    0 if improved else state.evaluations_without_gain + 1
-                )
-                if improved or state.best_step == 0:
-                    state.best_auc, state.best_step = auc, state.step
-                state.finished = (
-                    state.step == total or state.evaluations_without_gain >= options.patience
-                )
+                improved = _evaluate(run, valid, state, log, state.step // events.steps)
+                patient = state.evaluations_without_gain < options.patience
+                state.finished = state.step == total or not patient
             if improved or state.finished or state.step % options.checkpoint_every == 0:
                 save_checkpoint(folder, run.model, run.optimizer, state, run.runtime.is_main)
     return state
+
+
+def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch: int) -> bool:
+    """Measures the valid split; returns whether it is the best so far."""
+    auc, logloss = measure(run, valid)
+    log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss)
+    improved = auc is not None and (state.best_auc is None or auc > state.best_auc)
+    state.evaluations_without_gain = 0 if improved else state.evaluations_without_gain + 1
+    if improved or state.best_step == 0:
+        state.best_auc, state.best_step = auc, state.step
+    return improved
 
 
 def _train_steps(

@@ -1,0 +1,210 @@
+"""What each command runs: parsed options in, an exit code (None is 0) out.
+
+`words` is the command line itself, for commands that start ranks of themselves.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from llm_knowledge.errors import InputError
+
+
+def run_quickstart(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Takes MovieLens through the whole system."""
+    from launch.quickstart import quickstart
+
+    quickstart(options.out, raw=options.raw, seeds=options.seeds, processes=options.processes)
+    return None
+
+
+def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Turns a source into a prepared dataset."""
+    if options.source == "movielens":
+        from trainer.data.movielens import prepare_movielens
+
+        info = prepare_movielens(options.raw, options.out)
+    elif options.source == "food-kitchen":
+        from trainer.data.food_kitchen import prepare_food_kitchen
+
+        info = prepare_food_kitchen(
+            options.raw, options.out, negatives=options.negatives, seed=options.seed
+        )
+    else:
+        from trainer.data.prepare import prepare_parquet
+
+        if options.raw is None or options.schema is None:
+            raise InputError(
+                "prepare parquet needs --raw (a file or folder) and --schema (a YAML file)"
+            )
+        info = prepare_parquet(options.raw, options.out, options.schema)
+    print(f"{options.out}: {info.users:,} users, {info.items:,} items, rows {info.rows}")
+    return None
+
+
+def simulate_log(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Writes a simulated log."""
+    from trainer.data.simulate import simulate
+
+    info = simulate(
+        options.out,
+        options.users,
+        options.items,
+        options.scenarios,
+        options.events,
+        seed=options.seed,
+    )
+    truth = info.truth.bayes_auc if info.truth else {}
+    print(f"{options.out}: rows {info.rows}, Bayes-optimal AUC {truth}")
+    return None
+
+
+def extract(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Writes knowledge stores."""
+    if options.processes > 1 and "RANK" not in os.environ:
+        from launch.workers import run_workers
+
+        return run_workers("launch", words, options.processes)
+    from llm_knowledge.extract import main as extract_main
+
+    extract_main(options)
+    return None
+
+
+def inspect(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Shows a store."""
+    from llm_knowledge.inspect import inspect_store
+
+    inspect_store(options.store, key=options.key)
+    return None
+
+
+def verify_stores(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Checks stores."""
+    from llm_knowledge.store import verify
+
+    for store in options.stores:
+        verify(store)
+        print(f"{store}: every check passed")
+    return None
+
+
+def shuffle_store(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Writes a control store."""
+    from llm_knowledge.writer import shuffled_store
+
+    shuffled_store(options.store, options.out, options.seed)
+    print(f"{options.out}: the vectors of {options.store}, each given to another key")
+    return None
+
+
+def compress_store(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Writes a smaller store."""
+    from llm_knowledge.compress import main as compress_main
+
+    return compress_main(options)
+
+
+def refresh_store(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Writes a store's successor."""
+    from llm_knowledge.refresh import main as refresh_main
+
+    return refresh_main(options)
+
+
+def train_runs(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Trains one run per configuration."""
+    from trainer.config import load_config
+
+    configs = [load_config(path, options.set) for path in options.config]
+    if options.processes > 1 and "RANK" not in os.environ:
+        from launch.workers import run_workers
+
+        return run_workers("launch", words, options.processes)
+    from trainer.distributed import distributed
+    from trainer.train import train
+
+    # One process group for all runs: a second one would find the first one's keys in the store.
+    with distributed(configs[0].train.timeout_seconds) as runtime:
+        for config in configs:
+            folder = train(config, resume=options.resume)
+            if runtime.is_main:
+                found = json.loads((folder / "summary.json").read_text())
+                print(f"{folder}: {found}", file=sys.stderr)
+    return None
+
+
+def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Scores a split and measures it."""
+    from trainer.metrics import write_evaluation
+
+    if not options.reuse_predictions:
+        from trainer.scoring import predict
+
+        predict(options.run_dir, options.split, options.set)
+    print(json.dumps(write_evaluation(options.run_dir, options.split), indent=1))
+    return None
+
+
+def compare_runs(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Compares runs with the first."""
+    from trainer.compare import compare, format_table, write_comparison
+    from trainer.predictions import group_runs
+
+    result = compare(group_runs(options.runs), samples=options.samples, segment=options.segment)
+    print(format_table(result))
+    if options.out:
+        write_comparison(result, options.out)
+    return None
+
+
+def report_on_runs(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Writes the HTML page."""
+    from trainer.compare import compare
+    from trainer.predictions import group_runs, resolve_runs
+    from trainer.report import write_report
+
+    groups = group_runs(options.runs)
+    comparison = compare(groups) if len(groups) > 1 else None
+    runs = [run for path in options.runs for run in resolve_runs(path)]
+    print(write_report(runs, options.out, comparison))
+    return None
+
+
+def profile_meta_layer(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Times the meta-layer op."""
+    from trainer.profile_meta_layer import main as profile_main
+
+    profile_main(options)
+    return None
+
+
+def launch_stage(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Submits a stage through torchx."""
+    from launch.submit import submit
+
+    stage = {"train": ["train"], "extract": ["knowledge", "extract"]}[options.stage]
+    from launch.cli import _parser
+
+    inner = _parser().parse_args(
+        [*stage, *options.arguments]
+    )  # wrong ones fail here, not on a cluster
+    if options.stage == "train":
+        from trainer.config import load_config
+
+        for path in inner.config:
+            load_config(path, inner.set)
+    pairs = [pair.partition("=") for pair in options.cfg]
+    if wrong := [key for key, separator, _ in pairs if not separator]:
+        raise InputError(f"--cfg {wrong[0]}: write it as --cfg option=value")
+    return submit(
+        options.stage,
+        options.arguments,
+        options.scheduler,
+        options.j,
+        options.dryrun,
+        {key: value for key, _, value in pairs},
+        options.resource,
+        options.gpu,
+    )
