@@ -145,33 +145,33 @@ def load_checkpoint(
             f"{checkpoint}: trained with knowledge {state.fingerprints or 'none'}, the configuration names "
             f"{fingerprints or 'none'}; point knowledge.* at the stores it was trained with, or start anew"
         )
-    live = _state(model, optimizer)
-    saved = _saved_sizes(checkpoint)
-    if missing := sorted(live.keys() - saved.keys()):
-        raise InputError(
-            f"{checkpoint}: holds nothing for {missing[0]} and {len(missing) - 1} more; it belongs to "
-            "another model"
-        )
-    same, accumulators = {}, {}
-    for name, value in live.items():
-        if saved[name] == value.size():
-            same[name] = value
-        elif name.startswith(ACCUMULATOR_PREFIX) and len(saved[name]) == value.dim() == 1:
-            accumulators[name] = value
-        else:
-            raise InputError(
-                f"{checkpoint}: {name} is {tuple(saved[name])}, the model needs {tuple(value.size())}"
-            )
-    whole = {name: torch.empty(saved[name]) for name in accumulators}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # every look at a sharded tensor warns of its successor
+        live = _state(model, optimizer)
+        saved = _saved_sizes(checkpoint)
+        if missing := sorted(live.keys() - saved.keys()):
+            raise InputError(
+                f"{checkpoint}: holds nothing for {missing[0]} and {len(missing) - 1} more; it belongs to "
+                "another model"
+            )
+        same, accumulators = {}, {}
+        for name, value in live.items():
+            if saved[name] == value.size():
+                same[name] = value
+            elif name.startswith(ACCUMULATOR_PREFIX) and len(saved[name]) == value.dim() == 1:
+                accumulators[name] = value
+            else:
+                raise InputError(
+                    f"{checkpoint}: {name} is {tuple(saved[name])}, the model needs {tuple(value.size())}"
+                )
+        whole = {name: torch.empty(saved[name]) for name in accumulators}
         dcp.load(same, checkpoint_id=checkpoint)
         if whole:
             # Not collective: a rank that owns no part of these tables has nothing to read.
             dcp.load(whole, checkpoint_id=checkpoint, no_dist=True)
-    for name, value in accumulators.items():
-        table = name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
-        _spread_accumulators(whole[name], value, rows=live[f"model.{table}"].size()[0])
+        for name, value in accumulators.items():
+            table = name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
+            _spread_accumulators(whole[name], value, rows=live[f"model.{table}"].size()[0])
     return state
 
 
