@@ -108,12 +108,11 @@ def _explain_failure(folder: Path, error: BaseException) -> BaseException:
     # Writers wrap what the file system said; its words survive in theirs.
     if not full and not any("No space left" in str(cause) for cause in causes):
         return error
-    problem = InputError(
+    return InputError(
         f"{folder}: no space left for a checkpoint; the ones before it are whole: free some space and "
-        "run again with --resume"
+        "run again with --resume",
+        shared=True,
     )
-    problem.shared = True
-    return problem
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -97,7 +97,5 @@ def together(action: Callable[[], T]) -> T:
     if found:
         rank, text = found[0]
         everywhere = len({text for _, text in found}) == 1 and len(found) == len(problems)
-        shared = InputError(text if everywhere else f"rank {rank}: {text}")
-        shared.shared = True
-        raise shared
+        raise InputError(text if everywhere else f"rank {rank}: {text}", shared=True)
     return result  # type: ignore[return-value]

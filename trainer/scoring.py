@@ -50,12 +50,11 @@ def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
     dist.all_reduce(counts)
     dist.all_reduce(sums)
     if not torch.isfinite(sums).all():
-        problem = InputError(
+        raise InputError(
             f"{run.folder}: predictions are not finite, training has diverged; lower train.learning_rate, "
-            "train.meta_learning_rate or tables.learning_rate"
+            "train.meta_learning_rate or tables.learning_rate",
+            shared=True,
         )
-        problem.shared = True
-        raise problem
     return histogram_auc(counts), (sums[0] / sums[1].clamp(min=1)).item()
 
 
