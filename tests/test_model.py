@@ -11,7 +11,13 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from trainer.config import Backbone, MetaConfig, ModelConfig
 from trainer.data.batch import Batch
 from trainer.models.llm4msr import BACKBONES, DenseModel, Predictions, Shapes
-from trainer.models.meta import KnowledgeAdapter
+from trainer.models.meta import (
+    Generator,
+    KnowledgeAdapter,
+    MetaLayer,
+    ScenarioMetaLayers,
+    alignment_loss,
+)
 from trainer.models.star import StarLinear
 
 ROWS, DIM, VECTOR, SCENARIOS = 12, 4, 6, 3
@@ -88,13 +94,32 @@ def test_residual_form_starts_as_the_plain_backbone(backbone: str) -> None:
     assert sum(p.numel() for p in lifted.parameters()) > sum(p.numel() for p in plain.parameters())
 
 
-@pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
+KINDS = [{"kind": "low_rank"}, {"kind": "core", "core_width": 5}, {"kind": "gate"}]
+OPTIONS = [
+    *KINDS,
+    {"fusion": "concat"},
+    {"fusion": "gate"},
+    {"match_layers": ["user", "scenario"]},
+    {"adapter_hidden": 7},
+    {"alignment": 0.3},
+    # Codes are also made where only the match reads them.
+    {"user_layers": 0, "scenario_layers": 0, "match_layers": ["scenario"]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_of_the_residual_form_starts_as_the_plain_backbone(options: dict) -> None:
+    plain, lifted = model("star", enabled=False), model("star", **options)
+    torch.testing.assert_close(logits(lifted), logits(plain))
+
+
 @pytest.mark.parametrize("form", ["residual", "linear"])
-def test_every_meta_parameter_learns(backbone: str, form: str) -> None:
-    dense = model(backbone, form=form).train()
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_meta_parameter_learns(form: str, options: dict) -> None:
+    dense = model("star", form=form, **options).train()
     optimizer = torch.optim.SGD(dense.parameters(), lr=0.5)
     before = {name: value.clone() for name, value in dense.meta.named_parameters()}
-    for _ in range(4):  # what begins at zero passes its gradient on only once it has moved
+    for _ in range(6):  # what begins at zero passes its gradient on only once it has moved
         optimizer.zero_grad()
         dense(*inputs())[0].backward()
         optimizer.step()
@@ -161,6 +186,54 @@ def test_parameter_count(backbone: str) -> None:
         star = (1 + SCENARIOS) * (sum(dense) + 6 + 1)
         expected = star + 2 * i + 2 * SCENARIOS * i + (i * 6 + 6) + (6 + 1)
     assert sum(p.numel() for p in net.parameters()) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_meta_layers_are_the_sum_of_their_slices(kind: dict) -> None:
+    torch.manual_seed(5)
+    layer = MetaLayer(6, 4, Generator(rank=3, residual=False, **kind))
+    h, z = torch.randn(ROWS, 6), torch.randn(ROWS, 3)
+    zeros, units = torch.zeros(ROWS, 3), torch.eye(3)
+    base = layer(h, zeros)
+    shares = sum(z[:, [j]] * (layer(h, units[j].expand(ROWS, 3)) - base) for j in range(3))
+    torch.testing.assert_close(layer(h, z), base + shares, rtol=1e-4, atol=1e-5)
+    rows = torch.arange(ROWS) % 5
+    torch.testing.assert_close(layer(h, z[:5], rows), layer(h, z[rows]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(h, z, activation="relu"), layer(h, z).relu())
+
+
+def test_alignment_draws_codes_to_the_scenarios_of_positives_only() -> None:
+    scenarios = torch.eye(3)
+    user = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]], requires_grad=True)
+    right = alignment_loss(user, scenarios, torch.tensor([0, 1]), torch.ones(2))
+    wrong = alignment_loss(user, scenarios, torch.tensor([1, 0]), torch.ones(2))
+    assert right < wrong
+    alignment_loss(user, scenarios, torch.tensor([2, 0]), torch.tensor([1.0, 0.0])).backward()
+    assert user.grad is not None
+    assert user.grad[0, 2] < 0  # a step against the gradient moves towards scenario 2
+    assert user.grad[1].abs().max() == 0
+
+
+def test_fusions_differ_once_trained() -> None:
+    found = []
+    for fusion in ("sum", "concat", "gate"):
+        dense = model("star", fusion=fusion, noise=0.0, dropout=0.0)
+        optimizer = torch.optim.SGD(dense.parameters(), lr=0.5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            dense(*inputs())[0].backward()
+            optimizer.step()
+        found.append(logits(dense))
+    assert not any(torch.allclose(a, b) for a, b in itertools.combinations(found, 2))
+
+
+def test_scaled_logits_of_the_gate_stay_between_nothing_and_double() -> None:
+    branch = ScenarioMetaLayers(6, 4, 1, Generator(rank=2), num_tasks=1, fusion="gate")
+    nn.init.normal_(branch.gate.weight, std=5.0)
+    h, z, logit = torch.randn(ROWS, 6), torch.randn(3, 2), torch.randn(ROWS, 1)
+    ratio = branch(h, z, torch.arange(ROWS) % 3, logit) / logit
+    assert ((ratio > 0) & (ratio < 2)).all()
+    assert ratio.std() > 0.1
 
 
 @pytest.mark.parametrize("backbone", ["shared_bottom", "star"])

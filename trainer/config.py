@@ -151,14 +151,35 @@ class MetaConfig(Section):
         default="residual",
         description="residual: h + W(z)h + b(z) with zero-initialised W, b; linear: act(W(z)h + b(z)).",
     )
+    kind: Literal["low_rank", "core", "gate"] = Field(
+        default="low_rank",
+        description="low_rank: W(z) is a sum of `rank` matrices; core: a generated core_width x core_width "
+        "matrix between two shared ones, for wide layers; gate: a generated diagonal on a shared matrix.",
+    )
+    core_width: int = Field(default=16, ge=1, description="Width of the core of kind = core.")
     rank: int = Field(
         default=8, ge=1, description="Width of z, the bottleneck that every vector passes."
+    )
+    adapter_hidden: int | None = Field(
+        default=None,
+        ge=1,
+        description="Hidden width between a vector and z; null projects directly.",
     )
     user_layers: int = Field(default=1, ge=0, description="User-level meta layers at the bottom.")
     scenario_layers: int = Field(
         default=1, ge=0, description="Scenario-level meta layers in parallel."
     )
     scenario_width: int = Field(default=32, ge=1, description="Width of the parallel branch.")
+    fusion: Literal["sum", "concat", "gate"] = Field(
+        default="sum",
+        description="How the parallel branch meets the backbone. sum: of logits; concat: a small network "
+        "of the branch and the backbone's logits, added; gate: the branch also scales these logits.",
+    )
+    alignment: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of a loss that draws z of a user to z of the scenarios with positive events.",
+    )
     noise: float = Field(
         default=0.1, ge=0, description="Length of noise on user vectors, their own being 1."
     )
@@ -175,9 +196,29 @@ class MetaConfig(Section):
     match_width: int = Field(
         default=16, ge=1, description="Width of the projections that are matched."
     )
+    match_layers: list[Literal["user", "scenario"]] = Field(
+        default=[],
+        max_length=2,
+        description="Levels that generate a meta layer on the match.",
+    )
     strategy: Literal["auto", "fused", "grouped", "reference"] = Field(
         default="auto", description="Implementation of the meta-layer op."
     )
+
+    def reads(self, level: Literal["user", "scenario"]) -> bool:
+        """Whether a generated layer or the alignment reads the code of this level."""
+        layers = self.user_layers if level == "user" else self.scenario_layers
+        return layers > 0 or level in self.match_layers or self.alignment > 0
+
+    @model_validator(mode="after")
+    def _match_layers_need_the_match(self) -> "MetaConfig":
+        if self.match_layers and self.item_knowledge != "match":
+            raise ValueError(
+                "match_layers act on the match: set item_knowledge to match, or match_layers to []"
+            )
+        if len(set(self.match_layers)) < len(self.match_layers):
+            raise ValueError("match_layers: name a level once")
+        return self
 
 
 class ModelConfig(Section):
@@ -255,8 +296,8 @@ class RunConfig(Section):
                 )
             return self
         needed = {
-            "user": meta.user_layers > 0 or meta.item_knowledge == "match",
-            "scenario": meta.scenario_layers > 0,
+            "user": meta.reads("user") or meta.item_knowledge == "match",
+            "scenario": meta.reads("scenario"),
             "item": meta.item_knowledge != "none",
         }
         for level, is_needed in needed.items():

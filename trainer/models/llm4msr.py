@@ -12,14 +12,14 @@ from trainer.config import MetaConfig, ModelConfig
 from trainer.data.batch import Batch
 from trainer.models import BACKBONES
 from trainer.models.meta import (
+    Generator,
     KnowledgeAdapter,
     KnowledgeMatch,
-    MetaLayer,
     ScenarioMetaLayers,
     UserMetaLayers,
+    alignment_loss,
     standardise,
 )
-from trainer.ops import explain_strategy
 
 NUM_TASKS = 1
 
@@ -65,65 +65,102 @@ class MetaNetworks(nn.Module):
         super().__init__()
         user_dim = shapes.user_vectors[1] if shapes.user_vectors else 0
         item_dim = shapes.item_vectors[1] if shapes.item_vectors else 0
-        rank, form, strategy = config.rank, config.form, config.strategy
+        generator = Generator(
+            config.rank,
+            config.kind,
+            config.core_width,
+            config.form == "residual",
+            config.strategy,
+        )
+        hidden = config.adapter_hidden
         self.scenario_vectors: Tensor
-        self.user_layers = self.scenario_layers = self.item_input = self.match = None
+        self.user_adapter = self.user_layers = self.scenario_adapter = self.scenario_layers = None
+        self.item_input = self.match = None
+        self.alignment = config.alignment
+        if config.reads("user"):
+            self.user_adapter = KnowledgeAdapter(
+                user_dim, config.rank, config.noise, config.dropout, hidden
+            )
         if config.user_layers:
-            self.user_adapter = KnowledgeAdapter(user_dim, rank, config.noise, config.dropout)
-            self.user_layers = UserMetaLayers(width, config.user_layers, rank, form, strategy)
-        if config.scenario_layers:
+            self.user_layers = UserMetaLayers(width, config.user_layers, generator)
+        if config.reads("scenario"):
             assert shapes.scenario_vectors is not None
             # Few and small: every rank keeps all of them. Not in checkpoints, the store has them.
             self.register_buffer("scenario_vectors", shapes.scenario_vectors, persistent=False)
             dim_s = shapes.scenario_vectors.shape[1]
             # A scenario's vector never stands for a user: neither noise nor dropout is called for.
-            self.scenario_adapter = KnowledgeAdapter(dim_s, rank, noise=0.0, dropout=0.0)
+            self.scenario_adapter = KnowledgeAdapter(dim_s, config.rank, 0.0, 0.0, hidden)
+        if config.scenario_layers:
             self.scenario_layers = ScenarioMetaLayers(
                 width,
                 config.scenario_width,
                 config.scenario_layers,
-                rank,
-                form,
+                generator,
                 NUM_TASKS,
-                strategy,
+                config.fusion,
             )
         if config.item_knowledge != "none":
             self.item_input = nn.Linear(item_dim, dim, bias=False)
             nn.init.zeros_(self.item_input.weight)
         if config.item_knowledge == "match":
-            self.match = KnowledgeMatch(user_dim, item_dim, config.match_width, NUM_TASKS)
+            self.match = KnowledgeMatch(
+                user_dim,
+                item_dim,
+                config.match_width,
+                NUM_TASKS,
+                tuple(config.match_layers),
+                generator,
+            )
 
     def strategies(self, rows: int, device: str) -> list[str]:
         """One line per meta layer: which implementation a batch of `rows` will take, and why."""
         layers: list[tuple[nn.Module, int | None]] = []
         if self.user_layers is not None:
             layers += [(layer, None) for layer in self.user_layers.layers]
+        shared = len(self.scenario_vectors) + 1 if self.scenario_adapter is not None else None
         if self.scenario_layers is not None:
-            keys = len(self.scenario_vectors) + 1
-            layers += [(layer, keys) for layer in self.scenario_layers.layers]
-        found = []
-        for layer, groups in layers:
-            assert isinstance(layer, MetaLayer)
-            slices, o, i = layer.weight.shape
-            # "grouped" speaks of shared vectors; where every sample has its own it means auto.
-            strategy = "auto" if groups is None and layer.strategy == "grouped" else layer.strategy
-            found.append(
-                explain_strategy(
-                    rows, slices - 1, i, o, groups=groups, device=device, strategy=strategy
-                )
-            )
+            layers += [(layer, shared) for layer in self.scenario_layers.layers]
+        if self.match is not None:
+            layers += [
+                (layer, shared if level == "scenario" else None)
+                for level, layer in self.match.meta.items()
+            ]
+        return [layer.explain(rows, keys, device) for layer, keys in layers]  # type: ignore[operator]
+
+    def codes(
+        self, vectors: Tensor | None, known: Tensor, rows: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The small codes that generators read, per level that is configured.
+
+        Args:
+            vectors: User vectors [B, dim].
+            known: Samples that have one, bool [B].
+            rows: Row of each sample's scenario in the scenario store, -1 without one, int64 [B].
+
+        Returns:
+            "user": z_u [B, rank] and None; "scenario": z_s [S + 1, rank] and the row of each sample.
+        """
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        if self.user_adapter is not None:
+            found["user"] = self.user_adapter(vectors, known), None
+        if self.scenario_adapter is not None:
+            padded = F.pad(self.scenario_vectors, (0, 0, 0, 1))
+            none = len(padded) - 1  # the last row stands for "no knowledge"
+            has_vector = torch.arange(len(padded), device=rows.device) < none
+            z = self.scenario_adapter(padded, has_vector)
+            found["scenario"] = z, torch.where(rows < 0, none, rows)
         return found
 
-    def scenario_logits(self, h: Tensor, rows: Tensor) -> Tensor:
-        """Parallel branch: bottom input [B, width], store rows [B] (-1 = none) to logits [B, tasks]."""
-        assert self.scenario_layers is not None
-        vectors = F.pad(
-            self.scenario_vectors, (0, 0, 0, 1)
-        )  # the last row stands for "no knowledge"
-        none = len(vectors) - 1
-        known = torch.arange(len(vectors), device=h.device) < none
-        z = self.scenario_adapter(vectors, known)
-        return self.scenario_layers(h, z, torch.where(rows < 0, none, rows))
+    def align(
+        self, codes: dict[str, tuple[Tensor, Tensor | None]], batch: Batch, known: Tensor
+    ) -> Tensor:
+        """Weighted loss that aligns the levels, over positives that have knowledge on both."""
+        z, rows = codes["scenario"]
+        assert rows is not None
+        none = len(z) - 1
+        weight = batch.weight * batch.label * known * (rows < none)
+        loss = alignment_loss(codes["user"][0], z[:none], rows.clamp(max=none - 1), weight)
+        return self.alignment * loss
 
 
 class DenseModel(nn.Module):
@@ -161,15 +198,21 @@ class DenseModel(nn.Module):
             item = item + meta.item_input(standardise(knowledge["item"]))  # 0 where there is none
         scenario = self.scenario_embedding(batch.scenario)
         x = torch.cat([user, item, scenario, history, user * item, history * item], dim=1)
-        h = x
+        h, extra = x, x.new_zeros(())
+        codes = {}
+        if meta is not None:
+            user_vectors = knowledge["user"] if meta.user_adapter is not None else None
+            codes = meta.codes(user_vectors, known["user"], batch.scenario_knowledge)
+            if meta.alignment:
+                extra = meta.align(codes, batch, known["user"])
         if meta is not None and meta.user_layers is not None:
-            h = meta.user_layers(x, meta.user_adapter(knowledge["user"], known["user"]))
+            h = meta.user_layers(x, codes["user"][0])
         logits = self.backbone(h, batch.scenario)
         if meta is not None and meta.scenario_layers is not None:
-            logits = logits + meta.scenario_logits(x, batch.scenario_knowledge)
+            logits = meta.scenario_layers(x, *codes["scenario"], logits)
         if meta is not None and meta.match is not None:
             both = known["user"] & known["item"]
-            logits = logits + meta.match(knowledge["user"], knowledge["item"], both)
+            logits = logits + meta.match(knowledge["user"], knowledge["item"], both, codes)
         logits = logits.squeeze(1)
         # Divided by the batch size, not by the number of samples: on every rank and in a last, padded
         # batch each sample counts once and equally.
@@ -179,7 +222,7 @@ class DenseModel(nn.Module):
         found = Predictions(
             logits.detach(), batch.label, batch.weight, batch.scenario, known["user"]
         )
-        return losses / len(batch.label), found
+        return losses / len(batch.label) + extra, found
 
 
 class LLM4MSR(nn.Module):

@@ -36,8 +36,7 @@ class MetaUnit(nn.Module):
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """Maps rows h [B * n, features] by the scenario of their sample, s [B, SCENARIO_WIDTH]."""
         owner = torch.arange(len(s), device=h.device).repeat_interleave(len(h) // max(len(s), 1))
-        # Not "grouped": a sample's s is a row of its own, even if others of the scenario equal it.
-        return meta_linear(h, s, self.weight, self.bias, group=owner, strategy="reference")
+        return meta_linear(h, s, self.weight, self.bias, group=owner)
 
 
 class M2M(nn.Module):

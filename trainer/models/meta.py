@@ -5,13 +5,15 @@ the paper's own and replaces the bottom input by a generated layer's output.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.layers import MLP
-from trainer.ops import meta_linear
+from trainer.ops import explain_strategy, meta_core, meta_gate, meta_linear
 
 
 def standardise(vectors: Tensor) -> Tensor:
@@ -35,12 +37,18 @@ class KnowledgeAdapter(nn.Module):
         rank: Width of z.
         noise: Length of Gaussian noise on the vector, whose own length is 1 (training only).
         dropout: Share of vectors replaced by the default (training only).
+        hidden: Width of a hidden layer between vector and z; None projects directly.
     """
 
-    def __init__(self, dim: int, rank: int, noise: float, dropout: float) -> None:
+    def __init__(
+        self, dim: int, rank: int, noise: float, dropout: float, hidden: int | None = None
+    ) -> None:
         super().__init__()
-        self.project = nn.Linear(dim, rank, bias=False)
-        nn.init.normal_(self.project.weight)  # of a vector of length 1 it makes z of variance 1
+        first = nn.Linear(dim, hidden or rank, bias=False)
+        nn.init.normal_(first.weight)  # of a vector of length 1 it makes numbers of variance 1
+        self.project: nn.Module = first
+        if hidden is not None:
+            self.project = nn.Sequential(first, nn.GELU(), nn.Linear(hidden, rank))
         self.default = nn.Parameter(torch.zeros(rank))
         self.noise, self.dropout = noise, dropout
 
@@ -54,137 +62,266 @@ class KnowledgeAdapter(nn.Module):
         return torch.where(known[:, None], self.project(normal), self.default)
 
 
+@dataclass(frozen=True)
+class Generator:
+    """How meta layers are generated; one for all layers of a model.
+
+    Attributes:
+        rank: Width of z.
+        kind: low_rank (W is a sum of rank matrices), core (a generated core_width x core_width matrix
+            between two shared ones) or gate (a generated diagonal on a shared matrix).
+        core_width: Of kind core.
+        residual: Layers start without a say; else they start as random layers, the paper's form.
+        strategy: Of the op, see `trainer.ops.meta_linear`.
+    """
+
+    rank: int
+    kind: str = "low_rank"
+    core_width: int = 16
+    residual: bool = True
+    strategy: str = "auto"
+
+
+def _uniform(*shape: int) -> Tensor:
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(*shape).uniform_(-bound, bound)
+
+
 class MetaLayer(nn.Module):
     """One generated layer W(z) = W_0 + sum_j z_j A_j, b(z) = c_0 + sum_j z_j c_j.
+
+    With `generator.residual` it begins with A = 0 and c = 0, so that knowledge has no say until it is
+    learned.
 
     Args:
         in_features: Width of the input.
         out_features: Width of the output.
-        rank: Width of z.
-        zero_generator: Begin with A = 0 and c = 0, so that knowledge has no say until it is learned.
-        zero_shared: Begin with W_0 = 0 and c_0 = 0 as well.
-        strategy: Of the op, see `trainer.ops.meta_linear`.
+        generator: Kind, rank, strategy.
+        zero: Begin with an output of 0, whatever z is.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        zero_generator: bool,
-        zero_shared: bool,
-        strategy: str,
+        self, in_features: int, out_features: int, generator: Generator, zero: bool = False
     ) -> None:
         super().__init__()
-        weight = torch.zeros(rank + 1, out_features, in_features)
-        if not zero_generator:
-            weight[:-1].normal_(std=1 / math.sqrt(in_features * rank))
-        if not zero_shared:
-            weight[-1].uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
+        self.in_features, self.out_features = in_features, out_features
+        self.kind, self.rank, self.strategy = generator.kind, generator.rank, generator.strategy
+        slices, core = generator.rank + 1, generator.core_width
+        if self.kind == "gate":
+            self.shared = nn.Parameter(_uniform(out_features, in_features))
+            scale = torch.zeros(slices, out_features)
+            if not generator.residual:
+                scale[:-1].normal_(std=1 / math.sqrt(generator.rank))
+            scale[-1] = 0.0 if zero else 1.0
+            self.scale = nn.Parameter(scale)
+            self.bias = nn.Parameter(torch.zeros(slices, out_features))
+            return
+        o, i = (core, core) if self.kind == "core" else (out_features, in_features)
+        weight = torch.zeros(slices, o, i)
+        if not generator.residual:
+            weight[:-1].normal_(std=1 / math.sqrt(i * generator.rank))
+        if self.kind == "core":
+            weight[-1] = torch.eye(core)  # starts as the product of the shared matrices
+            up = torch.zeros(out_features, core) if zero else _uniform(out_features, core)
+            self.down, self.up = nn.Parameter(_uniform(core, in_features)), nn.Parameter(up)
+        elif not zero:
+            weight[-1] = _uniform(o, i)
         self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(torch.zeros(rank + 1, out_features))
-        self.strategy = strategy
+        self.bias = nn.Parameter(torch.zeros(slices, o))
 
-    def forward(self, h: Tensor, z: Tensor, group: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, z: Tensor, group: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
         """Maps h [B, in] to [B, out] by the layer that z [B, rank] (or z[group]) generates."""
-        if group is None:
-            # "grouped" speaks of shared vectors; without a group every sample has its own.
-            strategy = "auto" if self.strategy == "grouped" else self.strategy
-            return meta_linear(h, z, self.weight, self.bias, strategy=strategy)
-        return meta_linear(h, z, self.weight, self.bias, group=group, strategy=self.strategy)
+        if self.kind == "gate":
+            return meta_gate(
+                h, z, self.shared, self.scale, self.bias, group=group, activation=activation
+            )
+        # "grouped" speaks of shared vectors; without a group every sample has its own.
+        ungrouped = group is None and self.strategy == "grouped"
+        options: dict[str, Any] = {
+            "group": group,
+            "activation": activation,
+            "strategy": "auto" if ungrouped else self.strategy,
+        }
+        if self.kind == "core":
+            return meta_core(h, z, self.down, self.weight, self.bias, self.up, **options)
+        return meta_linear(h, z, self.weight, self.bias, **options)
+
+    def explain(self, rows: int, groups: int | None, device: str) -> str:
+        """One line: which implementation a batch of `rows` takes, and why.
+
+        Args:
+            rows: Samples on this rank.
+            groups: Distinct knowledge rows, or None where every sample has its own.
+            device: "cpu" or "cuda".
+        """
+        if self.kind == "gate":
+            shape = f"{self.in_features} to {self.out_features}, rank {self.rank}"
+            return f"meta layer {shape}: gate (a linear layer and a generated diagonal)"
+        slices, o, i = self.weight.shape
+        strategy = "auto" if groups is None and self.strategy == "grouped" else self.strategy
+        line = explain_strategy(
+            rows, slices - 1, i, o, groups=groups, device=device, strategy=strategy
+        )
+        if self.kind == "core":
+            line = line.replace(
+                "meta layer", f"meta core of {self.in_features} to {self.out_features}:", 1
+            )
+        return line
 
 
 class UserMetaLayers(nn.Module):
     """User-level meta layers at the bottom: [B, width] to [B, width], by each sample's z_u."""
 
-    def __init__(self, width: int, layers: int, rank: int, form: str, strategy: str) -> None:
+    def __init__(self, width: int, layers: int, generator: Generator) -> None:
         super().__init__()
-        self.residual = form == "residual"
+        self.residual = generator.residual
         self.layers = nn.ModuleList(
-            MetaLayer(
-                width,
-                width,
-                rank,
-                zero_generator=self.residual,
-                zero_shared=self.residual,
-                strategy=strategy,
-            )
-            for _ in range(layers)
+            MetaLayer(width, width, generator, zero=self.residual) for _ in range(layers)
         )
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
         """Applies h + W(z)h + b(z) (residual) or leaky_relu(W(z)h + b(z)) (linear), layer by layer."""
         for layer in self.layers:
-            y = layer(h, z)
-            h = h + y if self.residual else F.leaky_relu(y)
+            h = h + layer(h, z) if self.residual else layer(h, z, activation="leaky_relu")
         return h
 
 
 class ScenarioMetaLayers(nn.Module):
-    """Scenario-level meta layers in parallel to the backbone: a generated stack with its own logits."""
+    """Scenario-level meta layers in parallel to the backbone: a generated stack, and its fusion.
+
+    fusion: sum adds the stack's own logits to the backbone's; concat adds a small network of both the
+    backbone's logits and the stack's output; gate scales the backbone's logits by a factor in (0, 2)
+    that the stack computes, besides the sum. Each begins as the backbone alone in the residual form.
+    """
 
     def __init__(
         self,
         in_features: int,
         width: int,
         layers: int,
-        rank: int,
-        form: str,
+        generator: Generator,
         num_tasks: int,
-        strategy: str,
+        fusion: str = "sum",
     ) -> None:
         super().__init__()
-        residual = form == "residual"
+        self.fusion = fusion
         widths = [in_features] + [width] * layers
         self.layers = nn.ModuleList(
-            MetaLayer(
-                widths[i],
-                widths[i + 1],
-                rank,
-                zero_generator=residual,
-                zero_shared=False,
-                strategy=strategy,
-            )
-            for i in range(layers)
+            MetaLayer(widths[i], widths[i + 1], generator) for i in range(layers)
         )
+        if fusion == "concat":
+            self.hidden = MLP(width + num_tasks, [width], dropout=0.0)
+        if fusion == "gate":
+            self.gate = nn.Linear(width, num_tasks)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
         self.out = nn.Linear(width, num_tasks)
-        if residual:
+        if generator.residual:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
 
-    def forward(self, h: Tensor, z: Tensor, group: Tensor) -> Tensor:
-        """Maps the bottom input [B, in] to logits [B, tasks] by z[group], z being [S + 1, rank]."""
+    def forward(self, h: Tensor, z: Tensor, group: Tensor, logits: Tensor) -> Tensor:
+        """Fuses the backbone's logits with the branch.
+
+        Args:
+            h: Bottom input [B, in].
+            z: Codes of the scenarios [S + 1, rank].
+            group: Row of z per sample, int64 [B].
+            logits: Of the backbone [B, tasks].
+
+        Returns:
+            Logits [B, tasks].
+        """
         for layer in self.layers:
-            h = F.leaky_relu(layer(h, z, group))
-        return self.out(h)
+            h = layer(h, z, group, activation="leaky_relu")
+        if self.fusion == "concat":
+            return logits + self.out(self.hidden(torch.cat([h, logits], dim=1)))
+        if self.fusion == "gate":
+            logits = 2 * torch.sigmoid(self.gate(h)) * logits
+        return logits + self.out(h)
+
+
+def alignment_loss(user: Tensor, scenario: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Pulls a user's code towards the codes of the scenarios where this user said yes.
+
+    Cross-entropy over scenarios of the cosine between z_u and each z_s, at temperature 0.2: both levels
+    then speak of tastes in one space.
+
+    Args:
+        user: z_u [B, rank].
+        scenario: z_s [S, rank].
+        target: Scenario of each sample, int64 [B], in [0, S).
+        weight: Share of each sample in the loss [B]; 0 leaves it out.
+
+    Returns:
+        The sum over samples divided by B, a scalar.
+    """
+    scores = F.normalize(user, dim=1) @ F.normalize(scenario, dim=1).t() / 0.2
+    losses = F.cross_entropy(scores, target, reduction="none")
+    return (losses * weight).sum() / len(user)
 
 
 class KnowledgeMatch(nn.Module):
     """How well a user's knowledge meets an item's: elementwise product of projections, and cosine.
+
+    With meta layers on it, what the match means is generated too: one residual layer by z_u, one by
+    z_s (a match of tastes may count for more in search than in a feed).
 
     Args:
         user_dim: Width of user vectors.
         item_dim: Width of item vectors; the cosine is left out if it differs.
         width: Width of the projections.
         num_tasks: Logits per sample.
+        meta: Levels whose knowledge generates a layer on the match: "user", "scenario".
+        generator: Of these layers.
     """
 
-    def __init__(self, user_dim: int, item_dim: int, width: int, num_tasks: int) -> None:
+    def __init__(
+        self,
+        user_dim: int,
+        item_dim: int,
+        width: int,
+        num_tasks: int,
+        meta: tuple[str, ...] = (),
+        generator: Generator | None = None,
+    ) -> None:
         super().__init__()
         self.user = nn.Linear(user_dim, width, bias=False)
         self.item = nn.Linear(item_dim, width, bias=False)
         nn.init.normal_(self.user.weight)
         nn.init.normal_(self.item.weight)
         self.has_cosine = user_dim == item_dim
-        self.hidden = MLP(width + int(self.has_cosine), [16], dropout=0.0)
+        features = width + int(self.has_cosine)
+        self.meta = nn.ModuleDict()
+        for level in meta:
+            assert generator is not None
+            self.meta[level] = MetaLayer(features, features, generator, zero=True)
+        self.hidden = MLP(features, [16], dropout=0.0)
         self.out = nn.Linear(16, num_tasks, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, users: Tensor, items: Tensor, known: Tensor) -> Tensor:
-        """Maps vectors [B, user_dim], [B, item_dim] to logits [B, tasks]; 0 where `known` is false."""
-        features = [self.user(standardise(users)) * self.item(standardise(items))]
+    def forward(
+        self,
+        users: Tensor,
+        items: Tensor,
+        known: Tensor,
+        codes: dict[str, tuple[Tensor, Tensor | None]],
+    ) -> Tensor:
+        """Maps knowledge of both sides to logits [B, tasks]; 0 where `known` is false.
+
+        Args:
+            users: User vectors [B, user_dim].
+            items: Item vectors [B, item_dim].
+            known: Whether both are there, bool [B].
+            codes: z per level and, where rows are shared, the row of each sample.
+        """
+        features = self.user(standardise(users)) * self.item(standardise(items))
         if self.has_cosine:
             # Cosines of one encoder's texts lie in a narrow band; widened to the scale of the others.
-            features.append(5 * F.cosine_similarity(users, items, dim=-1)[:, None])
-        return self.out(self.hidden(torch.cat(features, dim=1))) * known[:, None]
+            cosine = 5 * F.cosine_similarity(users, items, dim=-1)[:, None]
+            features = torch.cat([features, cosine], dim=1)
+        for level, layer in self.meta.items():
+            features = features + layer(features, *codes[level])
+        return self.out(self.hidden(features)) * known[:, None]
