@@ -41,7 +41,7 @@ def test_file_then_overrides_then_saved_whole(tmp_path: Path) -> None:
         (["train.learning_rate=fast"], r"train\.learning_rate"),
         (["model.backbone=cgc"], r"model\.backbone: .*'shared_bottom', .*'star'.*'cgc'"),
         (["tables.ids=hash"], r"tables: hash_rows belongs to ids = hash"),
-        (["tables.optimizer=adam"], r"tables\.optimizer: .*rowwise_adagrad.*'adam'"),
+        (["tables.optimizer=adamw"], r"tables\.optimizer: .*rowwise_adagrad.*'adamw'"),
         (["tables.dim=10"], r"tables\.dim: .*multiple of 4"),
         (["data.path=null"], r"data\.path"),
         (["knowledge.user=store"], r"knowledge\.user is given but model\.meta\.enabled is false"),

@@ -77,6 +77,22 @@ class KnowledgeConfig(Section):
     item: str | None = Field(default=None, description="Store with one vector per item.")
 
 
+class ScheduleConfig(Section):
+    """How a learning rate moves over a run; the rate it belongs to is its peak."""
+
+    shape: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="From the end of the warm-up to the last step."
+    )
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps of a linear rise from 0; the last of them is at the peak.",
+    )
+    final: float = Field(
+        default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of the peak."
+    )
+
+
 class TablesConfig(Section):
     """Sharded id tables."""
 
@@ -88,11 +104,26 @@ class TablesConfig(Section):
         description="vocabulary: one row per id seen in training; hash: `hash_rows` rows for all ids.",
     )
     hash_rows: int | None = Field(default=None, ge=2, description="Rows per table when ids = hash.")
-    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = Field(
+    optimizer: Literal[
+        "sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"
+    ] = Field(
         default="rowwise_adagrad",
-        description="Optimizer fused into the backward pass of the tables.",
+        description="Optimizer fused into the backward pass of the tables; the last three on CUDA only.",
     )
     learning_rate: float = Field(default=0.05, gt=0, description="Step size of the tables.")
+    schedule: ScheduleConfig = ScheduleConfig()
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Decoupled weight decay of the rows that a step touches. On CUDA only, and not of sgd "
+        "and adagrad: what would be ignored is refused.",
+    )
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.999],
+        min_length=2,
+        max_length=2,
+        description="Decay of the two moments of adam, partial_rowwise_adam and lamb.",
+    )
     init_std: float = Field(default=0.01, gt=0, description="Standard deviation of initial rows.")
     sharding: dict[TableName, Sharding] = Field(
         default={},
@@ -245,6 +276,8 @@ class TrainConfig(Section):
     meta_learning_rate: float = Field(
         default=1e-3, gt=0, description="Adam step size of meta networks."
     )
+    schedule: ScheduleConfig = ScheduleConfig()
+    meta_schedule: ScheduleConfig = ScheduleConfig()
     weight_decay: float = Field(
         default=1e-5, ge=0, description="Decoupled weight decay of dense parameters."
     )

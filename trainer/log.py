@@ -46,8 +46,8 @@ class RunLog:
         known = (predictions.weight * predictions.has_knowledge).sum()
         self._sums += torch.stack([loss, predictions.weight.sum(), known]).double()
 
-    def flush(self, step: int, epoch: int, learning_rate: float, bar: tqdm) -> None:
-        """Reduces over ranks and writes a line of kind "train"."""
+    def flush(self, step: int, epoch: int, rates: dict[str, float], bar: tqdm) -> None:
+        """Reduces over ranks and writes a line of kind "train", with the learning rates by name."""
         dist.all_reduce(self._sums)
         loss, samples, known = self._sums.tolist()
         seconds = time.perf_counter() - self._since
@@ -55,7 +55,7 @@ class RunLog:
             "loss": loss / max(samples, 1),
             "samples_per_second": samples / seconds,
             "knowledge_coverage": known / max(samples, 1),
-            "learning_rate": learning_rate,
+            **rates,
         }
         self.write("train", step, epoch, **numbers)
         bar.set_postfix(

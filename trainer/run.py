@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.ids import HashedIds, IdMap, SortedKeys, Vocabulary
-from embeddings.optimizer import fuse_optimizer
+from embeddings.optimizer import TableOptimizer, fuse_optimizer
 from embeddings.sharding import Hardware, describe_plan, format_plan, plan_sharding, shard
 from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
@@ -180,6 +180,10 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
         InputError: If they do not.
     """
     check_shares(config.train.global_batch_size, config.data.streams, runtime.world_size)
+    try:
+        _table_optimizer(config).check(runtime.device.type)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     dataset = validate_dataset(Path(config.data.path))
     return Inputs(dataset, open_stores(config, dataset))
 
@@ -206,7 +210,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     )
     torch.manual_seed(train.seed)
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
-    fuse_optimizer(model.sparse.parameters(), config.tables.optimizer, config.tables.learning_rate)
+    fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
     plan = plan_sharding(
         model,
@@ -278,6 +282,12 @@ def _hardware(config: RunConfig, runtime: Runtime) -> Hardware:
     )
 
 
+def _table_optimizer(config: RunConfig) -> TableOptimizer:
+    tables = config.tables
+    betas = (tables.betas[0], tables.betas[1])
+    return TableOptimizer(tables.optimizer, tables.learning_rate, tables.weight_decay, betas)
+
+
 def _shape(store: KnowledgeStore | None) -> tuple[int, int] | None:
     return (store.manifest.rows, store.manifest.dim) if store else None
 
@@ -303,7 +313,7 @@ def _dense_optimizer(model: DistributedModelParallel, config: RunConfig) -> torc
     meta = list(dense.meta.parameters()) if dense.meta is not None else []
     of_meta = {id(parameter) for parameter in meta}
     rest = [parameter for parameter in dense.parameters() if id(parameter) not in of_meta]
-    groups = [{"params": rest, "lr": config.train.learning_rate}]
+    groups = [{"params": rest, "lr": config.train.learning_rate, "name": "dense"}]
     if meta:
-        groups.append({"params": meta, "lr": config.train.meta_learning_rate})
+        groups.append({"params": meta, "lr": config.train.meta_learning_rate, "name": "meta"})
     return torch.optim.AdamW(groups, weight_decay=config.train.weight_decay)

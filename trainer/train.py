@@ -17,6 +17,7 @@ from trainer.data.loader import EventStream
 from trainer.distributed import distributed, seed_step, together
 from trainer.log import RunLog
 from trainer.run import Run, build, open_inputs, prepare_folder
+from trainer.schedule import set_learning_rates
 from trainer.scoring import measure, write_predictions
 
 
@@ -81,7 +82,7 @@ def fit(run: Run) -> LoopState:
                 total,
             )
             segment = itertools.islice(batches, stop - state.step)
-            _train_steps(run, segment, state, stop, log, bar, events.steps)
+            _train_steps(run, segment, state, stop, log, bar, total)
             improved = False
             if state.step % options.eval_every == 0 or state.step == total:
                 improved = _evaluate(run, valid, state, log, state.step // events.steps)
@@ -110,17 +111,19 @@ def _train_steps(
     stop: int,
     log: RunLog,
     bar: tqdm,
-    per_epoch: int,
+    total: int,
 ) -> None:
     run.model.train()
+    per_epoch = total // run.config.train.epochs
     while state.step < stop:
         seed_step(run.config.train.seed, run.runtime.rank, state.step)
+        rates = set_learning_rates(run, state.step, total)
         predictions = run.pipeline.progress(batches)
         state.step += 1
         log.add(predictions)
         bar.update()
         if state.step % run.config.train.log_every == 0 or state.step == stop:
-            log.flush(state.step, state.step // per_epoch, run.config.train.learning_rate, bar)
+            log.flush(state.step, state.step // per_epoch, rates, bar)
 
 
 def _epochs(events: EventStream, epochs: int, done: int) -> Iterator[Batch]:
