@@ -10,6 +10,8 @@ import sys
 
 from llm_knowledge.errors import InputError
 
+HOSTS_MEET_SECONDS = 600
+
 
 def run_quickstart(options: argparse.Namespace, words: list[str]) -> int | None:
     """Takes MovieLens through the whole system."""
@@ -68,7 +70,16 @@ def extract(options: argparse.Namespace, words: list[str]) -> int | None:
         return run_workers("launch", words, options.processes)
     from llm_knowledge.extract import main as extract_main
 
-    extract_main(options)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        extract_main(options)
+        return None
+    from trainer.distributed import distributed
+    from trainer.hosts import check_hosts
+
+    # The group stays open: its store is the one that the workers of an extraction share.
+    with distributed(HOSTS_MEET_SECONDS):
+        check_hosts(options.out, words)
+        extract_main(options)
     return None
 
 

@@ -1,6 +1,7 @@
 """Processes, devices and seeds; the only reader of the launcher's environment."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ def distributed(timeout_seconds: int) -> Iterator[Runtime]:
 
     Uses NCCL and this rank's GPU where there is one, gloo and the CPU otherwise. A group that exists
     already is used and left alone, so several runs can follow each other in one job.
+
+    Raises:
+        InputError: More ranks than GPUs on this host, or the ranks cannot meet.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     use_gpu = torch.cuda.is_available()
@@ -45,6 +49,12 @@ def distributed(timeout_seconds: int) -> Iterator[Runtime]:
         else torch.device("cpu")
     )
     if use_gpu:
+        ranks, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks > devices:
+            raise InputError(
+                f"{ranks} ranks on {socket.gethostname()}, which has {devices} GPUs: start at most "
+                "one rank per GPU"
+            )
         torch.cuda.set_device(device)
     owner = not dist.is_initialized()
     if owner:

@@ -15,6 +15,7 @@ from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.loader import EventStream
 from trainer.distributed import distributed, seed_step, together
+from trainer.hosts import check_hosts
 from trainer.log import RunLog
 from trainer.run import Run, build, open_inputs, prepare_folder
 from trainer.schedule import set_learning_rates
@@ -36,6 +37,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     """
     began = time.perf_counter()
     with distributed(config.train.timeout_seconds) as runtime:
+        check_hosts(Path(config.output), config.model_dump())
         inputs = together(lambda: open_inputs(config, runtime))
         folder = together(lambda: prepare_folder(config, runtime, resume))
         run = build(config, runtime, folder, inputs)
