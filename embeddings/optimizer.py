@@ -70,6 +70,14 @@ class TableOptimizer:
                 f"or choose {', '.join(WITH_WEIGHT_DECAY[:-1])} or {WITH_WEIGHT_DECAY[-1]}"
             )
 
+    @property
+    def replicable(self) -> bool:
+        """Whether `ReplicatedOptimizer` has this rule for data-parallel tables.
+
+        The others would move rows that a batch does not touch once gradients are dense.
+        """
+        return self.name in ON_EVERY_DEVICE and not self.weight_decay
+
     def kernel_options(self) -> dict[str, Any]:
         """Options by the names that the kernels know; a fresh dict, because callees change it."""
         options: dict[str, Any] = {"lr": self.learning_rate}

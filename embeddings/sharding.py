@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,22 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import (
+    CacheParams,
+    KeyValueParams,
+    ModuleSharder,
+    ShardingPlan,
+    ShardingType,
+)
 
 from embeddings.tables import Table
 
 for _noisy in ("torchrec", "torch.fx._symbolic_trace"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|torchrec")
+# The CPU kernel of data-parallel tables is differentiable; it is only registered in an old way.
+warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
 
 
 class PooledSharder(EmbeddingBagCollectionSharder):
@@ -30,6 +39,38 @@ class PooledSharder(EmbeddingBagCollectionSharder):
         row_wise = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD]
         stock = super().sharding_types(compute_device_type)
         return sorted({*stock, *(kind.value for kind in row_wise)})
+
+
+class PlanError(ValueError):
+    """Tables cannot be placed as wanted; the message says which, why, and what to do."""
+
+
+KERNELS = {
+    "fused": "fused",
+    "uvm": "fused_uvm",
+    "uvm_caching": "fused_uvm_caching",
+    "key_value": "key_value",
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the user wants of one table.
+
+    Attributes:
+        sharding: torchrec's name of a sharding type, or "planner" to let the planner choose.
+        kernel: Key of `KERNELS`: rows in the device's memory, in the host's (uvm), in the host's with
+            a cache on the device (uvm_caching), on SSD with a cache on the device (key_value).
+        cache_load_factor: uvm_caching: the share of the rows that the device's cache holds.
+        directory: key_value: where the rows are kept.
+        replicable: Whether the table may be data-parallel, see `TableOptimizer.replicable`.
+    """
+
+    sharding: str = "row_wise"
+    kernel: str = "fused"
+    cache_load_factor: float | None = None
+    directory: str | None = None
+    replicable: bool = True
 
 
 MINIMUM_COLUMNS = 4  # the kernels' vector width: a column shard is a multiple of it
@@ -100,31 +141,88 @@ def sharders() -> list[ModuleSharder[nn.Module]]:
     return [PooledSharder(), EmbeddingCollectionSharder()]  # type: ignore[list-item]
 
 
+def check_placement(table: str, sequence: bool, placement: Placement, device: str) -> None:
+    """Refuses what the device or the kind of table cannot do.
+
+    Args:
+        table: Its name.
+        sequence: Whether it gives one vector per id.
+        placement: What the user wants.
+        device: "cuda" or "cpu".
+
+    Raises:
+        PlanError: If it is impossible, with what to do.
+    """
+    kind, kernel = placement.sharding, placement.kernel
+    data_parallel = kind == ShardingType.DATA_PARALLEL.value
+    if kernel != "fused" and device == "cpu":
+        raise PlanError(
+            f"kernel {kernel} of table {table} needs a GPU; on a CPU there is only fused: remove it"
+        )
+    if kernel != "fused" and data_parallel:
+        raise PlanError(
+            f"kernel {kernel} of table {table}: a data_parallel table lies in the device's memory; "
+            "use fused"
+        )
+    if data_parallel and not placement.replicable:
+        raise PlanError(
+            f"sharding of {table}: data_parallel tables are trained by sgd, adagrad or rowwise_adagrad "
+            "without weight decay; choose one of these, or another sharding"
+        )
+    if sequence and kind in _POOLED_ONLY:
+        raise PlanError(
+            f"sharding of {table}: {kind} is not possible for a table of sequences; use row_wise, "
+            "table_wise, column_wise or planner"
+        )
+    if sequence and data_parallel and device == "cpu":
+        raise PlanError(
+            f"sharding of {table}: a data_parallel table of sequences needs a GPU (torchrec's CPU kernel "
+            "sums its ids up); use row_wise, table_wise, column_wise or planner"
+        )
+
+
+_POOLED_ONLY = (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
+
+
+def _constraint(table: Table, placement: Placement, hardware: Hardware) -> ParameterConstraints:
+    kind, kernel = placement.sharding, KERNELS[placement.kernel]
+    columns = max(table.dim // hardware.ranks // MINIMUM_COLUMNS, 1) * MINIMUM_COLUMNS
+    dense = placement.replicable and not (table.sequence and hardware.device == "cpu")
+    return ParameterConstraints(
+        sharding_types=None if kind == "planner" else [kind],
+        # Data-parallel tables have a kernel of their own.
+        compute_kernels=["dense"]
+        if kind == "data_parallel"
+        else [kernel, *["dense"] * (dense and kernel == "fused")],
+        min_partition=columns if kind in ("column_wise", "grid_shard") else None,
+        pooling_factors=list(table.ids_per_sample) or [1.0] * len(table.features),
+        cache_params=CacheParams(load_factor=placement.cache_load_factor)
+        if placement.kernel == "uvm_caching"
+        else None,
+        key_value_params=KeyValueParams(ssd_storage_directory=placement.directory)
+        if placement.kernel == "key_value"
+        else None,
+    )
+
+
 def make_planner(
-    tables: list[Table], choices: dict[str, str], batch_size: int, hardware: Hardware
+    tables: list[Table], placements: Mapping[str, Placement], batch_size: int, hardware: Hardware
 ) -> EmbeddingShardingPlanner:
     """Makes a planner with a constraint per table and the true hardware.
 
     Args:
         tables: All tables of the model.
-        choices: Table name to torchrec's name of a sharding type, or "planner" to let the planner
-            choose; tables that are not named are row-wise.
+        placements: Table name to what is wanted of it; tables that are not named are row-wise.
         batch_size: Samples per rank and step; the planner's own default (512) is never used.
         hardware: Of the cluster.
     """
-    constraints = {}
-    for table in tables:
-        kind = choices.get(table.name, "row_wise")
-        columns = max(table.dim // hardware.ranks // MINIMUM_COLUMNS, 1) * MINIMUM_COLUMNS
-        constraints[table.name] = ParameterConstraints(
-            sharding_types=None if kind == "planner" else [kind],
-            compute_kernels=["fused"],
-            min_partition=columns if kind in ("column_wise", "grid_shard") else None,
-        )
     return EmbeddingShardingPlanner(
         topology=hardware.topology(),
         batch_size=batch_size,
-        constraints=constraints,
+        constraints={
+            table.name: _constraint(table, placements.get(table.name, Placement()), hardware)
+            for table in tables
+        },
         storage_reservation=FixedPercentageStorageReservation(hardware.reserved),
     )
 
@@ -132,19 +230,34 @@ def make_planner(
 def plan_sharding(
     model: nn.Module,
     tables: list[Table],
-    choices: dict[str, str],
+    placements: Mapping[str, Placement],
     batch_size: int,
     hardware: Hardware,
 ) -> ShardingPlan:
-    """Plans all tables, the same on every rank; see `make_planner` for the arguments.
+    """Plans all tables on rank 0, for every rank; see `make_planner` for the arguments.
 
     Raises:
-        PlannerError: If the tables do not fit, with what is short.
+        PlanError: On every rank, if a placement names no table, or if the tables do not fit: with what
+            is short.
         RuntimeError: If the plan leaves out a table.
     """
-    planner = make_planner(tables, choices, batch_size, hardware)
-    plan = planner.collective_plan(model, sharders(), dist.group.WORLD)
-    check_plan(plan, [table.name for table in tables])
+    names = [table.name for table in tables]
+    if unknown := sorted(set(placements) - set(names)):
+        raise PlanError(f"there is no table {unknown[0]}; known: {', '.join(names)}")
+    found: list[ShardingPlan | str | None] = [None]
+    if dist.get_rank() == 0:
+        planner = make_planner(tables, placements, batch_size, hardware)
+        try:
+            found[0] = planner.plan(model, sharders())
+        except (
+            PlannerError
+        ) as error:  # told to all: a rank that raises alone leaves the others waiting
+            found[0] = str(error)
+    dist.broadcast_object_list(found)
+    plan = found[0]
+    if not isinstance(plan, ShardingPlan):
+        raise PlanError(f"the tables cannot be placed on {hardware.ranks} ranks: {plan}")
+    check_plan(plan, names)
     return plan
 
 
@@ -169,27 +282,31 @@ def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> Distrib
 
 def describe_plan(plan: ShardingPlan, tables: Iterable[Table], ranks: int) -> list[TablePlan]:
     """Lists where every table lies."""
-    sizes = {table.name: table.bytes_per_value for table in tables}
+    known = {table.name: table for table in tables}
     found = []
     for module in plan.plan.values():
         for name, parameter in module.items():  # type: ignore[attr-defined]
+            table = known[name]
+            row = table.dim * table.bytes_per_value
             bytes_per_rank = [0] * ranks
-            rows = dim = 0
-            for piece in parameter.sharding_spec.shards:
-                (row, column), (count, width) = piece.shard_offsets, piece.shard_sizes
-                rows, dim = max(rows, row + count), max(dim, column + width)
-                bytes_per_rank[piece.placement.rank()] += count * width * sizes[name]
+            if parameter.sharding_spec is None:  # data-parallel
+                bytes_per_rank = [table.rows * row] * ranks
+            else:
+                for piece in parameter.sharding_spec.shards:
+                    count, width = piece.shard_sizes
+                    size = count * width * table.bytes_per_value
+                    bytes_per_rank[piece.placement.rank()] += size
             kind, kernel = parameter.sharding_type, parameter.compute_kernel
-            found.append(TablePlan(name, kind, kernel, rows, dim, bytes_per_rank))
+            found.append(TablePlan(name, kind, kernel, table.rows, table.dim, bytes_per_rank))
     return found
 
 
 def format_plan(tables: list[TablePlan]) -> str:
     """Renders the plan as a text table."""
-    lines = [f"{'table':<18}{'sharding':<16}{'kernel':<8}{'rows':>12}{'dim':>6}  MiB per rank"]
+    lines = [f"{'table':<18}{'sharding':<16}{'kernel':<19}{'rows':>12}{'dim':>6}  MiB per rank"]
     for table in tables:
         sizes = " ".join(f"{size / 2**20:.2f}" for size in table.bytes_per_rank)
         lines.append(
-            f"{table.table:<18}{table.sharding:<16}{table.kernel:<8}{table.rows:>12,}{table.dim:>6}  {sizes}"
+            f"{table.table:<18}{table.sharding:<16}{table.kernel:<19}{table.rows:>12,}{table.dim:>6}  {sizes}"
         )
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -18,13 +19,27 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `rows` x `dim`, read by the named features (columns of a KeyedJaggedTensor)."""
+    """One table: `rows` x `dim`, read by the named features (columns of a KeyedJaggedTensor).
+
+    Attributes:
+        name: Its name.
+        rows: Number of rows.
+        dim: Width of a row.
+        features: Names of the features that read it.
+        bytes_per_value: 4 for float32, 2 for float16.
+        sequence: Whether it gives one vector per id; otherwise the sum over a sample's ids.
+        ids_per_sample: Mean number of ids of each feature: what plans are made with. Empty: 1 each.
+        frozen: Whether it is only looked up.
+    """
 
     name: str
     rows: int
     dim: int
     features: tuple[str, ...]
     bytes_per_value: int = 4
+    sequence: bool = False
+    ids_per_sample: tuple[float, ...] = ()
+    frozen: bool = False
 
 
 def _initialiser(std: float) -> Callable[[Tensor], Tensor]:
@@ -138,10 +153,8 @@ def load_frozen_rows(
     """
     state = collection.state_dict()
     for name, read in readers.items():
-        sharded = state[f"embedding_bags.{name}.weight"]
-        for shard in sharded.local_shards():
-            row, column = shard.metadata.shard_offsets
-            count, width = shard.metadata.shard_sizes
+        for piece, (row, column) in _local_pieces(state[f"embedding_bags.{name}.weight"]):
+            count, width = piece.shape
             for start in range(0, count, chunk):
                 stop = min(start + chunk, count)
                 vectors = read(row + start, row + stop)[:, column : column + width]
@@ -150,4 +163,17 @@ def load_frozen_rows(
                         f"table {name}: rows {row + start}..{row + stop} came as {vectors.shape}"
                     )
                 # The shard aliases the kernel's own storage: an in-place copy is all it takes.
-                shard.tensor[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(vectors)))
+                piece[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(vectors)))
+
+
+def _local_pieces(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, tuple[int, int]]]:
+    """This rank's parts of a table with (first row, first column); data-parallel ones are whole."""
+    if isinstance(weight, ShardedTensor):
+        return [
+            (
+                shard.tensor.detach(),
+                (shard.metadata.shard_offsets[0], shard.metadata.shard_offsets[1]),
+            )
+            for shard in weight.local_shards()
+        ]
+    return [(weight.detach(), (0, 0))]

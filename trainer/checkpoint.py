@@ -189,7 +189,7 @@ def _saved_sizes(checkpoint: Path) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in entries.items() if hasattr(entry, "size")}
 
 
-def _spread_accumulators(saved: Tensor, live: ShardedTensor, rows: int) -> None:
+def _spread_accumulators(saved: Tensor, live: ShardedTensor | Tensor, rows: int) -> None:
     """Moves RowWiseAdagrad's accumulators between tables cut into different numbers of columns.
 
     A table cut into n columns keeps n accumulators per row, the k-th for the mean square of the
@@ -205,6 +205,9 @@ def _spread_accumulators(saved: Tensor, live: ShardedTensor, rows: int) -> None:
     else:
         parts = parts.mean(0, keepdim=True).expand(after, rows)
     flat = parts.reshape(-1)
+    if not isinstance(live, ShardedTensor):  # data-parallel: every rank has all of it
+        live.copy_(flat)
+        return
     for shard in live.local_shards():
         (start,), (count,) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
         shard.tensor.copy_(flat[start : start + count].view(shard.tensor.shape))

@@ -13,8 +13,15 @@ Split = Literal["profile", "train", "valid", "test"]
 
 
 Sharding = Literal[
-    "row_wise", "table_wise", "column_wise", "table_row_wise", "grid_shard", "planner"
+    "row_wise",
+    "table_wise",
+    "column_wise",
+    "table_row_wise",
+    "grid_shard",
+    "data_parallel",
+    "planner",
 ]
+Kernel = Literal["fused", "uvm", "uvm_caching", "key_value"]
 TableName = Literal["user", "item", "user_knowledge", "item_knowledge"]
 
 
@@ -127,14 +134,48 @@ class TablesConfig(Section):
     init_std: float = Field(default=0.01, gt=0, description="Standard deviation of initial rows.")
     sharding: dict[TableName, Sharding] = Field(
         default={},
-        description="Per table; tables that are not named are row_wise. planner: torchrec's planner "
-        "chooses. The item table holds sequences: row_wise, table_wise, column_wise or planner.",
+        description="Per table; tables that are not named are row_wise. data_parallel: every rank keeps "
+        "all rows. planner: torchrec's planner chooses. The item table holds sequences: row_wise, "
+        "table_wise, column_wise, planner, and on GPUs data_parallel.",
+    )
+    kernels: dict[TableName, Kernel] = Field(
+        default={},
+        description="Where rows lie, per table; fused (the device's memory) if not named. On GPUs also "
+        "uvm (the host's memory), uvm_caching (the same with a cache on the GPU), key_value (SSD with a "
+        "cache on the GPU; only trained tables, with optimizer rowwise_adagrad).",
+    )
+    cache_load_factor: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="Share of a uvm_caching table's rows that the GPU caches.",
+    )
+    key_value_directory: str | None = Field(
+        default=None, description="Folder on SSD for key_value tables."
     )
 
     @model_validator(mode="after")
     def _hash_needs_rows(self) -> "TablesConfig":
         if (self.ids == "hash") != (self.hash_rows is not None):
             raise ValueError("hash_rows belongs to ids = hash: set both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _key_value_has_its_needs(self) -> "TablesConfig":
+        named = [name for name, kernel in self.kernels.items() if kernel == "key_value"]
+        if bool(named) != (self.key_value_directory is not None):
+            raise ValueError(
+                "key_value_directory belongs to key_value kernels: set both, or neither"
+            )
+        if frozen := [name for name in named if name.endswith("_knowledge")]:
+            raise ValueError(
+                f"kernels.{frozen[0]}: key_value tables need rowwise_adagrad, a frozen table has no "
+                "optimizer; use uvm_caching"
+            )
+        if named and self.optimizer != "rowwise_adagrad":
+            raise ValueError(
+                f"kernels.{named[0]}: key_value tables need optimizer rowwise_adagrad, not {self.optimizer}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -314,11 +355,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _knowledge_where_it_is_needed(self) -> "RunConfig":
         meta, stores = self.model.meta, self.knowledge
-        for table in self.tables.sharding:
+        named = [("sharding", table) for table in self.tables.sharding]
+        for field, table in [*named, *(("kernels", table) for table in self.tables.kernels)]:
             level = table.removesuffix("_knowledge")
             if level != table and getattr(stores, level) is None:
                 raise ValueError(
-                    f"tables.sharding.{table}: there is no such table without knowledge.{level}"
+                    f"tables.{field}.{table}: there is no such table without knowledge.{level}"
                 )
         if not meta.enabled:
             given = [level for level in ("user", "scenario", "item") if getattr(stores, level)]

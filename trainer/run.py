@@ -14,7 +14,17 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.ids import HashedIds, IdMap, SortedKeys, Vocabulary
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
-from embeddings.sharding import Hardware, describe_plan, format_plan, plan_sharding, shard
+from embeddings.replicated import train_replicated_tables
+from embeddings.sharding import (
+    Hardware,
+    Placement,
+    PlanError,
+    check_placement,
+    describe_plan,
+    format_plan,
+    plan_sharding,
+    shard,
+)
 from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
@@ -182,6 +192,8 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
     check_shares(config.train.global_batch_size, config.data.streams, runtime.world_size)
     try:
         _table_optimizer(config).check(runtime.device.type)
+        for table, placement in placements(config).items():
+            check_placement(table, table == "item", placement, runtime.device.type)
     except ValueError as error:
         raise InputError(str(error)) from error
     dataset = validate_dataset(Path(config.data.path))
@@ -212,13 +224,12 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
-    plan = plan_sharding(
-        model,
-        model.tables,
-        {str(name): str(kind) for name, kind in config.tables.sharding.items()},
-        batch_size,
-        _hardware(config, runtime),
-    )
+    try:
+        plan = plan_sharding(
+            model, model.tables, placements(config), batch_size, _hardware(config, runtime)
+        )
+    except PlanError as error:
+        raise InputError(f"tables.sharding: {error}", shared=True) from error
     if runtime.is_main:
         tables = describe_plan(plan, model.tables, runtime.world_size)
         lines = [format_plan(tables)]
@@ -243,6 +254,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         }
         together(lambda: load_frozen_rows(collection, readers))
     optimizer = _dense_optimizer(sharded, config)
+    train_replicated_tables(sharded, plan, _table_optimizer(config), optimizer, "knowledge.")
     return Run(
         config=config,
         folder=folder,
@@ -256,6 +268,23 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
             sharded, optimizer, runtime.device, execute_all_batches=True
         ),
     )
+
+
+def placements(config: RunConfig) -> dict[str, Placement]:
+    """What the configuration wants of tables; those that are not in it are row-wise and fused."""
+    tables = config.tables
+    replicable = _table_optimizer(config).replicable
+    found = {}
+    for name in {**tables.sharding, **tables.kernels}:
+        kernel = tables.kernels.get(name, "fused")
+        found[str(name)] = Placement(
+            sharding=tables.sharding.get(name, "row_wise"),
+            kernel=kernel,
+            cache_load_factor=tables.cache_load_factor if kernel == "uvm_caching" else None,
+            directory=tables.key_value_directory if kernel == "key_value" else None,
+            replicable=replicable or name.endswith("_knowledge"),
+        )
+    return found
 
 
 def _hardware(config: RunConfig, runtime: Runtime) -> Hardware:

@@ -235,10 +235,17 @@ class LLM4MSR(nn.Module):
         super().__init__()
         ids = [
             Table("user", shapes.user_rows, dim, ("user",)),
-            Table("item", shapes.item_rows, dim, ("item", "history")),
+            Table(
+                "item",
+                shapes.item_rows,
+                dim,
+                ("item", "history"),
+                sequence=True,
+                ids_per_sample=(1, shapes.history_length),
+            ),
         ]
         frozen = [
-            Table(f"{level}_knowledge", *shape, (level,), bytes_per_value=2)
+            Table(f"{level}_knowledge", *shape, (level,), bytes_per_value=2, frozen=True)
             for level, shape in (("user", shapes.user_vectors), ("item", shapes.item_vectors))
             if shape
         ]

@@ -1,0 +1,214 @@
+"""Data-parallel tables learn what sharded ones learn, and what a device cannot do is refused."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from embeddings.sharding import Placement, PlanError, check_placement
+from llm_knowledge.errors import InputError
+from tests.training_data import make_config, make_inputs
+from trainer.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from trainer.config import RunConfig
+from trainer.data.batch import Batch
+from trainer.distributed import distributed
+from trainer.run import Run, build, open_inputs
+from trainer.train import train
+
+RULES = ("sgd", "adagrad", "rowwise_adagrad")
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_inputs(tmp_path_factory.mktemp("data-parallel"))
+
+
+def user_table(run: Run) -> np.ndarray:
+    """The whole user table on every rank."""
+    weight = run.model.state_dict()["sparse.pooled.embedding_bags.user.weight"]
+    if isinstance(weight, torch.Tensor) and not hasattr(weight, "local_shards"):
+        return weight.detach().numpy().copy()
+    pieces: list[Any] = [None] * dist.get_world_size()
+    own = [(s.metadata.shard_offsets, s.tensor.detach().numpy()) for s in weight.local_shards()]
+    dist.all_gather_object(pieces, own)
+    whole = np.full(tuple(weight.size()), np.nan, dtype=np.float32)
+    for (row, column), piece in (one for part in pieces for one in part):
+        whole[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
+    return whole
+
+
+def configuration(root: Path, kind: str, rule: str) -> RunConfig:
+    return make_config(
+        root / "data",
+        root / "knowledge",
+        root / "run",
+        tables__sharding=f"{{user: {kind}, user_knowledge: {kind}}}",
+        tables__optimizer=rule,
+        tables__dim=8,
+        model__dropout=0.0,
+        model__meta__noise=0.0,
+        model__meta__dropout=0.0,
+    )
+
+
+def steps(run: Run, batches: list[Batch]) -> np.ndarray:
+    """The user table after training on some batches."""
+    run.model.train()
+    source = iter(batches)
+    for _ in batches:
+        run.pipeline.progress(source)
+    return user_table(run)
+
+
+def rank_main(rank: int, root: Path, out: Path) -> None:
+    """Steps of one rank: row_wise, its checkpoint continued data_parallel, that one's sharded again."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(out / "rendezvous"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    tables: dict[str, np.ndarray] = {}
+    with distributed(30) as runtime:
+        for rule in RULES:
+
+            def start(kind: str, rule: str = rule) -> Run:
+                config = configuration(root, kind, rule)
+                folder = out / f"{rule}-{kind}"
+                folder.mkdir(exist_ok=True)
+                return build(config, runtime, folder, open_inputs(config, runtime))
+
+            def save(run: Run, step: int) -> Path:
+                state = LoopState(step=step, best_step=step, fingerprints=run.fingerprints)
+                return save_checkpoint(run.folder, run.model, run.optimizer, state, runtime.is_main)
+
+            sharded = start("row_wise")
+            batches = list(sharded.stream(["train"], shuffle=True).batches())[:6]
+            steps(sharded, batches[:2])
+            after_two = save(sharded, 2)
+            tables[f"{rule} row_wise 4"] = steps(sharded, batches[2:4])
+            tables[f"{rule} row_wise 6"] = steps(sharded, batches[4:6])
+
+            replicated = start("data_parallel")
+            load_checkpoint(after_two, replicated.model, replicated.optimizer, sharded.fingerprints)
+            tables[f"{rule} data_parallel 4"] = steps(replicated, batches[2:4])
+            after_four = save(replicated, 4)
+            tables[f"{rule} data_parallel 6"] = steps(replicated, batches[4:6])
+
+            for kind in ("row_wise", "column_wise"):
+                again = start(kind)
+                load_checkpoint(after_four, again.model, again.optimizer, sharded.fingerprints)
+                tables[f"{rule} {kind} again 4"] = user_table(again)
+                tables[f"{rule} {kind} again 6"] = steps(again, batches[4:6])
+    np.savez(out / f"rank-{rank}.npz", **tables)
+
+
+@pytest.mark.distributed
+def test_sharded_and_replicated_tables_learn_the_same(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Same rows after the same steps, with every rule, through checkpoints in both directions."""
+    context = multiprocessing.get_context("fork")
+    root = inputs[0].parent
+    ranks = [
+        context.Process(target=rank_main, args=(rank, root, tmp_path)) for rank in range(RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        if process.exitcode != 0:
+            for other in ranks:
+                other.kill()
+            pytest.fail("a rank failed or hung")
+    first, second = (np.load(tmp_path / f"rank-{rank}.npz") for rank in range(RANKS))
+    for rule in RULES:
+        for name in (name for name in first.files if name.startswith(f"{rule} ")):
+            assert np.array_equal(first[name], second[name]), name  # replicas stay equal
+            if rule == "rowwise_adagrad" and name.endswith("column_wise again 6"):
+                continue  # one accumulator per part of a row is another rule
+            expected = first[f"{rule} row_wise {name[-1]}"]
+            np.testing.assert_allclose(first[name], expected, rtol=1e-5, atol=1e-8, err_msg=name)
+        moved = np.abs(first[f"{rule} row_wise 6"] - first[f"{rule} row_wise 4"]).max()
+        assert moved > 1e-6
+
+
+def test_a_run_with_replicated_tables(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    sharding = "{user: data_parallel, user_knowledge: data_parallel, item_knowledge: row_wise}"
+    config = make_config(*inputs, tmp_path / "run", tables__sharding=sharding, train__epochs=1)
+    plan = {
+        table["table"]: table for table in json.loads((train(config) / "plan.json").read_text())
+    }
+    assert plan["user"]["sharding"] == plan["user_knowledge"]["sharding"] == "data_parallel"
+    assert plan["user"]["kernel"] == "dense"
+    assert plan["user_knowledge"]["bytes_per_rank"] == [40 * 8 * 2]  # rows x dim x float16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tables__sharding": "{item: data_parallel}"},
+            "sharding of item: a data_parallel table of",
+        ),
+        ({"tables__kernels": "{user: uvm}"}, "kernel uvm of table user needs a GPU"),
+        (
+            {"tables__kernels": "{item_knowledge: uvm_caching}"},
+            "kernel uvm_caching of table item_know",
+        ),
+        (
+            {"tables__kernels": "{user: key_value}", "tables__key_value_directory": "/ssd"},
+            "kernel key_value of table user needs a GPU",
+        ),
+    ],
+)
+def test_refused_on_a_cpu_before_anything_is_written(
+    inputs: tuple[Path, Path], tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(make_config(*inputs, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_gpu_can_do() -> None:
+    for kernel in ("uvm", "uvm_caching", "key_value"):
+        check_placement("user", False, Placement(kernel=kernel), "cuda")
+    check_placement("item", True, Placement("data_parallel"), "cuda")
+    with pytest.raises(PlanError, match="lies in the device's memory"):
+        check_placement("user", False, Placement("data_parallel", "uvm"), "cuda")
+    with pytest.raises(PlanError, match="are trained by sgd, adagrad or rowwise_adagrad"):
+        check_placement("user", False, Placement("data_parallel", replicable=False), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tables__kernels": "{user: key_value}"}, "key_value_directory belongs to key_value"),
+        ({"tables__key_value_directory": "/ssd"}, "key_value_directory belongs to key_value"),
+        ({"tables__kernels": "{users: uvm}"}, r"tables.kernels.users"),
+        ({"tables__sharding": "{users: row_wise}"}, r"tables.sharding.users"),
+        (
+            {
+                "tables__kernels": "{user_knowledge: key_value}",
+                "tables__key_value_directory": "/ssd",
+            },
+            "a frozen table has no optimizer",
+        ),
+        (
+            {
+                "tables__kernels": "{user: key_value}",
+                "tables__key_value_directory": "/ssd",
+                "tables__optimizer": "sgd",
+            },
+            "need optimizer rowwise_adagrad, not sgd",
+        ),
+    ],
+)
+def test_impossible_kernels(changes: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config(tmp_path / "data", tmp_path / "stores", tmp_path / "run", **changes)
