@@ -106,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         "--negatives", type=int, default=4, help="food-kitchen: sampled per positive (default: 4)"
     )
     p.add_argument("--seed", type=int, default=0, help="food-kitchen: of the sampling (default: 0)")
+    p.add_argument(
+        "--held-out-users", type=float, default=0.0, metavar="SHARE",
+        help="movielens, food-kitchen: train nothing of this share of the users; prompts read their first "
+        "events, all later ones are test (default: 0)",
+    )  # fmt: skip
 
     p = command(
         commands, "simulate", run.simulate_log,

@@ -23,15 +23,23 @@ def run_quickstart(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
     """Turns a source into a prepared dataset."""
+    if not 0 <= options.held_out_users < 1:
+        raise InputError(f"--held-out-users is {options.held_out_users}; give a share in [0, 1)")
+    if options.held_out_users and options.source == "parquet":
+        raise InputError("--held-out-users belongs to the schema of a log: split.held_out_users")
     if options.source == "movielens":
         from trainer.data.movielens import prepare_movielens
 
-        info = prepare_movielens(options.raw, options.out)
+        info = prepare_movielens(options.raw, options.out, options.held_out_users)
     elif options.source == "food-kitchen":
         from trainer.data.food_kitchen import prepare_food_kitchen
 
         info = prepare_food_kitchen(
-            options.raw, options.out, negatives=options.negatives, seed=options.seed
+            options.raw,
+            options.out,
+            negatives=options.negatives,
+            seed=options.seed,
+            held_out_users=options.held_out_users,
         )
     else:
         from trainer.data.prepare import prepare_parquet

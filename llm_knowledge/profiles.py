@@ -77,7 +77,9 @@ class Dataset:
 
     def files(self, level: str) -> list[Path]:
         """The Parquet files that a level's profiles are made of, in a fixed order."""
-        parts = [] if level == "item" else sorted((self.path / "profile").glob("part-*.parquet"))
+        # "introduction": the first events of users who are held out of training.
+        folders = [] if level == "item" else [self.path / "profile", self.path / "introduction"]
+        parts = [file for folder in folders for file in sorted(folder.glob("part-*.parquet"))]
         if level != "item" and not parts:
             raise InputError(f"{self.path / 'profile'}: no part-*.parquet; the profile split is "
                              f"empty, prepare the data with a profile window")  # fmt: skip

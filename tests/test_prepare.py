@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from llm_knowledge.errors import InputError
+from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
 from tests.log_data import SCHEMA, all_rows, prepare, random_log, read_rows, write_log
 from trainer.data import dataset, pipeline
 from trainer.data.dataset import SPLITS, open_dataset, split_files, validate_dataset
@@ -160,3 +163,58 @@ def test_parts_and_row_groups_are_bounded(tmp_path, monkeypatch):
         parquet = pq.ParquetFile(file)
         sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
         assert max(sizes) <= dataset.ROWS_PER_GROUP
+
+
+def test_held_out_users_are_read_by_prompts_and_never_trained(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(60), 10)
+    log = pa.table(
+        {
+            "user_id": users,
+            "item_id": rng.integers(0, 30, len(users)),
+            "scenario_id": rng.choice(["a", "b"], len(users)),
+            "timestamp": np.tile(np.arange(10), 60) + 1_600_000_000,
+            "label": rng.integers(0, 2, len(users)),
+        }
+    )
+    pq.write_table(log, tmp_path / "log.parquet")
+    schema = tmp_path / "schema.yaml"
+    schema.write_text(
+        "scenarios: [{scenario_id: a, name: A, description: ''}, "
+        "{scenario_id: b, name: B, description: ''}]\n"
+        "split: {rule: per_user_time, held_out_users: 0.25, "
+        "fractions: {profile: 0.4, train: 0.3, valid: 0.1, test: 0.2}}\n"
+    )
+    info = prepare_parquet(tmp_path / "log.parquet", tmp_path / "data", schema)
+    validate_dataset(tmp_path / "data")
+
+    def rows(split: str) -> pa.Table:
+        files = split_files(tmp_path / "data", split)
+        return pa.concat_tables([pq.read_table(file) for file in files])
+
+    def people(split: str) -> set[int]:
+        return set(rows(split)["user_id"].to_pylist())
+
+    held_out = people("introduction")
+    assert 5 < len(held_out) < 25
+    assert held_out.isdisjoint(people("profile") | people("train") | people("valid"))
+    assert people("test") == set(range(60))
+    assert people("profile") == set(range(60)) - held_out
+    # Every event is somewhere, once; a held-out user's first 4 of 10 introduce, 6 are test.
+    assert info.introduction_rows == 4 * len(held_out)
+    test = rows("test")["user_id"].to_numpy()
+    assert np.isin(test, list(held_out)).sum() == 6 * len(held_out)
+    assert sum(info.rows.values()) + info.introduction_rows == 600
+    dataset = Dataset.open(tmp_path / "data")
+    batches = list(profile_batches(dataset, "user", ProfileOptions(), 100, tmp_path / "scratch"))
+    profiled = pa.Table.from_batches(batches)
+    assert set(profiled["key"].to_pylist()) == set(range(60))
+    newest = dict(zip(profiled["key"].to_pylist(), profiled["cutoff"].to_pylist(), strict=True))
+    assert all(newest[user] == 1_600_000_003 for user in held_out)
+
+
+def test_held_out_users_need_times_of_their_own(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.yaml"
+    schema.write_text("split: {rule: global_time, held_out_users: 0.25}\n")
+    with pytest.raises(InputError, match="held_out_users goes with rule per_user_time"):
+        prepare_parquet(tmp_path / "log.parquet", tmp_path / "data", schema)

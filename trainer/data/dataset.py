@@ -3,6 +3,7 @@
 DATA/dataset.json
      items.parquet                      item_id, title, categories
      {profile,train,valid,test}/part-*.parquet
+     introduction/part-*.parquet        only where users are held out of training: their first events
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ EVENT_ORDER = "timestamp, user_id, item_id, scenario_id, label"
 IdType = Literal["int64", "string"]
 SplitName = Literal["profile", "train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("profile", "train", "valid", "test")
+INTRODUCTION = "introduction"
 
 
 class StrictModel(BaseModel):
@@ -56,12 +58,15 @@ class Scenario(StrictModel):
 class SplitInfo(StrictModel):
     """How events were divided by time.
 
-    `boundaries` (global_time only) are the first seconds of train, valid and test.
+    `boundaries` (global_time only) are the first seconds of train, valid and test. Of a share
+    `held_out_users` nothing is trained: their first events (the profile window's) are in the split
+    `introduction`, which only prompts read, and all their later events are in test.
     """
 
     rule: Literal["per_user_time", "global_time"]
     fractions: dict[SplitName, float]
     boundaries: list[int] | None = None
+    held_out_users: float = Field(default=0.0, ge=0, lt=1)
     text: str
 
 
@@ -91,6 +96,7 @@ class DatasetInfo(StrictModel):
     history_length: int = HISTORY_LENGTH
     split: SplitInfo
     rows: dict[SplitName, int] = Field(default_factory=dict)
+    introduction_rows: int = 0
     users: int = 0
     items: int = 0
     negatives: Negatives | None = None
@@ -145,7 +151,7 @@ def split_files(path: Path | str, split: str) -> list[Path]:
     Raises:
         InputError: unknown split name, or the split has no part.
     """
-    if split not in SPLITS:
+    if split not in (*SPLITS, INTRODUCTION):
         raise InputError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     files = sorted((Path(path) / split).glob("part-*.parquet"))
     if not files:
@@ -169,7 +175,8 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
     info = open_dataset(path)
     wanted = event_schema(info.user_id_type, info.item_id_type, info.scenario_id_type)
     scenarios = [scenario.scenario_id for scenario in info.scenarios]
-    for split in SPLITS:
+    introduction = (INTRODUCTION,) if info.split.held_out_users else ()
+    for split in (*SPLITS, *introduction):
         rows = 0
         for file in split_files(path, split):
             found, metadata = _read_metadata(file)
@@ -180,9 +187,10 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
             rows += metadata.num_rows
         if rows == 0:
             raise InputError(f"{Path(path) / split}: the split has no rows")
-        if rows != info.rows.get(split):
+        wanted_rows = info.introduction_rows if split == INTRODUCTION else info.rows.get(split)
+        if rows != wanted_rows:
             raise InputError(
-                f"{Path(path) / split}: {rows} rows, dataset.json says {info.rows.get(split)}; "
+                f"{Path(path) / split}: {rows} rows, dataset.json says {wanted_rows}; "
                 "a part is missing or foreign; prepare the data again"
             )
     items = Path(path) / "items.parquet"

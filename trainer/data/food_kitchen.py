@@ -25,7 +25,7 @@ from trainer.data.dataset import (
     read_footer,
 )
 from trainer.data.movielens import usual_places
-from trainer.data.pipeline import Staging, finish, run_codes, split_per_user
+from trainer.data.pipeline import Staging, finish, hold_out, run_codes, split_per_user
 
 NAME = "amazon-food-kitchen"
 FRACTIONS: dict[SplitName, float] = {"profile": 0.5, "train": 0.25, "valid": 0.125, "test": 0.125}
@@ -62,6 +62,7 @@ def prepare_food_kitchen(
     negatives: int = 4,
     seed: int = 0,
     both_scenarios: bool = True,
+    held_out_users: float = 0.0,
 ) -> DatasetInfo:
     """Prepare Amazon Food-Kitchen.
 
@@ -71,6 +72,7 @@ def prepare_food_kitchen(
         negatives: sampled negatives per positive of train, valid and test.
         seed: seed of the negatives.
         both_scenarios: keep only users with events in both scenarios.
+        held_out_users: share of the users of whom nothing is trained, see `SplitInfo`.
 
     Raises:
         InputError: not found, columns missing, too few items to sample negatives from.
@@ -94,6 +96,7 @@ def prepare_food_kitchen(
         users = run_codes(positives["user_id"])
         times = positives["timestamp"].to_numpy()
         codes = split_per_user(users, times, list(FRACTIONS.values()))
+        codes = hold_out(positives["user_id"], codes, held_out_users)
         sampled = sample_negatives(
             users, encode(positives, items), codes, items.scenarios, negatives, seed
         )
@@ -113,7 +116,12 @@ def prepare_food_kitchen(
             user_id_type="string",
             item_id_type="string",
             scenario_id_type="string",
-            split=SplitInfo(rule="per_user_time", fractions=FRACTIONS, text=SPLIT_TEXT),
+            split=SplitInfo(
+                rule="per_user_time",
+                fractions=FRACTIONS,
+                held_out_users=held_out_users,
+                text=SPLIT_TEXT,
+            ),
             negatives=Negatives(rule=NEGATIVES_TEXT.format(negatives=negatives, seed=seed)),
             positive_name="bought",
             negative_name=None,
@@ -225,19 +233,19 @@ def sample_negatives(
     Args:
         users: int64 [n], user of each positive.
         items: int64 [n], item of each positive.
-        codes: split of each positive (0 profile … 3 test).
+        codes: split of each positive (0 profile … 3 test, 4 introduction).
         scenarios: int64 [items], 0 or 1.
         negatives: number per positive.
         seed: seed.
 
     Returns:
-        Items, int64 [positives outside profile, negatives].
+        Items, int64 [positives of train, valid and test, negatives].
     """
     count = len(scenarios)
     popularity = np.bincount(items[codes <= 1], minlength=count)
     cumulative = np.cumsum((1.0 + popularity) ** POWER * (scenarios[:, None] == [0, 1]).T, axis=1)
     bought = np.unique(users * count + items)
-    rows = np.flatnonzero(codes > 0)
+    rows = np.flatnonzero(_sampled_for(codes))
     row_users, kinds = users[rows], scenarios[items[rows]]
     generator = np.random.Generator(np.random.Philox(seed))
     drawn = np.full((len(rows), negatives), -1, dtype=np.int64)
@@ -263,11 +271,16 @@ def sample_negatives(
     )
 
 
+def _sampled_for(codes: np.ndarray) -> np.ndarray:
+    """Which positives get negatives: those of train, valid and test."""
+    return (codes > 0) & (codes < 4)
+
+
 def _with_negatives(
     positives: pa.Table, codes: np.ndarray, items: Items, sampled: np.ndarray
 ) -> tuple[pa.Table, np.ndarray]:
     """Both together, in the order that staging wants."""
-    rows = np.repeat(np.flatnonzero(codes > 0), sampled.shape[1])
+    rows = np.repeat(np.flatnonzero(_sampled_for(codes)), sampled.shape[1])
     false = positives.take(pa.array(rows))
     false = false.set_column(1, "item_id", items.ids.take(pa.array(sampled.reshape(-1))))
     false = false.set_column(4, "label", pa.array(np.zeros(len(rows), dtype=np.int8)))

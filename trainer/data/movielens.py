@@ -82,7 +82,7 @@ SCENARIOS = [
 ]
 
 
-def prepare_movielens(raw: Path | None, out: Path) -> DatasetInfo:
+def prepare_movielens(raw: Path | None, out: Path, held_out_users: float = 0.0) -> DatasetInfo:
     """Prepare MovieLens latest-small.
 
     A rating of 4 or more is a like. The scenario of a rating is the genre group of its movie.
@@ -91,6 +91,7 @@ def prepare_movielens(raw: Path | None, out: Path) -> DatasetInfo:
         raw: folder with ratings.csv and movies.csv, or the archive; None: look for it in the usual
             places, else download it into the cache.
         out: dataset directory to create.
+        held_out_users: share of the users of whom nothing is trained, see `SplitInfo`.
 
     Raises:
         InputError: not found and not to be downloaded, or the files are not as they should be.
@@ -112,6 +113,7 @@ def prepare_movielens(raw: Path | None, out: Path) -> DatasetInfo:
         split = SplitInfo(
             rule="per_user_time",
             fractions=FRACTIONS,
+            held_out_users=held_out_users,
             text="Each user's ratings in order of time: first 40% profile, then 40% train, 10% "
             "valid, 10% test; ratings of the same second stay together.",
         )

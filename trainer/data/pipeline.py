@@ -8,6 +8,7 @@ DuckDB's limit.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,10 @@ from trainer.data.dataset import (
     EVENT_COLUMNS,
     EVENT_ORDER,
     HISTORY_LENGTH,
+    INTRODUCTION,
     SPLITS,
     DatasetInfo,
     SplitInfo,
-    SplitName,
     parquet_sql,
     read_footer,
     write_info,
@@ -71,6 +72,34 @@ def split_global(times: np.ndarray, boundaries: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.asarray(boundaries), times, side="right").astype(np.int8)
 
 
+def hold_out(users: pa.ChunkedArray, codes: np.ndarray, share: float) -> np.ndarray:
+    """Takes a share of the users out of training.
+
+    Who is chosen depends on the user's id alone, so the same people are held out whatever else the
+    log holds.
+
+    Args:
+        users: user_id [n], rows of one user adjacent.
+        codes: split of each row, 0..3.
+        share: of the users, in [0, 1).
+
+    Returns:
+        codes, where a chosen user's profile events are 4 (introduction) and all later ones 3 (test).
+    """
+    if share <= 0:
+        return codes
+    runs = run_codes(users)
+    first = np.flatnonzero(np.diff(runs, prepend=-1))
+    chosen = np.array(
+        [
+            zlib.crc32(f"held out {user}".encode()) / 2**32 < share
+            for user in users.take(first).to_pylist()
+        ],
+        dtype=bool,
+    )
+    return np.where(chosen[runs], np.where(codes == 0, 4, 3), codes).astype(np.int8)
+
+
 def positive_slices(
     users: np.ndarray, times: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -109,8 +138,8 @@ class Staging:
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         folder.mkdir()
         self.schema = schema
-        self.files: dict[SplitName, list[Path]] = {split: [] for split in SPLITS}
-        self.rows: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)
+        self.files: dict[str, list[Path]] = {split: [] for split in (*SPLITS, INTRODUCTION)}
+        self.rows: dict[str, int] = dict.fromkeys(self.files, 0)
         self.users = 0
         self._folder = folder
         self._blocks = 0
@@ -120,7 +149,7 @@ class Staging:
 
         Args:
             block: the schema's columns without `history`, sorted by user_id, timestamp, item_id.
-            codes: split of each row, as by `split_per_user` or `split_global`.
+            codes: split of each row, as by `split_per_user` or `split_global` and `hold_out`.
         """
         import pyarrow as pa
 
@@ -128,7 +157,7 @@ class Staging:
         labels = block["label"].to_numpy()
         start, stop = positive_slices(users, block["timestamp"].to_numpy(), labels)
         items = block["item_id"].combine_chunks().filter(pa.array(labels == 1))
-        for code, split in enumerate(SPLITS):
+        for code, split in enumerate(self.files):
             chosen = np.flatnonzero(codes == code)
             if len(chosen):
                 self._write(split, block, chosen, items, start, stop)
@@ -137,7 +166,7 @@ class Staging:
 
     def _write(
         self,
-        split: SplitName,
+        split: str,
         block: pa.Table,
         chosen: np.ndarray,
         items: pa.Array,
@@ -215,6 +244,7 @@ def stage_log(
         else:
             fractions = [split.fractions[name] for name in SPLITS]
             codes = split_per_user(run_codes(block["user_id"]), times, fractions)
+            codes = hold_out(block["user_id"], codes, split.held_out_users)
         staging.add(block, codes)
 
 
@@ -232,12 +262,20 @@ def finish(
                 f"the {split} split is empty under this rule: {info.split.text} "
                 "Give it a larger share or other boundaries, or a longer log"
             )
-    rows: dict[SplitName, int] = {}
-    for split in progress(SPLITS, "time order"):
+    if info.split.held_out_users and staging.rows[INTRODUCTION] == 0:
+        raise InputError(
+            f"no user was held out: {staging.users:,} users, share {info.split.held_out_users}; "
+            "give a larger share"
+        )
+    rows: dict[str, int] = {}
+    for split in progress([split for split in staging.files if staging.rows[split]], "time order"):
         files, count = staging.files[split], staging.rows[split]
         rows[split] = write_sorted(con, files, staging.schema, folder / split, count)
     items = read_footer(folder / "items.parquet")[1]
-    counts = {"rows": rows, "users": staging.users, "items": items}
+    introduction = rows.pop(INTRODUCTION, 0)
+    counts = {
+        "rows": rows, "introduction_rows": introduction, "users": staging.users, "items": items
+    }  # fmt: skip
     return write_info(folder, info.model_copy(update=counts))
 
 

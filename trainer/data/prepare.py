@@ -259,7 +259,12 @@ def _split_info(con: duckdb.DuckDBPyConnection, events: str, choice: SplitChoice
     shares = " / ".join(f"{choice.fractions[name]:.0%}" for name in SPLITS)
     if choice.rule == "per_user_time":
         text = f"Each user's events in order of time: {shares} profile, train, valid, test."
-        return SplitInfo(rule=choice.rule, fractions=choice.fractions, text=text)
+        return SplitInfo(
+            rule=choice.rule,
+            fractions=choice.fractions,
+            held_out_users=choice.held_out_users,
+            text=text,
+        )
     bounds, how = choice.boundaries, "Given boundaries"
     if bounds is None:
         past = [sum(choice.fractions[name] for name in SPLITS[: n + 1]) for n in range(3)]
