@@ -154,12 +154,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("stores", type=Path, nargs="+", help="store directories")
     p = command(
         stages, "shuffle", run.shuffle_store,
-        "Writes the control of every claim: the same vectors, other keys.",
+        "Writes the control of every claim: a store whose vectors know nothing of their keys.",
         "knowledge shuffle knowledge/user --out knowledge/user-shuffled",
     )  # fmt: skip
     p.add_argument("store", type=Path, help="store directory")
     p.add_argument("--out", type=Path, required=True, help="directory to create")
-    p.add_argument("--seed", type=int, default=0, help="of the permutation (default: 0)")
+    p.add_argument(
+        "--control", choices=["shuffled", "random", "constant"], default="shuffled",
+        help="the same vectors at other keys (default), Gaussian ones of the same mean and spread, or "
+        "their mean for every key",
+    )  # fmt: skip
+    p.add_argument("--seed", type=int, default=0, help="of the permutation or noise (default: 0)")
 
     from llm_knowledge.options import add_compress_arguments, add_refresh_arguments
 

@@ -113,8 +113,8 @@ def shuffle_store(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes a control store."""
     from llm_knowledge.writer import shuffled_store
 
-    shuffled_store(options.store, options.out, options.seed)
-    print(f"{options.out}: the vectors of {options.store}, each given to another key")
+    shuffled_store(options.store, options.out, options.seed, options.control)
+    print(f"{options.out}: {options.control} control of {options.store}")
     return None
 
 

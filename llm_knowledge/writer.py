@@ -221,13 +221,26 @@ def write_store(
     return done
 
 
-def shuffled_store(path: str | Path, out: str | Path, seed: int) -> Manifest:
-    """Write the control store: the same keys and cut-offs, the vectors permuted between the keys.
+CONTROLS = ("shuffled", "random", "constant")
 
-    No key keeps its own vector when there are two rows or more. A prompt moves with its vector,
-    since it is the text that the vector was made of. Needs memory for all vectors and texts of the
+
+def shuffled_store(
+    path: str | Path, out: str | Path, seed: int, control: str = "shuffled"
+) -> Manifest:
+    """Write a control store: the same keys and cut-offs, vectors that know nothing of their keys.
+
+    shuffled: permuted between the keys; no key keeps its own when there are two rows or more, and a
+    prompt moves with its vector, since it is the text that the vector was made of. random: Gaussian
+    with the mean and standard deviation of the store's vectors, per dimension. constant: the mean of
+    the store's vectors for every key, so that a model has the capacity and nothing to tell keys apart.
+    Prompts of random and constant vectors are empty. Needs memory for all vectors and texts of the
     store.
+
+    Raises:
+        InputError: The store is incomplete, or the control is unknown.
     """
+    if control not in CONTROLS:
+        raise InputError(f"control {control!r} is unknown; choose one of {', '.join(CONTROLS)}")
     source = KnowledgeStore.open(path)
     manifest = source.manifest
     order = np.random.default_rng(seed).permutation(manifest.rows)
@@ -237,8 +250,16 @@ def shuffled_store(path: str | Path, out: str | Path, seed: int) -> Manifest:
     cutoffs = [None if c == NO_CUTOFF else int(c) for c in source.cutoffs()]
     dtype: DType = "float32" if manifest.dtype == "int8" else manifest.dtype
     wanted = manifest.model_copy(update={
-        "parents": [source.fingerprint], "note": f"shuffled control, seed {seed}",
+        "parents": [source.fingerprint], "note": f"{control} control, seed {seed}",
         "dtype": dtype})  # fmt: skip
     vectors = source.read_vectors(0, manifest.rows)[giver]
     prompts, answers = [row["prompt"] for row in text], [row["answer"] for row in text]
+    if control != "shuffled":
+        prompts, answers = [""] * manifest.rows, [None] * manifest.rows
+        mean, std = vectors.mean(0, dtype=np.float32), vectors.std(0, dtype=np.float32)
+        noise = np.random.default_rng([seed, 1]).standard_normal(vectors.shape, dtype=np.float32)
+        drawn = mean + (noise * std if control == "random" else np.zeros_like(noise))
+        if manifest.normalized:
+            drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+        vectors = drawn.astype(vectors.dtype)
     return write_store(out, wanted, source.keys(), vectors, prompts, answers, cutoffs)

@@ -102,6 +102,8 @@ OPTIONS = [
     {"match_layers": ["user", "scenario"]},
     {"adapter_hidden": 7},
     {"alignment": 0.3},
+    {"inputs": ["user", "scenario"]},
+    {"inputs": ["user", "scenario"], "user_layers": 0, "scenario_layers": 0},
     # Codes are also made where only the match reads them.
     {"user_layers": 0, "scenario_layers": 0, "match_layers": ["scenario"]},
 ]

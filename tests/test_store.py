@@ -223,6 +223,21 @@ def test_verify_row_counts_and_cutoffs(tmp_path):
         verify(tmp_path / "s")
 
 
+@pytest.mark.parametrize("control", ["random", "constant"])
+def test_controls_keep_keys_and_cutoffs_and_nothing_else(tmp_path, control):
+    make(tmp_path / "s")
+    shuffled_store(tmp_path / "s", tmp_path / "x", seed=1, control=control)
+    verify(tmp_path / "x")
+    source, found = KnowledgeStore.open(tmp_path / "s"), KnowledgeStore.open(tmp_path / "x")
+    assert list(found.keys()) == list(source.keys())
+    assert list(found.cutoffs()) == list(source.cutoffs())
+    vectors = found.read_vectors(0, found.manifest.rows)
+    assert (np.unique(vectors, axis=0).shape[0] == 1) == (control == "constant")
+    assert not np.isin(vectors, source.read_vectors(0, found.manifest.rows)).all()
+    assert found.read_text(np.array([0]))[0]["prompt"] == ""
+    assert found.fingerprint != source.fingerprint
+
+
 def test_shuffled_store_moves_every_vector(tmp_path):
     make(tmp_path / "s", rows=50, rows_per_part=20)
     shuffled_store(tmp_path / "s", tmp_path / "x", seed=1)

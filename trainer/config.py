@@ -273,6 +273,12 @@ class MetaConfig(Section):
         max_length=2,
         description="Levels that generate a meta layer on the match.",
     )
+    inputs: list[Literal["user", "scenario"]] = Field(
+        default=[],
+        max_length=2,
+        description="Levels whose vectors also enter the bottom input, projected onto the embedding of "
+        "the user or scenario: knowledge as a plain feature, without a generated layer.",
+    )
     strategy: Literal["auto", "fused", "grouped", "reference"] = Field(
         default="auto", description="Implementation of the meta-layer op."
     )
@@ -288,8 +294,9 @@ class MetaConfig(Section):
             raise ValueError(
                 "match_layers act on the match: set item_knowledge to match, or match_layers to []"
             )
-        if len(set(self.match_layers)) < len(self.match_layers):
-            raise ValueError("match_layers: name a level once")
+        for field in ("match_layers", "inputs"):
+            if len(set(getattr(self, field))) < len(getattr(self, field)):
+                raise ValueError(f"{field}: name a level once")
         return self
 
 
@@ -371,8 +378,8 @@ class RunConfig(Section):
                 )
             return self
         needed = {
-            "user": meta.reads("user") or meta.item_knowledge == "match",
-            "scenario": meta.reads("scenario"),
+            "user": meta.reads("user") or "user" in meta.inputs or meta.item_knowledge == "match",
+            "scenario": meta.reads("scenario") or "scenario" in meta.inputs,
             "item": meta.item_knowledge != "none",
         }
         for level, is_needed in needed.items():

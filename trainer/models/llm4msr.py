@@ -75,7 +75,7 @@ class MetaNetworks(nn.Module):
         hidden = config.adapter_hidden
         self.scenario_vectors: Tensor
         self.user_adapter = self.user_layers = self.scenario_adapter = self.scenario_layers = None
-        self.item_input = self.match = None
+        self.match, dim_s = None, 0
         self.alignment = config.alignment
         if config.reads("user"):
             self.user_adapter = KnowledgeAdapter(
@@ -83,11 +83,11 @@ class MetaNetworks(nn.Module):
             )
         if config.user_layers:
             self.user_layers = UserMetaLayers(width, config.user_layers, generator)
-        if config.reads("scenario"):
-            assert shapes.scenario_vectors is not None
+        if shapes.scenario_vectors is not None:
             # Few and small: every rank keeps all of them. Not in checkpoints, the store has them.
             self.register_buffer("scenario_vectors", shapes.scenario_vectors, persistent=False)
             dim_s = shapes.scenario_vectors.shape[1]
+        if config.reads("scenario"):
             # A scenario's vector never stands for a user: neither noise nor dropout is called for.
             self.scenario_adapter = KnowledgeAdapter(dim_s, config.rank, 0.0, 0.0, hidden)
         if config.scenario_layers:
@@ -99,9 +99,13 @@ class MetaNetworks(nn.Module):
                 NUM_TASKS,
                 config.fusion,
             )
-        if config.item_knowledge != "none":
-            self.item_input = nn.Linear(item_dim, dim, bias=False)
-            nn.init.zeros_(self.item_input.weight)
+        given = [*config.inputs, *(["item"] if config.item_knowledge != "none" else [])]
+        dims = {"user": user_dim, "scenario": dim_s, "item": item_dim}
+        self.inputs = nn.ModuleDict(
+            {level: nn.Linear(dims[level], dim, bias=False) for level in given}
+        )
+        for weight in self.inputs.parameters():
+            nn.init.zeros_(weight)
         if config.item_knowledge == "match":
             self.match = KnowledgeMatch(
                 user_dim,
@@ -126,6 +130,19 @@ class MetaNetworks(nn.Module):
                 for level, layer in self.match.meta.items()
             ]
         return [layer.explain(rows, keys, device) for layer, keys in layers]  # type: ignore[operator]
+
+    def as_input(self, level: str, knowledge: KeyedTensor | dict) -> Tensor | float:
+        """What a level's vectors [B, dim] add to the embedding, [B, width of it]; 0 if not configured."""
+        if level not in self.inputs:
+            return 0.0
+        return self.inputs[level](standardise(knowledge[level]))
+
+    def scenario_as_input(self, rows: Tensor) -> Tensor | float:
+        """The same for scenarios, by row of the store int64 [B] (-1 = none)."""
+        if "scenario" not in self.inputs:
+            return 0.0
+        added = self.inputs["scenario"](standardise(self.scenario_vectors))
+        return F.pad(added, (0, 0, 0, 1))[rows]  # -1 is the last row, zeros
 
     def codes(
         self, vectors: Tensor | None, known: Tensor, rows: Tensor
@@ -194,9 +211,11 @@ class DenseModel(nn.Module):
         item = sequences["item"].to_padded_dense(1).squeeze(1)
         history = sequences["history"].to_padded_dense(self.history_length).sum(1)
         history = history / batch.ids["history"].lengths().clamp(min=1)[:, None]
-        if meta is not None and meta.item_input is not None:
-            item = item + meta.item_input(standardise(knowledge["item"]))  # 0 where there is none
         scenario = self.scenario_embedding(batch.scenario)
+        if meta is not None:  # vectors as plain features; 0 where there is none
+            item = item + meta.as_input("item", knowledge)
+            user = user + meta.as_input("user", knowledge)
+            scenario = scenario + meta.scenario_as_input(batch.scenario_knowledge)
         x = torch.cat([user, item, scenario, history, user * item, history * item], dim=1)
         h, extra = x, x.new_zeros(())
         codes = {}
