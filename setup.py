@@ -19,7 +19,7 @@ setup(
         ]
     ),
     package_data={
-        "launch": ["configs/*.yaml"],
+        "launch": ["configs/*.yaml", "Dockerfile"],
         "llm_knowledge": ["templates/*.yaml"],
         "trainer": ["templates/*.j2"],
     },
@@ -40,6 +40,8 @@ setup(
     ],
     extras_require={
         "launch": ["torchx==0.7.0"],
+        # Newer clients need an urllib3 that torchx does not take.
+        "kubernetes": ["torchx==0.7.0", "kubernetes<32"],
         "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
     entry_points={
@@ -49,6 +51,9 @@ setup(
             "llm4msr=launch.components",
             "dist=torchx.components.dist",
             "utils=torchx.components.utils",
+        ],
+        "torchx.named_resources": [
+            f"{name}=launch.resources:{name}" for name in ("cpu", "a100x8", "h100x8", "h200x8")
         ],
     },
 )

@@ -245,19 +245,39 @@ def _parser() -> argparse.ArgumentParser:
     add_meta_layer_arguments(p)
 
     p = command(
+        commands, "pipeline", run.run_pipeline,
+        "Extracts what a run joins, trains it, evaluates, reports; complete stages are skipped.",
+        "pipeline --config launch/configs/movielens.yaml --processes 2",
+    )  # fmt: skip
+    p.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="override a field; repeatable"
+    )
+    p.add_argument(
+        "--extract", default="", metavar="ARGUMENTS", help="of `knowledge extract`, as one word"
+    )
+    p.add_argument(
+        "--processes", type=int, default=1, help="processes on this machine (default: 1)"
+    )
+
+    p = command(
         commands, "launch", run.launch_stage,
         "Runs a stage through a torchx scheduler; its own arguments follow --.",
-        "launch train --scheduler local_cwd -j 1x2 -- --config launch/configs/movielens.yaml",
+        "launch train --scheduler local_cwd -j 2x2 -- --config launch/configs/movielens.yaml",
     )  # fmt: skip
-    p.add_argument("stage", choices=["train", "extract"], help="what to run")
-    p.add_argument("--scheduler", default="local_cwd", help="torchx scheduler (default: local_cwd)")
     p.add_argument(
-        "-j", default="1x2", metavar="NxM", help="hosts x processes per host (default: 1x2)"
+        "stage", choices=["extract", "train", "evaluate", "profile", "pipeline"], help="what to run"
     )
-    p.add_argument("--resource", help="named resource of a host, e.g. aws_p5.48xlarge")
-    p.add_argument("--gpu", type=int, default=0, help="GPUs per host, when no resource is named")
+    p.add_argument("--job", type=Path, help="job file: where and how; the flags override it")
+    p.add_argument("--scheduler", help="torchx scheduler, or jobset (default: local_cwd)")
+    p.add_argument("-j", metavar="NxM", help="hosts x processes per host (default: 1x2)")
+    p.add_argument("--resource", help="named resource of a host, e.g. h100x8 (default: cpu)")
+    p.add_argument("--image", help="container image, where the scheduler starts containers")
     p.add_argument(
         "--cfg", action="append", default=[], metavar="K=V", help="option of the scheduler"
+    )
+    p.add_argument(
+        "--set", action="append", default=[], metavar="A=B", help="override a field of the job"
     )
     p.add_argument("--dryrun", action="store_true", help="show what would be submitted")
     return root

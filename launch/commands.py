@@ -162,6 +162,8 @@ def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
         from trainer.scoring import predict
 
         predict(options.run_dir, options.split, options.set)
+        if os.environ.get("RANK", "0") != "0":
+            return None  # every rank has written its part; one measures them all
     print(json.dumps(write_evaluation(options.run_dir, options.split), indent=1))
     return None
 
@@ -199,31 +201,47 @@ def profile_meta_layer(options: argparse.Namespace, words: list[str]) -> int | N
     return None
 
 
+def run_pipeline(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Runs the stages of a run in order."""
+    from trainer.config import load_config
+
+    config = load_config(options.config, options.set)
+    if options.processes > 1 and "RANK" not in os.environ:
+        from launch.workers import run_workers
+
+        return run_workers("launch", words, options.processes)
+    from launch.pipeline import pipeline
+
+    report = pipeline(config, options.extract)
+    if os.environ.get("RANK", "0") == "0":
+        print(report)
+    return None
+
+
 def launch_stage(options: argparse.Namespace, words: list[str]) -> int | None:
     """Submits a stage through torchx."""
+    from launch.cli import _parser
+    from launch.job import load_job
     from launch.submit import submit
 
-    stage = {"train": ["train"], "extract": ["knowledge", "extract"]}[options.stage]
-    from launch.cli import _parser
-
-    inner = _parser().parse_args(
-        [*stage, *options.arguments]
-    )  # wrong ones fail here, not on a cluster
-    if options.stage == "train":
+    if wrong := [pair for pair in options.cfg if "=" not in pair]:
+        raise InputError(f"--cfg {wrong[0]}: write it as --cfg option=value")
+    pairs = [pair.partition("=") for pair in options.cfg]
+    given = [f"options.{key}={json.dumps(value)}" for key, _, value in pairs]
+    job = load_job(
+        options.job,
+        [*options.set, *given],
+        scheduler=options.scheduler,
+        hosts=options.j,
+        resource=options.resource,
+        image=options.image,
+    )
+    stage = {"extract": ["knowledge", "extract"]}.get(options.stage, [options.stage])
+    # Wrong arguments fail here, not on a cluster.
+    inner = _parser().parse_args([*stage, *options.arguments])
+    if options.stage in ("train", "pipeline"):
         from trainer.config import load_config
 
-        for path in inner.config:
+        for path in inner.config if options.stage == "train" else [inner.config]:
             load_config(path, inner.set)
-    pairs = [pair.partition("=") for pair in options.cfg]
-    if wrong := [key for key, separator, _ in pairs if not separator]:
-        raise InputError(f"--cfg {wrong[0]}: write it as --cfg option=value")
-    return submit(
-        options.stage,
-        options.arguments,
-        options.scheduler,
-        options.j,
-        options.dryrun,
-        {key: value for key, _, value in pairs},
-        options.resource,
-        options.gpu,
-    )
+    return submit(options.stage, options.arguments, job, options.dryrun)

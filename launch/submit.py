@@ -1,84 +1,144 @@
 """`llm4msr launch`: a stage through a torchx scheduler."""
 
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
+from launch.job import JobConfig
 from llm_knowledge.errors import InputError
 
-STAGES = ("train", "extract")
+JOBSET = "jobset"
+# Those whose processes end with this one; the others keep the job.
 LOCAL = ("local_cwd", "local_docker")
+# Those that run in a folder of the host, without a container.
+BARE = ("local_cwd", "slurm")
 
 
-def submit(
-    stage: str,
-    arguments: list[str],
-    scheduler: str,
-    hosts: str,
-    dryrun: bool,
-    options: dict[str, str],
-    resource: str | None = None,
-    gpu: int = 0,
-) -> int:
+def submit(stage: str, arguments: list[str], job: JobConfig, dryrun: bool = False) -> int:
     """Submits a stage; local schedulers are waited for, others get the job and return.
 
     Args:
-        stage: One of `STAGES`.
+        stage: A key of `launch.app.STAGES`.
         arguments: What the stage's own command takes.
-        scheduler: A scheduler that torchx knows.
-        hosts: "NxM", hosts x processes per host.
+        job: Where and how it runs.
         dryrun: Print what would be submitted, submit nothing.
-        options: The scheduler's own options, e.g. {"partition": "main"}.
-        resource: Named resource of a host.
-        gpu: GPUs per host, when no resource is named.
 
     Returns:
         0 when submitted (local: succeeded), 1 when a local job failed.
 
     Raises:
-        InputError: Unknown scheduler, resource or option; torchx missing.
+        InputError: torchx missing, or the job cannot be what it says; nothing was submitted.
     """
     try:
         from torchx.runner import get_runner
-        from torchx.schedulers import get_scheduler_factories
-        from torchx.specs import named_resources
     except ImportError as error:
         raise InputError(
             "launch needs torchx: pip install 'llm4msr[launch]', or use torchrun itself"
         ) from error
-    from launch import components
+    from launch.app import build
 
-    known = sorted(get_scheduler_factories())
-    if scheduler not in known:
-        raise InputError(f"--scheduler {scheduler}: unknown; torchx has {', '.join(known)}")
-    if resource is not None:
-        try:
-            named_resources[resource]
-        except KeyError as error:
-            raise InputError(f"--resource {resource}: {error.args[0]}") from error
-    try:
-        app = getattr(components, stage)(
-            *arguments, j=hosts, h=resource, gpu=gpu, image=str(Path.cwd())
-        )
-    except ValueError as error:
-        raise InputError(
-            f"-j {hosts}: {error}; write hosts x processes per host, e.g. 2x8"
-        ) from error
-    for role in app.roles:
-        if scheduler in LOCAL[:1]:  # the job finds this very interpreter's torchrun
-            role.env["PATH"] = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+    _check(job)
+    app = build(stage, arguments, job)
+    [role] = app.roles
+    if job.scheduler == JOBSET:
+        from launch.jobset import manifest
+
+        if not dryrun:
+            raise InputError(
+                "--scheduler jobset: kubectl submits it; add --dryrun and pipe into kubectl create -f -"
+            )
+        print(manifest(app, job), end="")
+        return 0
+    if job.scheduler == "local_cwd":  # the job finds this very interpreter's torchrun
+        role.env["PATH"] = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     with get_runner() as runner:
-        settings = runner.scheduler_run_opts(scheduler).resolve(dict(options))
-        plan = runner.dryrun(app, scheduler, settings)
+        plan = _plan(runner, app, job)
         if dryrun:
             print(plan)
             return 0
         handle = runner.schedule(plan)
         print(f"submitted {handle}", file=sys.stderr)
-        if scheduler not in LOCAL:
-            print(f"watch it with: torchx status {handle}; torchx log {handle}", file=sys.stderr)
+        if job.scheduler not in LOCAL:
+            for word in ("status", "log", "cancel"):
+                print(f"  torchx {word} {handle}", file=sys.stderr)
             return 0
-        status = runner.wait(handle, wait_interval=0.5)
-        for role in app.roles:
-            for line in runner.log_lines(handle, role.name, k=0):
-                sys.stderr.write(line if line.endswith("\n") else line + "\n")
+        readers = [
+            threading.Thread(target=_show, args=(runner, handle, role.name, host), daemon=True)
+            for host in range(role.num_replicas)
+        ]
+        for reader in readers:
+            reader.start()
+        status = runner.wait(handle, wait_interval=0.2)
+        for reader in readers:
+            reader.join(10)
         return 0 if status is not None and status.state.name == "SUCCEEDED" else 1
+
+
+def _check(job: JobConfig) -> None:
+    """Refuses what the scheduler would find out later, or would silently leave out."""
+    from torchx.schedulers import get_scheduler_factories
+
+    from launch.app import port_taken, resource
+
+    name, (_, hosts, processes) = job.scheduler, job.size
+    known = sorted([*get_scheduler_factories(), JOBSET])
+    if name not in known:
+        raise InputError(f"scheduler {name}: unknown; there are {', '.join(known)}")
+    try:
+        host = resource(job.resource)
+    except KeyError as error:
+        raise InputError(f"resource {job.resource}: {error.args[0]}") from error
+    if 0 < host.gpu < processes:
+        raise InputError(
+            f"hosts {job.hosts}: {processes} processes per host, but {job.resource} has {host.gpu} "
+            "GPUs; at most one process per GPU"
+        )
+    if name in BARE and (job.image or job.mounts):
+        what = "image" if job.image else "mounts"
+        raise InputError(
+            f"{what}: {name} starts no container, so it would be ignored; leave it out"
+        )
+    if name not in BARE and not job.image:
+        raise InputError(f"image: {name} needs one; build it from launch/Dockerfile")
+    if name == "slurm" and (wrong := [key for key, value in job.env.items() if "," in str(value)]):
+        raise InputError(f"env.{wrong[0]}: slurm's srun --export cannot carry a comma")
+    if name == "local_cwd" and job.retries:
+        raise InputError("retries: local_cwd starts a job once; use restarts")
+    if name in LOCAL and hosts > 1 and job.port and port_taken(job.port):
+        raise InputError(f"port {job.port}: taken on this machine; choose another, or none")
+
+
+def _plan(runner: Any, app: Any, job: JobConfig) -> Any:
+    """What would be submitted."""
+    from torchx.specs.api import InvalidRunConfigException
+
+    name = job.scheduler
+    try:
+        known = runner.scheduler_run_opts(name)
+        if wrong := [key for key in job.options if known.get(key) is None]:
+            has = ", ".join(key for key, _ in known)
+            raise InputError(f"options.{wrong[0]}: {name} has no such option; it has {has}")
+        options: dict[str, Any] = {}
+        for key, value in job.options.items():  # one by one: texts may hold commas
+            if known.get(key).opt_type is str:
+                options[key] = str(value)
+            else:
+                options |= known.cfg_from_str(f"{key}={value}")
+        if name == "local_cwd" and job.log_dir:
+            options.setdefault("log_dir", job.log_dir)
+        return runner.dryrun(app, name, known.resolve(options))
+    except InvalidRunConfigException as error:
+        raise InputError(f"options: {str(error).splitlines()[0]}") from error
+    except ImportError as error:
+        raise InputError(
+            f"scheduler {name}: its client {error.name} is not installed: pip install {error.name} "
+            "(for kubernetes: 'kubernetes<32', newer ones do not go with torchx)"
+        ) from error
+
+
+def _show(runner: Any, handle: str, role: str, host: int) -> None:
+    """Copies a host's output to stderr as it comes."""
+    for line in runner.log_lines(handle, role, k=host, should_tail=True):
+        sys.stderr.write(f"{host} {line}" if line.endswith("\n") else f"{host} {line}\n")
+        sys.stderr.flush()

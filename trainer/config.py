@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -51,6 +51,9 @@ class Section(BaseModel):
     """Base of all sections: unknown keys and silent conversions are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class DataConfig(Section):
@@ -431,9 +434,15 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a run's configuration, see `load_section`."""
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(model: type[Kind], path: Path | None, overrides: list[str] | None = None) -> Kind:
     """Reads a YAML file, applies overrides, checks everything.
 
     Args:
+        model: What the file describes.
         path: YAML file; None starts from nothing but the overrides.
         overrides: "section.field=value" assignments, applied in order.
 
@@ -454,10 +463,10 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
             )
     values = _merge(values, parse_overrides(overrides or []))
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         source = str(path) if path else "configuration"
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = [_explain(problem, model) for problem in error.errors()]
         raise InputError("\n".join(f"{source}: {problem}" for problem in problems)) from None
 
 
@@ -466,20 +475,20 @@ def save_config(config: BaseModel, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
+def _fields_at(location: tuple[Any, ...], model: type[Section]) -> list[str]:
     """Names of the fields of the section that holds `location`."""
-    section: Any = RunConfig
+    section: Any = model
     for part in location[:-1]:
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         section = field.annotation if field else None
     return list(section.model_fields) if hasattr(section, "model_fields") else []
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, model: type[Section]) -> str:
     location = tuple(problem["loc"])
     field = ".".join(map(str, location)) or "the run"
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(location)
+        known = _fields_at(location, model)
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
         return f"{field}: no such field; {hint}"

@@ -99,6 +99,14 @@ def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch
     """Measures the valid split; returns whether it is the best so far."""
     auc, logloss = measure(run, valid)
     log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss)
+    if run.runtime.is_main and not sys.stderr.isatty():  # no bar: a log gets lines
+        shown = "undefined" if auc is None else f"{auc:.4f}"
+        print(
+            f"{run.config.name}: step {state.step}, epoch {epoch}: valid AUC {shown}, "
+            f"logloss {logloss:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )
     improved = auc is not None and (state.best_auc is None or auc > state.best_auc)
     state.evaluations_without_gain = 0 if improved else state.evaluations_without_gain + 1
     if improved or state.best_step == 0:
