@@ -125,8 +125,22 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A rectangle of a table on one rank: `rows` x `columns` from (`row`, `column`) on."""
+
+    rank: int
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class TablePlan:
-    """Where one table lies: sharding, compute kernel, and bytes of weights per rank."""
+    """Where one table lies: sharding, compute kernel, pieces, and bytes of weights per rank.
+
+    A data-parallel table has one whole piece per rank.
+    """
 
     table: str
     sharding: str
@@ -134,6 +148,7 @@ class TablePlan:
     rows: int
     dim: int
     bytes_per_rank: list[int]
+    pieces: list[Piece]
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
@@ -287,17 +302,18 @@ def describe_plan(plan: ShardingPlan, tables: Iterable[Table], ranks: int) -> li
     for module in plan.plan.values():
         for name, parameter in module.items():  # type: ignore[attr-defined]
             table = known[name]
-            row = table.dim * table.bytes_per_value
-            bytes_per_rank = [0] * ranks
             if parameter.sharding_spec is None:  # data-parallel
-                bytes_per_rank = [table.rows * row] * ranks
+                pieces = [Piece(rank, 0, 0, table.rows, table.dim) for rank in range(ranks)]
             else:
-                for piece in parameter.sharding_spec.shards:
-                    count, width = piece.shard_sizes
-                    size = count * width * table.bytes_per_value
-                    bytes_per_rank[piece.placement.rank()] += size
+                pieces = [
+                    Piece(shard.placement.rank(), *shard.shard_offsets, *shard.shard_sizes)
+                    for shard in parameter.sharding_spec.shards
+                ]
+            sizes = [0] * ranks
+            for piece in pieces:
+                sizes[piece.rank] += piece.rows * piece.columns * table.bytes_per_value
             kind, kernel = parameter.sharding_type, parameter.compute_kernel
-            found.append(TablePlan(name, kind, kernel, table.rows, table.dim, bytes_per_rank))
+            found.append(TablePlan(name, kind, kernel, table.rows, table.dim, sizes, pieces))
     return found
 
 
