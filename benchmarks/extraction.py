@@ -1,8 +1,10 @@
 """Users per second of the encoder against the loop that one writes first, trick by trick.
 
-    python -m benchmarks.extraction --raw ../shared/data/ml-latest-small
+    python -m benchmarks.extraction --raw data/ml-latest-small --out benchmarks/results/extraction.json
 
-The variants take turns over the same prompts; a figure is the median of the rounds.
+The variants take turns over the same prompts, in another order each round. A gain is the median over
+the rounds of two variants' times in the same round. Beside the time on the clock stands the time of
+the process on the processor, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -16,21 +18,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-PLAIN_BATCH = 32
+PLAIN, PLAIN_BATCH = "plain loop, no logits", 32
 FOLDERS = ("data/ml-latest-small", "../shared/data/ml-latest-small")
+Encode = Callable[[list[str]], np.ndarray]
 
 
 def main() -> None:
-    """Measure and print two Markdown tables."""
+    """Measure, print Markdown tables, and write them with every round to a JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--raw", type=Path, help="MovieLens folder; default: found, else simulated")
-    parser.add_argument("--prompts", type=int, default=32, help="users per round, default: 32")
-    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--prompts", type=int, default=256, help="users per round, default: 256")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: all")
     parser.add_argument("--model", choices=("decoder", "minilm", "both"), default="both")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures of every round")
     options = parser.parse_args()
     import torch
     import transformers
@@ -41,14 +46,20 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         data, name = dataset(options.raw, Path(scratch) / "data")
-        print(f"{name}; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load "
-              f"{os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, torch "
-              f"{torch.__version__}, transformers {transformers.__version__}; median of "
-              f"{options.rounds} interleaved rounds of {options.prompts} users", flush=True)  # fmt: skip
+        about = {"data": name, "processor": processor(), "cores": os.cpu_count(),
+                 "threads": torch.get_num_threads(), "load_at_start": os.getloadavg()[0],
+                 "python": platform.python_version(), "torch": torch.__version__,
+                 "transformers": transformers.__version__, "prompts": options.prompts,
+                 "rounds": options.rounds}  # fmt: skip
+        print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
         models = {"decoder": decoder(Path(scratch) / "decoder"), "minilm": None}
+        found: dict[str, Any] = {"about": about}
         for kind in models if options.model == "both" else (options.model,):
-            table(kind, models[kind], data, options.prompts, options.rounds)
-    print(f"\nload {os.getloadavg()[0]:.1f} at the end")
+            found[kind] = measure(kind, models[kind], data, options.prompts, options.rounds)
+    about["load_at_end"] = os.getloadavg()[0]
+    print(f"\nload {about['load_at_end']:.1f} at the end")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def dataset(raw: Path | None, out: Path) -> tuple[Path, str]:
@@ -99,10 +110,12 @@ def prompts(data: Path, kind: str, count: int, encoder: object) -> list[str]:
     return renderer.render(json.loads(rows[row]) for row in order)
 
 
-def plain_loop(
-    path: Path, kind: str, max_tokens: int, logits: bool
-) -> Callable[[list[str]], np.ndarray]:
-    """Batches of 32 in the order of the users, padded, with the defaults of transformers."""
+def plain_loop(path: Path, kind: str, max_tokens: int, logits: bool) -> Encode:
+    """Batches of 32 in the order of the users, padded to the longest, with transformers' defaults.
+
+    With ``logits``, the model is the causal language model with all hidden states kept, which is
+    what a first version does; without, the model has no head.
+    """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -130,53 +143,81 @@ def plain_loop(
     return encode
 
 
-def table(name: str, path: Path | None, data: Path, count: int, rounds: int) -> None:
-    """Print users/s of every variant, each with one trick more than the one above."""
+def variants(path: Path | None) -> tuple[dict[str, Encode], Any]:
+    """What is compared, each variant with one trick more than the one before; and an encoder."""
     from llm_knowledge.encoder import Encoder
 
-    sorted_float = Encoder(path, device="cpu", dtype="float32", prefix_reuse="off")
-    sorted_bf16 = Encoder(path, device="cpu", dtype="bfloat16", prefix_reuse="off")
-    kind, limit = sorted_float.kind, sorted_float.max_tokens
-    texts = prompts(data, kind, count, sorted_float)
-    plain = plain_loop(sorted_float.path, kind, limit, False)
-    encoders = {"+ sorted by length, token-budget batches": sorted_float}
-    variants: dict[str, Callable[[list[str]], np.ndarray]] = {}
+    def encoder(attention: str, reuse: str, prunes: bool, dtype: str) -> Any:
+        made = Encoder(path, device="cpu", attention=attention, prefix_reuse=reuse,  # type: ignore[arg-type]
+                       dtype=dtype)  # type: ignore[arg-type] # fmt: skip
+        if made._reader.packing is not None:
+            made._reader.packing.prunes &= prunes
+        return made
+
+    by_length = encoder("sdpa", "off", False, "float32")
+    made: dict[str, Any] = {
+        "+ sorted by length, batches of 2048 tokens": by_length,
+        "+ packed: no padding": encoder("auto", "off", False, "float32"),
+    }
+    kind, limit = by_length.kind, by_length.max_tokens
+    loops: dict[str, Encode] = {}
     if kind == "decoder":
-        variants["causal language model, with logits"] = plain_loop(
-            sorted_float.path, kind, limit, True
-        )
-        reuse = Encoder(path, device="cpu", dtype="float32")
-        encoders |= {"+ shared prefix computed once (float32)": reuse,
-                     "+ bfloat16": Encoder(path, device="cpu", dtype="bfloat16")}  # fmt: skip
-    else:
-        encoders["+ bfloat16"] = sorted_bf16
-    variants["plain loop, no logits"] = plain
-    variants |= {label: encoder.encode for label, encoder in encoders.items()}
-    seconds: dict[str, list[float]] = {label: [] for label in variants}
-    result = {}
-    for encode in variants.values():
-        encode(texts[:4])  # warm-up
-    for _ in range(rounds):
-        for label, encode in variants.items():
-            begun = time.perf_counter()
-            result[label] = encode(texts)
-            seconds[label].append(time.perf_counter() - begun)
-    tokens = sum(sorted_float.count_tokens(texts))
-    print(f"\n{name}: {tokens / len(texts):.0f} tokens per prompt\n")
-    print("| variant | users/s | over the plain loop | over the row above | worst cosine | largest "
-          "difference |\n|---|---|---|---|---|---|")  # fmt: skip
-    base, before = statistics.median(seconds["plain loop, no logits"]), 0.0
-    exact = result["plain loop, no logits"]
-    for label, taken in seconds.items():
-        middle, found = statistics.median(taken), result[label]
-        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
-        cosine = ((found * exact).sum(1) / norms).min()
-        step = f"{before / middle:.2f}x" if before else "–"
-        print(f"| {label} | {len(texts) / middle:.1f} | {base / middle:.2f}x | {step} | {cosine:.6f} | "
-              f"{np.abs(found - exact).max():.1e} |", flush=True)  # fmt: skip
-        before = middle
-    for label, encoder in encoders.items():
-        print(f"\n{label.removeprefix('+ ')}: {encoder.counters}", flush=True)
+        loops["causal language model, with logits"] = plain_loop(by_length.path, kind, limit, True)
+        made["+ shared prefix computed once"] = encoder("auto", "auto", False, "float32")
+        made["+ last layer for last tokens only"] = encoder("auto", "auto", True, "float32")
+    made["+ bfloat16"] = encoder("auto", "auto", True, "bfloat16")
+    loops[PLAIN] = plain_loop(by_length.path, kind, limit, False)
+    return loops | {label: one.encode for label, one in made.items()}, by_length
+
+
+def measure(name: str, path: Path | None, data: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Time all variants and print their table; returns the figures of every round."""
+    arms, encoder = variants(path)
+    texts = prompts(data, encoder.kind, count, encoder)
+    tokens = encoder.count_tokens(texts)
+    taken: dict[str, list[tuple[float, float]]] = {label: [] for label in arms}
+    vectors = {}
+    for encode in arms.values():
+        encode(texts[:8])  # warm-up; packing and prefix reuse are tried out once
+    for number in range(rounds):
+        turn = number % len(arms)
+        for label in [*list(arms)[turn:], *list(arms)[:turn]]:
+            begun = time.perf_counter(), time.process_time()
+            vectors[label] = arms[label](texts)
+            taken[label].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+        print(f"round {number + 1}: " + ", ".join(f"{own[-1][1]:.1f}" for own in taken.values()),
+              "s of processor time", flush=True)  # fmt: skip
+    batches = [tokens[at : at + PLAIN_BATCH] for at in range(0, len(tokens), PLAIN_BATCH)]
+    plain = sum(max(batch) * len(batch) for batch in batches)
+    print(f"\n{name}: {np.mean(tokens):.0f} tokens per prompt; the plain loop computes "
+          f"{plain / len(texts):.0f} positions per prompt\n")  # fmt: skip
+    print("| variant | users/s | over the plain loop | on the processor | over the row above, on the "
+          "processor | worst cosine | largest difference |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    before = ""
+    for label, own in taken.items():
+        cells = [gain(taken[PLAIN], own, 0), gain(taken[PLAIN], own, 1),
+                 gain(taken[before], own, 1) if before else "–"]  # fmt: skip
+        rate = len(texts) / statistics.median(clock for clock, _ in own)
+        cosine, difference = compare(vectors[label], vectors[PLAIN])
+        print(f"| {label} | {rate:.1f} | {' | '.join(cells)} | {cosine:.6f} | {difference:.1e} |",
+              flush=True)  # fmt: skip
+        before = label
+    return {"tokens": int(sum(tokens)), "plain_positions": plain, "seconds": taken,
+            "accuracy": {label: compare(found, vectors[PLAIN]) for label, found in vectors.items()},
+            }  # fmt: skip
+
+
+def gain(base: list[tuple[float, float]], own: list[tuple[float, float]], which: int) -> str:
+    """Median and quartiles of the ratio of two variants' times (0: clock, 1: processor)."""
+    ratios = [one[which] / two[which] for one, two in zip(base, own, strict=True)]
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def compare(found: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
+    """Smallest cosine and largest difference of two sets of vectors [N, D]."""
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
+    return float(((found * exact).sum(1) / norms).min()), float(np.abs(found - exact).max())
 
 
 def processor() -> str:

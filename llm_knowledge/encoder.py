@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     import torch
 
     from llm_knowledge.prefix import SharedPrefix
+    from llm_knowledge.reader import Attention, Compilation
 
 # Sentence encoders are trained on short texts; a decoder reads the instruction and the items.
 ENCODER_TOKENS, DECODER_TOKENS = 256, 1024
-# A batch of 4096 tokens keeps a CPU busy; an accelerator wants more in flight.
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 65_536
+# The states of 2048 tokens stay near a CPU's cache; an accelerator wants more in flight.
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 65_536
 # Texts that are sorted by length together; the next ones are tokenised meanwhile.
 BLOCK_TEXTS = 1024
 # A prefix is shared from so many tokens, texts and share of all tokens on: below, it gains nothing.
@@ -92,6 +93,8 @@ class Encoder:
         batch_tokens: int | None = None,
         chat_template: Literal["auto", "off"] = "auto",
         prefix_reuse: Literal["auto", "off"] = "auto",
+        attention: Attention = "auto",
+        compilation: Compilation = "off",
     ) -> None:
         """Load the model without its language-model head.
 
@@ -105,16 +108,21 @@ class Encoder:
             trust_remote_code: run Python that comes with the model. Off by default.
             revision: branch, tag or commit on the hub.
             device: "cpu", "cuda", "cuda:0" ...; None takes an accelerator where there is one.
-            batch_tokens: padded tokens of one batch.
+            batch_tokens: computed tokens of one batch, padding included.
             chat_template: "auto" makes every text one user message, in the chat template of a
                 decoder that brings one.
             prefix_reuse: "auto" computes the keys and values of tokens that all texts begin with
                 once, where the model is causal and it pays.
+            attention: "packed" reads texts end to end without padding; the other names are those of
+                transformers. "auto" is packed on a CPU where the model allows it, else "sdpa".
+            compilation: mode of torch.compile; "off" is the only one measured.
 
         Raises:
             InputError: the model cannot be found or loaded, or an option does not fit it.
         """
         import torch
+
+        from llm_knowledge.reader import Reader
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.path, self.name, self.revision = find_model(model, revision)
@@ -125,7 +133,10 @@ class Encoder:
         on_cpu = self.device.type == "cpu"
         precision = dtype if dtype != "auto" else "float32" if on_cpu else "bfloat16"
         self.dtype_name = precision
-        self._load(getattr(torch, precision), trust_remote_code)
+        packs = attention in ("auto", "packed")
+        if compilation != "off" and attention == "packed":
+            raise InputError("--compile: packed batches cannot be compiled; use --attention sdpa")
+        self._load(getattr(torch, precision), trust_remote_code, None if packs else attention)
         self.pooling = pooling if pooling != "auto" else _PLAIN_POOLING[self.kind]
         self.layer = self._check_layer(layer)
         self.normalize = self.kind == "encoder" if normalize is None else normalize
@@ -134,13 +145,18 @@ class Encoder:
         self._tokens = Tokens(self.tokenizer, self.max_tokens, chat)
         self.chat_hash = self._tokens.chat_hash
         self.counters = Counters()
+        self._reader = Reader(self.model, self.kind == "decoder", self.pooling, self.layer,
+                              self.normalize, "sdpa" if compilation != "off" else attention)  # fmt: skip
+        if compilation != "off":
+            self.model.compile(mode=compilation, dynamic=True)
+        self._packs_checked = attention == "packed"
         self._prefix: SharedPrefix | None = None
-        self._share = self.kind == "decoder" and prefix_reuse == "auto" and self._can_share()
+        self._share = prefix_reuse == "auto" and self._reader.shares
         self._share_checked = False
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         self.dim = int(self.model.config.hidden_size)
 
-    def _load(self, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    def _load(self, dtype: torch.dtype, trust_remote_code: bool, attention: str | None) -> None:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
@@ -151,7 +167,7 @@ class Encoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, **how)
             self.model = AutoModel.from_pretrained(
-                self.path, dtype=dtype, use_safetensors=True, **how
+                self.path, dtype=dtype, use_safetensors=True, attn_implementation=attention, **how
             )
         except Exception as error:  # any of a dozen kinds: what the directory holds is user input
             text = str(error).strip().splitlines() or [type(error).__name__]
@@ -173,11 +189,6 @@ class Encoder:
         if asked is not None and not 8 <= asked <= hard:
             raise InputError(f"max_tokens: {asked} is outside 8..{hard} of this model")
         return asked or min(hard, ENCODER_TOKENS if self.kind == "encoder" else DECODER_TOKENS)
-
-    def _can_share(self) -> bool:
-        from llm_knowledge.prefix import supports_sharing
-
-        return supports_sharing(self.model)
 
     def _tokenize(self, texts: Sequence[str], truncate: bool) -> list[list[int]]:
         return self._tokens.ids(texts, truncate)
@@ -220,10 +231,13 @@ class Encoder:
 
     def _encode_ids(self, ids: list[list[int]]) -> np.ndarray:
         """Vectors of tokenised texts, float32 [len(ids), dim], batch by batch."""
+        from llm_knowledge.reader import out_of_memory
+
         out = np.empty((len(ids), self.dim), np.float32)
         if not ids:
             return out
         begun = time.perf_counter()
+        self._check_packing(ids)
         prefix = self._prefix_of(ids)
         shared = len(prefix.tokens) if prefix else 0
         waiting = list(self._batches(ids, shared))[::-1]
@@ -233,7 +247,7 @@ class Encoder:
             try:
                 out[rows] = self._forward(batch, prefix) if prefix else self._forward(batch)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if len(rows) == 1:
                     raise InputError(f"out of memory on one text of {len(ids[rows[0]])} tokens; "
@@ -250,7 +264,7 @@ class Encoder:
         """The states of what all these texts begin with, from an earlier call where possible."""
         if not self._share:
             return None
-        from llm_knowledge.prefix import compute_prefix, shared_length
+        from llm_knowledge.prefix import shared_length
 
         common = shared_length(ids)
         if common < max(PREFIX_TOKENS, PREFIX_SHARE * sum(map(len, ids)) / len(ids)):
@@ -262,7 +276,7 @@ class Encoder:
                 return self._prefix.cut(both)
         if len(ids) < PREFIX_TEXTS:
             return None
-        self._prefix = compute_prefix(self.model, ids[0][:common], self.layer)
+        self._prefix = self._reader.prefix(ids[0][:common])
         self.counters.computed += common
         if self._prefix is None or not (self._share_checked or self._agrees(ids, self._prefix)):
             self._share = False
@@ -272,80 +286,66 @@ class Encoder:
 
     def _agrees(self, ids: list[list[int]], prefix: SharedPrefix) -> bool:
         """Whether this model gives the same vectors with the prefix as without; tried once."""
-        two = sorted(ids, key=len)[len(ids) // 2 :][:2]
-        one, other = self._forward(two), self._forward(two, prefix)
-        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        if ((one * other).sum(1) >= 0.999 * norms).all():
+        two = _middle(ids)
+        if self._same(self._forward(two), self._forward(two, prefix)):
             return True
         warnings.warn(f"{self.name}: its vectors change when the prompts' common beginning is "
                       f"computed once; each prompt is computed whole", stacklevel=2)  # fmt: skip
         return False
 
+    def _check_packing(self, ids: list[list[int]]) -> None:
+        """Compare packed with padded vectors once; pad from then on if they differ."""
+        if self._packs_checked or self._reader.packing is None:
+            return
+        self._packs_checked = True
+        two, packing = _middle(ids), self._reader.packing
+        try:
+            packed = self._reader.read(two).cpu().numpy()
+        except (NotImplementedError, TypeError):  # an attention with a mask or a bias of its own
+            packed = np.zeros((len(two), self.dim), np.float32)
+        self._reader.packing = None
+        if self._same(self._reader.read(two).cpu().numpy(), packed):
+            self._reader.packing = packing
+
+    def _same(self, one: np.ndarray, other: np.ndarray) -> bool:
+        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        least = 0.99999 if self.dtype_name == "float32" else 0.999
+        return bool(((one * other).sum(1) >= least * norms).all() and (norms > 0).all())
+
     def _batches(self, ids: list[list[int]], shared: int = 0) -> Iterator[list[int]]:
-        """Row numbers by padded tokens, longest first: memory runs out at once or never.
+        """Row numbers by computed tokens, longest first: memory runs out at once or never.
 
         A shared token costs no computation, but its keys and values are read: a quarter of a token.
         """
         batch: list[int] = []
-        width = 0
+        size = 0
         for row in sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row)):
-            if batch and width * (len(batch) + 1) > self.batch_tokens:
+            width = len(ids[row]) - shared + shared // 4
+            if batch and not self._reader.packing:
+                width = len(ids[batch[0]]) - shared + shared // 4
+            if batch and size + width > self.batch_tokens:
                 yield batch
-                batch = []
-            width = width if batch else len(ids[row]) - shared + shared // 4
+                batch, size, width = [], 0, len(ids[row]) - shared + shared // 4
             batch.append(row)
+            size += width
         if batch:
             yield batch
 
     def _forward(self, ids: list[list[int]], prefix: SharedPrefix | None = None) -> np.ndarray:
-        """One padded batch through the model, behind the prefix if given: float32 [B, D]."""
-        import torch
-
+        """One batch through the model, behind the prefix if given: float32 [B, D]."""
+        computed = self._reader.positions(ids, prefix)
         shared = len(prefix.tokens) if prefix else 0
-        lengths = torch.tensor([len(tokens) - shared for tokens in ids])
-        # Padding is any token: the mask hides it, so that a tokenizer needs no padding token.
-        ids_BT = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
-        for row, tokens in enumerate(ids):
-            ids_BT[row, : len(tokens) - shared] = torch.tensor(tokens[shared:])
-        mask_BT = (torch.arange(ids_BT.shape[1])[None] < lengths[:, None]).to(self.device)
-        self.counters.computed += ids_BT.numel()
-        self.counters.padding += ids_BT.numel() - int(lengths.sum())
-        more: dict[str, Any] = {"attention_mask": mask_BT.long()}
-        if prefix:
-            ones_BP = mask_BT.new_ones((len(ids), shared), dtype=torch.long)
-            place_1T = torch.arange(shared, shared + ids_BT.shape[1], device=self.device)[None]
-            more = {"attention_mask": torch.cat([ones_BP, mask_BT.long()], dim=1),
-                    "position_ids": place_1T.expand(len(ids), -1), "use_cache": True,
-                    "past_key_values": prefix.cache(len(ids))}  # fmt: skip
-        with torch.inference_mode():
-            # Padding stands at the right: a causal mask hides it, an encoder masks it.
-            said = self.model(input_ids=ids_BT.to(self.device),
-                              output_hidden_states=self.layer != -1, **more)  # fmt: skip
-            hidden_BTD = said.last_hidden_state if self.layer == -1 else \
-                said.hidden_states[self.layer]  # fmt: skip
-            pooled_BD = _pool(hidden_BTD, mask_BT, self.pooling, prefix)
-            if self.normalize:
-                pooled_BD = torch.nn.functional.normalize(pooled_BD, dim=1)
-        return pooled_BD.cpu().numpy()
+        self.counters.computed += computed
+        self.counters.padding += computed - sum(map(len, ids)) + shared * len(ids)
+        return self._reader.read(ids, prefix).cpu().numpy()
 
 
 _PLAIN_POOLING: dict[str, Pooling] = {"encoder": "mean", "decoder": "last"}
 
 
-def _pool(
-    hidden_BTD: torch.Tensor, mask_BT: torch.Tensor, pooling: str, prefix: SharedPrefix | None
-) -> torch.Tensor:
-    """Mean over the real tokens, those of the prefix included, or the last one: float32 [B, D]."""
-    import torch
-
-    count_B = mask_BT.sum(1)
-    if pooling == "last":
-        rows_B = torch.arange(len(count_B), device=count_B.device)
-        return hidden_BTD[rows_B, count_B - 1].float()
-    sum_BD = (hidden_BTD.float() * mask_BT[..., None]).sum(1)
-    if prefix is not None:
-        sum_BD, count_B = sum_BD + prefix.hidden_PD.sum(0), count_B + len(prefix.tokens)
-    return sum_BD / count_B[:, None]
+def _middle(ids: list[list[int]]) -> list[list[int]]:
+    """Two texts of middle length, to try a way of reading on."""
+    return sorted(ids, key=len)[len(ids) // 2 :][:2]
 
 
 def _device(asked: str | None) -> torch.device:
@@ -363,10 +363,3 @@ def _device(asked: str | None) -> torch.device:
             f"device {asked!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
     return device
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said

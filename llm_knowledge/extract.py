@@ -18,7 +18,8 @@ from llm_knowledge.errors import InputError
 
 LEVELS = ("user", "item", "scenario")
 ENCODER_FIELDS = ("model", "pooling", "layer", "dtype", "max_tokens", "normalize", "trust_remote_code",
-                  "revision", "device", "batch_tokens", "chat_template", "prefix_reuse")  # fmt: skip
+                  "revision", "device", "batch_tokens", "chat_template", "prefix_reuse",
+                  "attention", "compilation")  # fmt: skip
 EXAMPLE = """example:
   torchrun --nproc-per-node 2 -m llm_knowledge.extract --data data/movielens \\
       --level all --out knowledge/movielens
@@ -50,6 +51,8 @@ class ExtractConfig:
     batch_tokens: int | None = None
     chat_template: str = "auto"
     prefix_reuse: str = "auto"
+    attention: str = "auto"
+    compilation: str = "off"
     chunk: int | None = None
     per_scenario: int = 8
     total: int = 24
@@ -79,11 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scale vectors to length 1; default: for encoders")  # fmt: skip
     add("--max-tokens", type=int, help="budget of a prompt; default: 256 encoder, 1024 decoder")
     add("--device", help="cpu, cuda, cuda:0, ...; default: an accelerator if there is one")
-    add("--batch-tokens", type=int, help="padded tokens in a batch; default: 4096 CPU, 65536 GPU")
+    add("--batch-tokens", type=int, help="computed tokens in a batch; default: 2048 CPU, 65536 GPU")
     add("--chat-template", choices=("auto", "off"), default="auto",
         help="auto: a prompt is one user message, for decoders that bring a template")  # fmt: skip
     add("--prefix-reuse", choices=("auto", "off"), default="auto",
         help="auto: compute what all prompts begin with once, for decoders")  # fmt: skip
+    add("--attention", default="auto", choices=("auto", "packed", "sdpa", "eager",
+        "flash_attention_2", "flash_attention_3"),
+        help="auto: packed (no padding) on a CPU, sdpa elsewhere")  # fmt: skip
+    add("--compile", dest="compilation", default="off",
+        choices=("off", "default", "reduce-overhead", "max-autotune"),
+        help="mode of torch.compile; reduce-overhead takes CUDA graphs; default: off")  # fmt: skip
     add(
         "--chunk",
         type=int,

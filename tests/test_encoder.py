@@ -54,8 +54,10 @@ def test_shared_length():
 @pytest.mark.parametrize(
     ("pooling", "layer"), [("last", -1), ("mean", -1), ("last", 1), ("mean", 1)]
 )
-def test_prefix_reuse_changes_nothing(qwen, pooling, layer):
-    options = {"pooling": pooling, "layer": layer, "device": "cpu", "batch_tokens": 400}
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_prefix_reuse_changes_nothing(qwen, pooling, layer, attention):
+    options = {"pooling": pooling, "layer": layer, "device": "cpu", "batch_tokens": 400,
+               "attention": attention}  # fmt: skip
     plain = Encoder(qwen, prefix_reuse="off", **options)
     fast = Encoder(qwen, **options)
     np.testing.assert_allclose(fast.encode(TEXTS), plain.encode(TEXTS), atol=1e-5, rtol=0)
@@ -74,16 +76,16 @@ def test_prefix_reuse_in_bfloat16(qwen):
 
 
 def test_the_prefix_is_computed_once_and_cut_where_texts_differ(qwen, monkeypatch):
-    from llm_knowledge import prefix
+    from llm_knowledge import reader
 
     computed = []
-    whole = prefix.compute_prefix
+    whole = reader.compute_prefix
 
     def counted(model, tokens, layer):
         computed.append(len(tokens))
         return whole(model, tokens, layer)
 
-    monkeypatch.setattr(prefix, "compute_prefix", counted)
+    monkeypatch.setattr(reader, "compute_prefix", counted)
     plain, fast = (Encoder(qwen, prefix_reuse=mode, device="cpu") for mode in ("off", "auto"))
     for texts in (
         [
@@ -252,7 +254,7 @@ def test_texts_are_tokenised_once(qwen, monkeypatch):
 
 
 def test_counters(qwen):
-    fast = Encoder(qwen, device="cpu", prefix_reuse="off", batch_tokens=1 << 16)
+    fast = Encoder(qwen, device="cpu", prefix_reuse="off", attention="sdpa", batch_tokens=1 << 16)
     fast.encode(["abc", "a"])
     counted = fast.counters
     assert (counted.texts, counted.tokens, counted.computed, counted.padding) == (2, 4, 6, 2)
