@@ -11,8 +11,10 @@ from embeddings.ids import SortedKeys, Vocabulary
 from llm_knowledge.errors import InputError
 from llm_knowledge.store import KnowledgeStore
 from tests.training_data import make_inputs
+from trainer.data.batch import Batch
 from trainer.data.dataset import split_files
 from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, collate
+from trainer.data.parts import Parts
 
 USERS, ITEMS = 40, 40
 
@@ -22,10 +24,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_inputs(tmp_path_factory.mktemp("loader"), users=USERS)
 
 
-def make_encoder(stores: Path) -> RowEncoder:
+def make_encoder(stores: Path, users: pa.Array = None, items: pa.Array = None) -> RowEncoder:
     return RowEncoder(
-        users=Vocabulary(pa.array(range(USERS), pa.int64())),
-        items=Vocabulary(pa.array(range(ITEMS), pa.int64())),
+        users=Vocabulary(pa.array(range(USERS), pa.int64()) if users is None else users),
+        items=Vocabulary(pa.array(range(ITEMS), pa.int64()) if items is None else items),
         scenarios=SortedKeys(pa.array(["food", "kitchen"])),
         scenario_order=np.array([0, 1]),
         history_length=20,
@@ -132,6 +134,122 @@ def test_skipping_continues_where_the_epoch_was_left(inputs: tuple[Path, Path]) 
     (stream,) = streams(inputs, 1, 16, ["train"], shuffle_buffer=100, seed=1)
     whole = [batch.ids.values().tolist() for batch in stream.batches(1)]
     assert [batch.ids.values().tolist() for batch in stream.batches(1, skip=7)] == whole[7:]
+
+
+def flat(batch: Batch) -> list[list[float]]:
+    """Everything of a batch, as lists."""
+    jagged = (batch.ids, batch.knowledge)
+    tensors = [one for keyed in jagged for one in (keyed.values(), keyed.lengths())]
+    tensors += [batch.scenario, batch.scenario_knowledge, batch.label, batch.weight]
+    return [tensor.tolist() for tensor in tensors]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_batches_do_not_depend_on_the_threads(inputs: tuple[Path, Path], workers: int) -> None:
+    options = {"streams": 4, "shuffle_buffer": 60, "seed": 2}
+    (alone,) = streams(inputs, 1, 32, ["profile", "train"], **options)
+    (ahead,) = streams(inputs, 1, 32, ["profile", "train"], workers=workers, prefetch=2, **options)
+    stop = 2 * alone.steps
+    with alone.feed(0, stop) as one:
+        wanted = [flat(batch) for batch in one]
+    assert len(wanted) == stop
+    for start in (0, 7, alone.steps, alone.steps + 3):  # a position is the number of a step
+        with ahead.feed(start, stop) as other:
+            assert [flat(batch) for batch in other] == wanted[start:]
+
+
+def test_going_on_in_the_middle_reads_nothing_before(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pq.read_table(inputs[0] / "train/part-00000.parquet")
+    pq.write_table(table, tmp_path / "small-groups.parquet", row_group_size=10)
+    stream = EventStream(
+        [tmp_path / "small-groups.parquet"], make_encoder(inputs[1]), 10, 0, 1, shuffle_buffer=20
+    )
+    read: list[int] = []
+    whole = Parts._read_group
+    monkeypatch.setattr(
+        Parts, "_read_group", lambda self, n, columns: read.append(n) or whole(self, n, columns)
+    )
+    assert len(list(stream.batches(0, skip=stream.steps - 2))) == 2
+    assert len(read) <= 4 < len(table) // 10
+
+
+def test_hundreds_of_files_are_opened_once_each(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pq.read_table(inputs[0] / "train/part-00000.parquet")
+    files = [tmp_path / f"part-{number:05d}.parquet" for number in range(500)]
+    for number, file in enumerate(files):
+        pq.write_table(table.slice(number % 300, number % 2), file)  # every other one is empty
+    opened: list[Path] = []
+    footer = pq.read_metadata
+    monkeypatch.setattr(pq, "read_metadata", lambda file: opened.append(file) or footer(file))
+    stream = EventStream(files, make_encoder(inputs[1]), 16, 0, 1, streams=4, shuffle_buffer=40)
+    assert opened == files
+    handles: list[object] = []
+    parquet_file = pq.ParquetFile
+    monkeypatch.setattr(
+        pq, "ParquetFile", lambda *a, **k: handles.append(a) or parquet_file(*a, **k)
+    )
+    assert sum(float(batch.weight.sum()) for batch in stream.batches()) == 250
+    assert len(handles) <= 250 + 3  # a group that two streams share is read by both
+
+
+def test_string_ids_and_lists_of_strings(tmp_path: Path) -> None:
+    data, stores = make_inputs(tmp_path, users=5, id_type="string")
+    table = pq.read_table(data / "train/part-00000.parquet")
+    ids = {name: table[name].combine_chunks().unique().sort() for name in ("user_id", "item_id")}
+    histories = pa.array([ids["item_id"].to_pylist()[:2]] * len(table), pa.list_(pa.string()))
+    place = table.schema.get_field_index("history")
+    file = tmp_path / "events.parquet"
+    pq.write_table(table.set_column(place, "history", histories), file, row_group_size=7)
+    encoder = make_encoder(stores, ids["user_id"], ids["item_id"])
+    (batch,) = EventStream([file], encoder, len(table), 0, 1).batches()
+    names = [ids["user_id"][row - 1].as_py() for row in batch.ids["user"].values().tolist()]
+    assert names == table["user_id"].to_pylist()
+    assert batch.ids["history"].values().tolist() == [1, 2] * len(table)
+
+
+def test_null_inside_a_list(inputs: tuple[Path, Path]) -> None:
+    table = pq.read_table(inputs[0] / "train/part-00000.parquet").slice(0, 2)
+    column = pa.array([[1, None], []], type=pa.list_(pa.int64()))
+    table = table.set_column(table.schema.get_field_index("history"), "history", column)
+    with pytest.raises(InputError, match=r"part-7\.parquet: column 'history' has a null inside"):
+        make_encoder(inputs[1]).encode(table, Path("part-7.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "has vanished; put it back"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-500]), "changed or replaced while"),
+        (
+            lambda file: pq.write_table(pq.read_table(file).slice(1), file, row_group_size=20),
+            "changed or replaced while",
+        ),
+    ],
+    ids=["deleted", "cut short", "replaced"],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_that_changes_in_the_middle_of_an_epoch(
+    inputs: tuple[Path, Path], tmp_path: Path, damage: object, message: str, workers: int
+) -> None:
+    table = pq.read_table(inputs[0] / "train/part-00000.parquet")
+    files = [tmp_path / "part-00000.parquet", tmp_path / "part-00001.parquet"]
+    for file in files:
+        pq.write_table(table, file, row_group_size=20)
+    stream = EventStream(
+        files, make_encoder(inputs[1]), 16, 0, 1, 2, shuffle_buffer=32, workers=workers
+    )
+    with stream.feed(0, stream.steps) as feed:
+        next(feed)
+        damage(files[1])  # type: ignore[operator]
+        left = [float(batch.weight.sum()) for batch in feed]
+        assert len(left) == stream.steps - 1
+        assert left[-1] == 0
+        with pytest.raises(InputError, match=rf"part-00001\.parquet: .*{message}"):
+            feed.check()
 
 
 def test_ranks_without_rows_still_take_part(inputs: tuple[Path, Path]) -> None:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from trainer.distributed import Runtime
+from trainer.data.batch import Batch
+from trainer.data.prefetch import Feed
+from trainer.distributed import Runtime, together
 from trainer.models.llm4msr import Predictions
 
 
@@ -24,7 +26,8 @@ class RunLog:
 
     def __init__(self, folder: Path, runtime: Runtime, step: int) -> None:
         self._device, self._since = runtime.device, time.perf_counter()
-        self._sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+        # loss, samples, samples with knowledge, ranks without input
+        self._sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
         self._file = self._board = None
         if runtime.is_main:
             from torch.utils.tensorboard import SummaryWriter
@@ -44,12 +47,21 @@ class RunLog:
             predictions.logits, predictions.label, predictions.weight, reduction="sum"
         )
         known = (predictions.weight * predictions.has_knowledge).sum()
-        self._sums += torch.stack([loss, predictions.weight.sum(), known]).double()
+        self._sums[:3] += torch.stack([loss, predictions.weight.sum(), known]).double()
 
-    def flush(self, step: int, epoch: int, rates: dict[str, float], bar: tqdm) -> None:
-        """Reduces over ranks and writes a line of kind "train", with the learning rates by name."""
+    def flush(
+        self, step: int, epoch: int, rates: dict[str, float], bar: tqdm, feed: Feed[Batch]
+    ) -> None:
+        """Reduces over ranks and writes a line of kind "train", with the learning rates by name.
+
+        Raises:
+            InputError: On all ranks, if the input of any has failed since the last line.
+        """
+        self._sums[3] = float(feed.problem is not None)
         dist.all_reduce(self._sums)
-        loss, samples, known = self._sums.tolist()
+        loss, samples, known, failed = self._sums.tolist()
+        if failed:
+            together(feed.check)
         seconds = time.perf_counter() - self._since
         numbers = {
             "loss": loss / max(samples, 1),

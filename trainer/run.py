@@ -51,18 +51,37 @@ class Run:
     pipeline: TrainPipelineSparseDist
 
     def stream(self, splits: list[str], shuffle: bool) -> EventStream:
-        """This rank's share of some splits; unshuffled ones keep the order of the files."""
-        path = Path(self.config.data.path)
-        return EventStream(
-            [file for split in splits for file in split_files(path, split)],
-            self.encoder,
-            self.config.train.global_batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            streams=self.config.data.streams if shuffle else None,
-            shuffle_buffer=self.config.data.shuffle_buffer if shuffle else 0,
-            seed=self.config.train.seed,
-        )
+        """This rank's share of some splits; unshuffled ones keep the order of the files.
+
+        Raises:
+            InputError: A file has vanished or lost rows since the dataset was checked.
+        """
+        path, data = Path(self.config.data.path), self.config.data
+
+        def opened() -> EventStream:
+            stream = EventStream(
+                [file for split in splits for file in split_files(path, split)],
+                self.encoder,
+                self.config.train.global_batch_size,
+                rank=self.runtime.rank,
+                world_size=self.runtime.world_size,
+                streams=data.streams if shuffle else None,
+                shuffle_buffer=data.shuffle_buffer if shuffle else 0,
+                seed=self.config.train.seed,
+                workers=data.workers,
+                prefetch=data.prefetch_batches,
+                device=self.runtime.device,
+            )
+            # Ranks that count different rows would end at different steps.
+            wanted = sum(rows for split, rows in self.dataset.rows.items() if split in splits)
+            if stream.total_rows != wanted:
+                raise InputError(
+                    f"{path}: {stream.total_rows} rows in {', '.join(splits)}, {wanted} when the run "
+                    "began; put the old files back and go on with --resume"
+                )
+            return stream
+
+        return together(opened)
 
 
 @dataclass(frozen=True)

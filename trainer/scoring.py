@@ -16,7 +16,7 @@ from llm_knowledge.errors import InputError
 from trainer.checkpoint import checkpoints, load_checkpoint, read_state
 from trainer.config import load_config
 from trainer.data.loader import EventStream
-from trainer.distributed import distributed
+from trainer.distributed import distributed, together
 from trainer.models.llm4msr import Predictions
 from trainer.run import Run, build, open_inputs
 
@@ -25,12 +25,16 @@ ID_COLUMNS = ["user_id", "item_id", "scenario_id", "timestamp", "label"]
 
 
 def score(run: Run, events: EventStream) -> Iterator[Predictions]:
-    """Yields predictions batch by batch, in the stream's order."""
+    """Yields predictions batch by batch, in the stream's order.
+
+    Raises:
+        InputError: After the last batch, on all ranks, if the input of any has failed.
+    """
     run.model.eval()
-    batches = iter(events.batches())
-    with torch.no_grad():
+    with torch.no_grad(), events.feed(0, events.steps) as feed:
         for _ in range(events.steps):
-            yield run.pipeline.progress(batches)
+            yield run.pipeline.progress(feed)
+        together(feed.check)
 
 
 def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
@@ -74,25 +78,29 @@ def write_predictions(run: Run, split: str) -> Path:
     The directory appears whole, by rename, after every rank has written its part.
     """
     events = run.stream([split], shuffle=False)
-    scored = list(score(run, events))
+    scored = [  # 5 bytes per row, no more
+        (found.logits.sigmoid().float().cpu(), found.has_knowledge.bool().cpu())
+        for found in score(run, events)
+    ]
     rows = events.stop - events.start
-    chances = torch.cat([found.logits for found in scored])[:rows].sigmoid().float().cpu()
-    known = torch.cat([found.has_knowledge for found in scored])[:rows].cpu()
+    chances, known = (torch.cat(parts)[:rows] for parts in zip(*scored, strict=True))
     target = run.folder / "predictions" / split
     partial = target.with_name(f"{split}.partial")
     if run.runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    at = 0
-    if rows:
+
+    def write() -> None:
+        at = 0
         with _PartWriter(partial / f"part-{run.runtime.rank:05d}.parquet") as writer:
             for table, _ in events.tables(ID_COLUMNS):
                 piece = slice(at, at + len(table))
                 table = table.append_column("prediction", pa.array(chances[piece].numpy()))
                 writer.write(table.append_column("has_knowledge", pa.array(known[piece].numpy())))
                 at += len(table)
-    dist.barrier()
+
+    together(write)
     if run.runtime.is_main:
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)

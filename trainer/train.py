@@ -4,7 +4,6 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from trainer.checkpoint import LoopState, checkpoints, load_checkpoint, save_che
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.loader import EventStream
+from trainer.data.prefetch import Feed
 from trainer.distributed import distributed, seed_step, together
 from trainer.hosts import check_hosts
 from trainer.log import RunLog
@@ -70,12 +70,15 @@ def fit(run: Run) -> LoopState:
     if found := checkpoints(folder):
         state = load_checkpoint(found[-1], run.model, run.optimizer, run.fingerprints)
 
-    batches = _epochs(events, options.epochs, state.step)
     bar = tqdm(
         total=total, initial=state.step, unit="step", desc=run.config.name, leave=False,
         disable=not run.runtime.is_main or not sys.stderr.isatty(),
     )  # fmt: skip
-    with RunLog(run.folder, run.runtime, state.step) as log, bar:
+    with (
+        RunLog(run.folder, run.runtime, state.step) as log,
+        bar,
+        events.feed(state.step, total) as feed,
+    ):
         while not state.finished:
             # The pipeline reads ahead, so it is drained before anything else may happen.
             stop = min(
@@ -83,8 +86,7 @@ def fit(run: Run) -> LoopState:
                 _next(state.step, options.checkpoint_every),
                 total,
             )
-            segment = itertools.islice(batches, stop - state.step)
-            _train_steps(run, segment, state, stop, log, bar, total)
+            _train_steps(run, feed, state, stop, log, bar, total)
             improved = False
             if state.step % options.eval_every == 0 or state.step == total:
                 improved = _evaluate(run, valid, state, log, state.step // events.steps)
@@ -116,7 +118,7 @@ def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch
 
 def _train_steps(
     run: Run,
-    batches: Iterator[Batch],
+    feed: Feed[Batch],
     state: LoopState,
     stop: int,
     log: RunLog,
@@ -125,6 +127,7 @@ def _train_steps(
 ) -> None:
     run.model.train()
     per_epoch = total // run.config.train.epochs
+    batches = itertools.islice(feed, stop - state.step)
     while state.step < stop:
         seed_step(run.config.train.seed, run.runtime.rank, state.step)
         rates = set_learning_rates(run, state.step, total)
@@ -133,14 +136,7 @@ def _train_steps(
         log.add(predictions)
         bar.update()
         if state.step % run.config.train.log_every == 0 or state.step == stop:
-            log.flush(state.step, state.step // per_epoch, rates, bar)
-
-
-def _epochs(events: EventStream, epochs: int, done: int) -> Iterator[Batch]:
-    """All batches that are left after `done` steps."""
-    for epoch in range(done // events.steps, epochs):
-        skip = max(done - epoch * events.steps, 0)
-        yield from events.batches(epoch, skip)
+            log.flush(state.step, state.step // per_epoch, rates, bar, feed)
 
 
 def _next(step: int, every: int) -> int:

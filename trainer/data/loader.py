@@ -5,15 +5,15 @@ follows from the row counts in the Parquet footers, which all ranks read: nothin
 training and nothing can hang at the end.
 """
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -21,6 +21,8 @@ from embeddings.ids import IdMap, SortedKeys
 from llm_knowledge.errors import InputError
 from trainer.data.batch import Batch
 from trainer.data.checks import find_problem
+from trainer.data.parts import Parts
+from trainer.data.prefetch import Feed, in_background
 
 COLUMNS = ["user_id", "item_id", "scenario_id", "timestamp", "label", "history"]
 Rows = dict[str, np.ndarray]  # column name to an array whose first dimension is the row
@@ -95,6 +97,8 @@ class RowEncoder:
         history = table["history"].combine_chunks()
         if isinstance(history, pa.ChunkedArray):  # an empty column combines to a chunked array
             history = pa.array([], type=history.type)
+        if history.flatten().null_count:
+            raise self._problem(source, "history", "has a null inside a list")
         lengths = history.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         flat = self.items.lookup(history.flatten())
         return {
@@ -124,13 +128,33 @@ def _last_columns(flat: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarr
     return np.where(inside, flat[np.minimum(at, len(flat) - 1)], 0)
 
 
+@dataclass(frozen=True)
+class Share:
+    """One stream: rows start..stop of the epoch's order."""
+
+    start: int
+    stop: int
+    place: float  # of the stream among all, in (0, 1]
+
+    def chunks(self, size: int, piece: int) -> list[int]:
+        """Bounds of the chunks that are shuffled as one; all but the last fill whole pieces.
+
+        A stream that needs several begins with a part of one, other streams with other parts: they
+        are not all in need of rows at the same step.
+        """
+        if self.stop - self.start <= size:
+            return [self.start, self.stop]
+        first = max(int(size * self.place) // piece, 1) * piece
+        return [self.start, *range(self.start + first, self.stop, size), self.stop]
+
+
 class EventStream:
     """The events of some splits, dealt to ranks as batches.
 
     An epoch's order is cut into `streams` contiguous streams of even length. A global batch takes as
     many rows from each stream, and a rank serves streams / ranks of them: what a global batch holds
     does not depend on the number of ranks, so a run continued on another number of ranks trains every
-    row exactly once, and one rank sees the losses of many.
+    row exactly once, and one rank sees the losses of many. Nor does it depend on the threads.
 
     Args:
         files: Parquet files of the splits.
@@ -141,9 +165,13 @@ class EventStream:
         streams: A multiple of the number of ranks; None for one each.
         shuffle_buffer: Rows of a stream that are shuffled together; 0 keeps the order of the files.
         seed: Of the shuffle.
+        workers: Threads that read and encode, each for its share of the streams; 0 reads where the
+            batches are used.
+        prefetch: Batches that are made ahead by the threads.
+        device: Where batches go; for CUDA they are put into page-locked memory.
 
     Raises:
-        InputError: If batch size, streams and ranks do not divide each other.
+        InputError: If batch size, streams and ranks do not divide each other, or a file is unreadable.
     """
 
     def __init__(
@@ -156,101 +184,128 @@ class EventStream:
         streams: int | None = None,
         shuffle_buffer: int = 0,
         seed: int = 0,
+        workers: int = 0,
+        prefetch: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         streams = streams or world_size
         check_shares(global_batch_size, streams, world_size)
         self._encoder, self._seed, self._shuffle = encoder, seed, shuffle_buffer > 0
+        self._workers, self._prefetch = workers, prefetch
+        self._pin = device if device is not None and device.type == "cuda" else None
         self.batch_size, self._piece = global_batch_size // world_size, global_batch_size // streams
         own = streams // world_size
         self._buffer = max(shuffle_buffer // self._piece, 1) * self._piece
-        self._groups = [
-            (file, group, metadata.row_group(group).num_rows)
-            for file in files
-            for metadata in [pq.read_metadata(file)]
-            for group in range(metadata.num_row_groups)
-        ]
-        self.total_rows = sum(rows for _, _, rows in self._groups)
+        self._parts = Parts(files)
+        self.total_rows = self._parts.total_rows
         bounds = [self.total_rows * stream // streams for stream in range(streams + 1)]
-        self._ranges = list(itertools.pairwise(bounds[rank * own : (rank + 1) * own + 1]))
-        self.start, self.stop = self._ranges[0][0], self._ranges[-1][1]
+        self._streams = [
+            Share(bounds[number], bounds[number + 1], (number + 1) / streams)
+            for number in range(rank * own, (rank + 1) * own)
+        ]
+        self.start, self.stop = self._streams[0].start, self._streams[-1].stop
         largest = max(high - low for low, high in itertools.pairwise(bounds))
         self.steps = -(-largest // self._piece)
+        self._nothing = self._encode_nothing()
 
     def tables(self, columns: list[str]) -> Iterator[tuple[pa.Table, Path]]:
         """Reads this rank's rows piece by piece, in the order of the files."""
-        return self._read(columns, range(len(self._groups)), self.start, self.stop)
+        return self._parts.read(columns, np.arange(len(self._parts)), self.start, self.stop)
 
-    def batches(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
-        """Yields exactly `steps - skip` batches.
+    def batches(self, epoch: int = 0, skip: int = 0) -> Generator[Batch, None, None]:
+        """Yields exactly `steps - skip` batches of one epoch; see `feed`."""
+        return self._ahead(epoch * self.steps + skip, (epoch + 1) * self.steps)
 
-        Args:
-            epoch: Chooses the shuffle.
-            skip: Batches already trained on, when resuming inside an epoch.
+    def feed(self, start: int, stop: int) -> Feed[Batch]:
+        """Batches of steps start..stop, counted over all epochs.
+
+        The number of the step is the whole position: it says which rows were trained on, whatever the
+        number of ranks, threads and batches made ahead. To begin in the middle costs next to nothing.
+        The epoch chooses the shuffle.
         """
-        nothing = self._encode_nothing()
-        streams = [self._pieces(epoch, low, high, skip) for low, high in self._ranges]
-        for _ in range(skip, self.steps):
-            pieces = [next(stream, nothing) for stream in streams]
-            yield collate(_concatenate(pieces), self.batch_size)
+        return Feed(self._ahead(start, stop), stop - start, self._empty)
 
-    def _read(
-        self, columns: list[str], order: Iterable[int], start: int, stop: int
-    ) -> Iterator[tuple[pa.Table, Path]]:
-        """Reads rows start..stop of the row groups in the given order."""
-        position = 0
-        for index in order:
-            file, group, rows = self._groups[index]
-            low, high = max(start - position, 0), min(stop - position, rows)
-            position += rows
-            if low < high:
-                try:
-                    with pq.ParquetFile(file) as parquet:
-                        table = parquet.read_row_group(group, columns=columns)
-                except (pa.ArrowException, OSError) as error:
-                    raise InputError(
-                        f"{file}: row group {group} is damaged ({error}); prepare the data again"
-                    ) from error
-                yield table.slice(low, high - low), file
+    def _ahead(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        batches = self._collated(start, stop)
+        return in_background(batches, self._prefetch) if self._workers else batches
 
-    def _pieces(self, epoch: int, start: int, stop: int, skip: int) -> Iterator[Rows]:
-        """Yields one stream's rows of each step but the first `skip` ones."""
-        generator = np.random.default_rng([self._seed, epoch, start])
-        made = 0
-        for rows in self._chunks(epoch, start, stop):
-            count = len(rows["label"])
-            order = generator.permutation(count) if self._shuffle else np.arange(count)
-            for at in range(0, count, self._piece):
+    def _collated(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        if self._pin is not None and self._workers:
+            torch.cuda.set_device(self._pin)  # a thread begins on the first GPU of the host
+        streams = [self._pieces(share, start, stop) for share in self._streams]
+        with contextlib.ExitStack() as threads:
+            dealt: list[Iterator[tuple[Rows, ...]]] = [zip(*streams, strict=True)]
+            if count := min(self._workers, len(streams)) if self._workers > 1 else 0:
+                dealt = [
+                    threads.enter_context(
+                        contextlib.closing(
+                            in_background(zip(*streams[n::count], strict=True), self._prefetch)
+                        )
+                    )
+                    for n in range(count)
+                ]
+            for found in zip(*dealt, strict=True):
+                pieces = [found[n % len(found)][n // len(found)] for n in range(len(streams))]
+                batch = collate(_concatenate(pieces), self.batch_size)
+                yield batch if self._pin is None else batch.pin_memory()
+
+    def _empty(self) -> Batch:
+        return collate(self._nothing, self.batch_size)
+
+    def _pieces(self, share: Share, start: int, stop: int) -> Iterator[Rows]:
+        """Yields one stream's rows of each step; none where the stream has ended before the others."""
+        for epoch in range(start // self.steps, -(-stop // self.steps)):
+            first, last = start - epoch * self.steps, min(stop - epoch * self.steps, self.steps)
+            made = max(first, 0)
+            for piece in itertools.islice(self._epoch(share, epoch, made), last - made):
                 made += 1
-                if made > skip:
-                    chosen = order[at : at + self._piece]
-                    yield {name: values[chosen] for name, values in rows.items()}
+                yield piece
+            yield from itertools.repeat(self._nothing, last - made)
 
-    def _chunks(self, epoch: int, start: int, stop: int) -> Iterator[Rows]:
-        """Yields encoded rows in chunks that fill whole pieces, but for the last one."""
-        order = np.arange(len(self._groups))
+    def _epoch(self, share: Share, epoch: int, skip: int) -> Iterator[Rows]:
+        """Yields one stream's pieces of an epoch but the first `skip` ones; their chunks are not read."""
+        generator = np.random.default_rng([self._seed, epoch, share.start])
+        bounds = share.chunks(self._buffer, self._piece)
+        chunks: Iterator[Rows] | None = None
+        made = 0
+        for number, (low, high) in enumerate(itertools.pairwise(bounds)):
+            chosen = generator.permutation(high - low) if self._shuffle else np.arange(high - low)
+            pieces = -(-len(chosen) // self._piece)
+            if made + pieces > skip:
+                chunks = chunks or self._chunks(epoch, bounds[number:])
+                rows = next(chunks)
+                for at in range(max(skip - made, 0), pieces):
+                    own = chosen[at * self._piece : (at + 1) * self._piece]
+                    yield {name: values[own] for name, values in rows.items()}
+                del rows  # not held while the next chunk is made
+            made += pieces
+
+    def _chunks(self, epoch: int, bounds: list[int]) -> Iterator[Rows]:
+        """Yields the encoded rows between every two neighbours of `bounds`, in the epoch's order."""
+        order = np.arange(len(self._parts))
         if self._shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        size = self._buffer
+        source = self._parts.read(COLUMNS, order, bounds[0], bounds[-1])
         pending: list[Rows] = []
         held = 0
-        for table, file in self._read(COLUMNS, order, start, stop):
-            pending.append(self._encoder.encode(table, file))
-            held += len(table)
-            while held >= size:
-                joined = _concatenate(pending)
-                yield {k: v[:size] for k, v in joined.items()}
-                pending = [{k: v[size:] for k, v in joined.items()}]
-                held -= size
-        if held:
-            yield _concatenate(pending)
+        for low, high in itertools.pairwise(bounds):
+            size = high - low
+            while held < size:
+                table, file = next(source)
+                pending.append(self._encoder.encode(table, file))
+                held += len(table)
+            joined = _concatenate(pending)
+            held -= size
+            rest = {name: values[size:] for name, values in joined.items()}
+            if held < size:  # a view would keep the whole chunk
+                rest = {name: values.copy() for name, values in rest.items()}
+            pending, joined = [rest], {name: values[:size] for name, values in joined.items()}
+            yield joined
 
     def _encode_nothing(self) -> Rows:
-        file = self._groups[0][0]
-        with pq.ParquetFile(file) as parquet:
-            schema = parquet.schema_arrow
-        return self._encoder.encode(
-            pa.table({name: pa.array([], type=schema.field(name).type) for name in COLUMNS}), file
-        )
+        schema = self._parts.schema
+        columns = {name: pa.array([], type=schema.field(name).type) for name in COLUMNS}
+        return self._encoder.encode(pa.table(columns), Path())
 
 
 def check_shares(global_batch_size: int, streams: int, world_size: int) -> None:

@@ -1,0 +1,248 @@
+"""Drills of the input on several ranks: run as a program, it forks ranks and prints one JSON line.
+
+Every rank notes the rows of each step that it trains on, so what was trained is seen, not inferred.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+import trainer.run
+import trainer.train
+from llm_knowledge.errors import InputError
+from tests.knowledge_data import write_dataset
+from tests.training_data import make_config
+from trainer.checkpoint import checkpoints, read_state
+from trainer.config import RunConfig
+
+BATCH, STREAMS, EPOCHS = 40, 4, 3
+
+
+def dataset(path: Path, rows: int) -> Path:
+    """Pairs of user and item that occur once each, in three parts of the train split."""
+    path.mkdir()
+    pairs = np.random.default_rng(0).permutation(rows)
+    events = [
+        {
+            "user_id": int(pair) // 20, "item_id": int(pair) % 20, "timestamp": 1_000_000 + at,
+            "scenario_id": ("food", "kitchen")[at % 2], "label": int(at % 3 == 0),
+        }
+        for at, pair in enumerate(pairs)
+    ]  # fmt: skip
+    items = [{"item_id": item, "title": f"Thing {item}", "categories": []} for item in range(20)]
+    few = events[:12]
+    splits = {"profile": few, "train": events, "valid": few, "test": few}
+    write_dataset(path, splits, items)
+    whole = path / "train/part-00000.parquet"
+    table = pq.read_table(whole)
+    for part, low in enumerate(range(0, rows, -(-rows // 3))):
+        file = path / f"train/part-{part:05d}.parquet"
+        pq.write_table(table.slice(low, -(-rows // 3)), file, row_group_size=25)
+    return path
+
+
+def configuration(data: Path, output: Path, **changes: object) -> RunConfig:
+    """Small chunks, threads and a checkpoint every few steps."""
+    return make_config(
+        data,
+        None,
+        output,
+        data__train_splits=["train"],
+        data__streams=STREAMS,
+        data__shuffle_buffer=40,
+        data__workers=2,
+        data__prefetch_batches=2,
+        train__global_batch_size=BATCH,
+        train__epochs=EPOCHS,
+        train__eval_every=1000,
+        train__checkpoint_every=7,
+        train__timeout_seconds=30,
+        **changes,
+    )
+
+
+def note_rows(file: Path, pause: float, at_step: tuple[int, Any]) -> None:
+    """Makes training write the rows of every step to `file`, and act before one step."""
+    step, handle = [0], file.open("a", buffering=1)
+    build, seed_step = trainer.run.build, trainer.train.seed_step
+
+    def seeded(seed: int, rank: int, number: int) -> None:
+        step[0] = number
+        time.sleep(pause)
+        if number == at_step[0]:
+            at_step[1]()
+        seed_step(seed, rank, number)
+
+    def built(*arguments: Any) -> trainer.run.Run:
+        run = build(*arguments)
+
+        def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            if module.training:
+                ids = inputs[0].ids
+                users, items = (ids[name].values().tolist() for name in ("user", "item"))
+                pairs = list(zip(users, items, strict=True))
+                handle.write(json.dumps({"step": step[0], "rows": pairs}) + "\n")
+
+        run.model.register_forward_pre_hook(note)
+        return run
+
+    trainer.train.seed_step, trainer.train.build = seeded, built
+
+
+def rank_main(
+    rank: int,
+    ranks: int,
+    config: RunConfig,
+    name: str,
+    pause: float = 0.0,
+    home: str = ".",
+    lose: str = "",
+) -> None:
+    """One rank of a run; says how it ended in `name`-RANK.json beside the run."""
+    os.chdir(home)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    root = Path(config.output).parent
+    store = dist.FileStore(str(root / f"rendezvous-{name}"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    part = Path(config.data.path) / "train" / lose
+    note_rows(root / f"{name}-{rank}.jsonl", pause, (9 if lose else -1, part.unlink))
+    try:
+        trainer.train.train(config, resume=True)
+        end = {"ended": "done"}
+    except InputError as error:
+        end = {"ended": str(error), "shared": error.shared}
+    (root / f"{name}-{rank}.json").write_text(json.dumps(end))
+
+
+def start(ranks: int, config: RunConfig, name: str, **options: Any) -> list[BaseProcess]:
+    """Forks the ranks of a run."""
+    context = multiprocessing.get_context("fork")
+    processes: list[BaseProcess] = [
+        context.Process(target=rank_main, args=(rank, ranks, config, name), kwargs=options)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess], root: Path, name: str) -> list[dict[str, Any]]:
+    """Waits for the ranks of a run; how each of them ended."""
+    for process in processes:
+        process.join(60)
+    if any(process.exitcode != 0 for process in processes):
+        for process in processes:
+            process.kill()
+        raise SystemExit(f"{name}: a rank failed or hung")
+    return [json.loads((root / f"{name}-{r}.json").read_text()) for r in range(len(processes))]
+
+
+def trained(root: Path, name: str, low: int, high: int) -> dict[int, list[tuple[int, int]]]:
+    """Rows of steps low..high over all ranks, sorted."""
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for file in root.glob(f"{name}-*.jsonl"):
+        for line in file.read_text().splitlines():
+            if line.endswith("}") and low <= (found := json.loads(line))["step"] < high:
+                steps.setdefault(found["step"], []).extend(map(tuple, found["rows"]))
+    return {step: sorted(rows) for step, rows in steps.items()}
+
+
+def killed_and_resumed(root: Path) -> dict[str, Any]:
+    """Kills a run of 2 ranks with SIGKILL; goes on with 1 and with 4 ranks; compares what was trained."""
+    data = dataset(root / "data", rows=497)
+    whole = configuration(data, root / "whole")
+    finish(start(2, whole, "whole"), root, "whole")
+    per_epoch = -(-497 // BATCH)
+    undisturbed = trained(root, "whole", 0, EPOCHS * per_epoch)
+
+    broken = configuration(data, root / "broken")
+    victims = start(2, broken, "broken", pause=0.02)
+    deadline = time.monotonic() + 60
+    while len(trained(root, "broken", 0, 1000)) < per_epoch + 5:  # in the second epoch
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, the second does not miss the first
+        for process in victims:
+            assert process.pid is not None
+            os.kill(process.pid, number)
+    for process in victims:
+        process.join()
+    position = read_state(checkpoints(root / "broken/checkpoints")[-1]).step
+    before = trained(root, "broken", 0, position)
+    lost = len(trained(root, "broken", position, 1000))
+    wrong = []
+    for ranks in (1, 4):
+        name = f"on-{ranks}"
+        shutil.copytree(root / "broken", root / name)
+        config = broken.model_copy(update={"output": str(root / name)})
+        file = root / name / "config.yaml"
+        file.write_text(file.read_text().replace(str(root / "broken"), str(root / name)))
+        finish(start(ranks, config, name), root, name)
+        if before | trained(root, name, 0, 1000) != undisturbed:
+            wrong.append(name)
+        if min(trained(root, name, 0, 1000)) != position:
+            wrong.append(f"{name} began elsewhere")
+    every = pq.read_table(data / "train").select(["user_id", "item_id"]).to_pydict()
+    pairs = sorted((u + 1, i + 1) for u, i in zip(*every.values(), strict=True))
+    for epoch in range(EPOCHS):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        if sorted(pair for step in steps for pair in undisturbed[step]) != pairs:
+            wrong.append(f"epoch {epoch}: not every row once")
+    return {"position": position, "lost_steps": lost, "wrong": wrong}
+
+
+def fewer_rows_than_streams(root: Path) -> list[int]:
+    """4 ranks, 3 rows: two streams and more have none; returns rows trained per epoch."""
+    options = {"tables__ids": "hash", "tables__hash_rows": 50}  # each rank owns rows of the tables
+    config = configuration(dataset(root / "few", rows=3), root / "few-run", **options)
+    ends = finish(start(4, config, "few"), root, "few")
+    assert {end["ended"] for end in ends} == {"done"}
+    lines = (root / "few-run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == EPOCHS + 1
+    return [len(rows) for rows in trained(root, "few", 0, 1000).values()]
+
+
+def lost_part(root: Path, everywhere: bool) -> list[dict[str, Any]]:
+    """A part vanishes before step 9: from the disk that the ranks share, or from rank 1's own."""
+    name = "lost" if everywhere else "lost-on-1"
+    homes = [root / name, root / name if everywhere else root / f"{name}-too"]
+    for home in set(homes):
+        shutil.copytree(root / "data", home / "data")
+    config = configuration(Path("data"), root / f"{name}-run")  # relative to the rank's home
+    context = multiprocessing.get_context("fork")
+    processes: list[BaseProcess] = []
+    for rank, home in enumerate(homes):
+        options = {"pause": 0.01, "home": str(home), "lose": "part-00001.parquet" if rank else ""}
+        processes.append(
+            context.Process(target=rank_main, args=(rank, 2, config, name), kwargs=options)
+        )
+        processes[-1].start()
+    return finish(processes, root, name)
+
+
+def main(root: Path) -> None:
+    """Runs every drill."""
+    torch.set_num_threads(1)
+    found = {
+        "killed": killed_and_resumed(root),
+        "few": fewer_rows_than_streams(root),
+        "lost": lost_part(root, everywhere=True),
+        "lost_on_one_rank": lost_part(root, everywhere=False),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
