@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embeddings.measure import machine, summary
 from trainer.ops import meta_linear
-from trainer.profile_meta_layer import DTYPES, PEAK_SIZE, flops, interleaved, machine, summary
+from trainer.profile_meta_layer import DTYPES, PEAK_SIZE, flops, interleaved
 
 SHAPES = {  # B, r, i, o
     "cpu": [(4096, 32, 128, 128), (4096, 16, 64, 64), (4096, 64, 256, 128)],

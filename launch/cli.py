@@ -244,6 +244,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_meta_layer_arguments(p)
 
+    from trainer.profile_embeddings import add_arguments as add_embeddings_arguments
+
+    p = command(
+        parts, "embeddings", run.profile_embeddings,
+        "Times each phase of embedding lookups, counts its bytes, compares with plain torch and FBGEMM.",
+        "profile embeddings --tables 8 --dim 16 64 --sharding row_wise table_wise --check --processes 2",
+    )  # fmt: skip
+    add_embeddings_arguments(p)
+
     p = command(
         commands, "pipeline", run.run_pipeline,
         "Extracts what a run joins, trains it, evaluates, reports; complete stages are skipped.",

@@ -201,6 +201,19 @@ def profile_meta_layer(options: argparse.Namespace, words: list[str]) -> int | N
     return None
 
 
+def profile_embeddings(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Times the phases of embedding lookups."""
+    from trainer.profile_embeddings import check_measuring_arguments
+    from trainer.profile_embeddings import main as profile_main
+
+    check_measuring_arguments(options)
+    if options.processes > 1 and "RANK" not in os.environ:
+        from launch.workers import run_workers
+
+        return run_workers("launch", words, options.processes)
+    return profile_main(options)
+
+
 def run_pipeline(options: argparse.Namespace, words: list[str]) -> int | None:
     """Runs the stages of a run in order."""
     from trainer.config import load_config

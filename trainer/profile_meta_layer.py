@@ -5,7 +5,6 @@ python -m trainer.profile_meta_layer --batch 4096 --rank 32 --in-features 128 --
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -42,35 +41,6 @@ def interleaved(
             wait()
             seconds[name].append(time.perf_counter() - began)
     return seconds
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
-
-
-def machine() -> dict[str, Any]:
-    """Hardware and versions that a figure depends on."""
-    import platform
-
-    import torch
-
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next(line.split(":")[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor without a name
-    return {
-        "processor": model,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
 
 
 def flops(
@@ -118,6 +88,7 @@ def profile_meta_layer(
     """
     import torch
 
+    from embeddings.measure import machine, summary
     from llm_knowledge.errors import InputError
     from trainer.ops import choose_strategy, explain_strategy, meta_linear
 

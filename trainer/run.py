@@ -29,7 +29,7 @@ from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
 from llm_knowledge.store import KnowledgeStore
-from trainer.config import RunConfig, save_config
+from trainer.config import HardwareConfig, RunConfig, save_config
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
 from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
 from trainer.distributed import Runtime, together
@@ -245,7 +245,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     batch_size = train.global_batch_size // runtime.world_size
     try:
         plan = plan_sharding(
-            model, model.tables, placements(config), batch_size, _hardware(config, runtime)
+            model, model.tables, placements(config), batch_size, hardware(config.hardware, runtime)
         )
     except PlanError as error:
         raise InputError(f"tables.sharding: {error}", shared=True) from error
@@ -306,9 +306,9 @@ def placements(config: RunConfig) -> dict[str, Placement]:
     return found
 
 
-def _hardware(config: RunConfig, runtime: Runtime) -> Hardware:
+def hardware(given: HardwareConfig, runtime: Runtime) -> Hardware:
     """The configured cluster, with this machine's memory where none is given."""
-    given, gib = config.hardware, 2**30
+    gib = 2**30
     device_memory = given.device_memory_gib
     if device_memory is None and runtime.device.type == "cuda":
         device_memory = torch.cuda.get_device_properties(runtime.device).total_memory / gib
