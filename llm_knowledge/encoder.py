@@ -11,23 +11,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.loading import check_layer, find_device, load, refuse_answers, token_limit
 from llm_knowledge.model_files import default_model_path as default_model_path
 from llm_knowledge.model_files import find_model, model_kind, read_json, weights_hash
 from llm_knowledge.tokens import Tokens, ahead
 
 if TYPE_CHECKING:
-    import torch
-
+    from llm_knowledge.answers import Answers
     from llm_knowledge.prefix import SharedPrefix
     from llm_knowledge.reader import Attention, Compilation
 
-# Sentence encoders are trained on short texts; a decoder reads the instruction and the items.
-ENCODER_TOKENS, DECODER_TOKENS = 256, 1024
 # The states of 2048 tokens stay near a CPU's cache; an accelerator wants more in flight.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 65_536
 # Texts that are sorted by length together; the next ones are tokenised meanwhile.
@@ -36,6 +34,7 @@ BLOCK_TEXTS = 1024
 PREFIX_TOKENS, PREFIX_TEXTS, PREFIX_SHARE = 16, 4, 0.1
 
 Pooling = Literal["auto", "mean", "last"]
+State = Literal["prompt", "answer"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -95,8 +94,11 @@ class Encoder:
         prefix_reuse: Literal["auto", "off"] = "auto",
         attention: Attention = "auto",
         compilation: Compilation = "off",
+        backend: Literal["transformers", "vllm"] = "transformers",
+        answer_tokens: int = 0,
+        state: State = "prompt",
     ) -> None:
-        """Load the model without its language-model head.
+        """Load the model, without its language-model head unless answers are wanted.
 
         Args:
             model: directory, or name on the hub; None is the packaged MiniLM sentence encoder.
@@ -116,6 +118,10 @@ class Encoder:
             attention: "packed" reads texts end to end without padding; the other names are those of
                 transformers. "auto" is packed on a CPU where the model allows it, else "sdpa".
             compilation: mode of torch.compile; "off" is the only one measured.
+            backend: what runs the model; "vllm" is not measured, and takes no answers.
+            answer_tokens: most tokens of an answer that a decoder writes after each text; 0: none.
+            state: whose hidden state the vector is: "prompt" pools the text; "answer" takes the step
+                that chose the answer's last token, the end of the generation path.
 
         Raises:
             InputError: the model cannot be found or loaded, or an option does not fit it.
@@ -129,66 +135,54 @@ class Encoder:
         self.weights_hash = weights_hash(self.path)
         config = read_json(self.path / "config.json")
         self.kind = model_kind(config)
-        self.device = _device(device)
-        on_cpu = self.device.type == "cpu"
+        accelerated = backend == "vllm"
+        self.device = find_device("cpu" if accelerated else device)
+        on_cpu = self.device.type == "cpu" and not accelerated
         precision = dtype if dtype != "auto" else "float32" if on_cpu else "bfloat16"
         self.dtype_name = precision
         packs = attention in ("auto", "packed")
         if compilation != "off" and attention == "packed":
             raise InputError("--compile: packed batches cannot be compiled; use --attention sdpa")
-        self._load(getattr(torch, precision), trust_remote_code, None if packs else attention)
+        self.answer_tokens, self.state = answer_tokens, state
         self.pooling = pooling if pooling != "auto" else _PLAIN_POOLING[self.kind]
-        self.layer = self._check_layer(layer)
+        if accelerated and (answer_tokens or layer != -1):
+            raise InputError("--backend vllm: gives the final layer of the prompt, and no answer; use "
+                             "--backend transformers")  # fmt: skip
+        refuse_answers(answer_tokens, state, self.kind, self.pooling)
+        loaded = load(self.path, getattr(torch, precision), self.device, trust_remote_code,
+                      None if packs else attention, answer_tokens > 0, config_only=accelerated)  # fmt: skip
+        self.tokenizer, self.config, self.model = loaded.tokenizer, loaded.config, loaded.model
+        self._answers: Answers | None = None
+        if answer_tokens:
+            from llm_knowledge.answers import Answers
+
+            self._answers = Answers(loaded.model, answer_tokens, loaded.tokenizer)
+            self.model = self._answers.model
+        self.layer = check_layer(loaded.config, layer)
         self.normalize = self.kind == "encoder" if normalize is None else normalize
-        self.max_tokens = self._token_limit(max_tokens)
+        self.max_tokens = token_limit(loaded, max_tokens, self.kind, answer_tokens)
         chat = self.kind == "decoder" and chat_template == "auto"
         self._tokens = Tokens(self.tokenizer, self.max_tokens, chat)
         self.chat_hash = self._tokens.chat_hash
         self.counters = Counters()
-        self._reader = Reader(self.model, self.kind == "decoder", self.pooling, self.layer,
-                              self.normalize, "sdpa" if compilation != "off" else attention)  # fmt: skip
+        self._prefix: SharedPrefix | None = None
+        self._share = self._share_checked = False
+        self._engine: Any = None
+        if accelerated:
+            from llm_knowledge.vllm_engine import VllmEngine
+
+            self._engine = VllmEngine(self.path, self.pooling, self.kind == "decoder", precision,
+                                      self.max_tokens, prefix_reuse == "auto", trust_remote_code)  # fmt: skip
+        else:
+            plain = compilation != "off" or (answer_tokens > 0 and packs)
+            self._reader = Reader(self.model, self.kind == "decoder", self.pooling, self.layer,
+                                  self.normalize, "sdpa" if plain else attention)  # fmt: skip
+            self._share = prefix_reuse == "auto" and self._reader.shares
         if compilation != "off":
             self.model.compile(mode=compilation, dynamic=True)
         self._packs_checked = attention == "packed"
-        self._prefix: SharedPrefix | None = None
-        self._share = prefix_reuse == "auto" and self._reader.shares
-        self._share_checked = False
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
-        self.dim = int(self.model.config.hidden_size)
-
-    def _load(self, dtype: torch.dtype, trust_remote_code: bool, attention: str | None) -> None:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        # AutoModel drops the language-model head; the report of it says nothing new.
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        how = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **how)
-            self.model = AutoModel.from_pretrained(
-                self.path, dtype=dtype, use_safetensors=True, attn_implementation=attention, **how
-            )
-        except Exception as error:  # any of a dozen kinds: what the directory holds is user input
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{self.path}: the model cannot be loaded: {text[0]}") from error
-        self.model.config.use_cache = False
-        self.model.to(self.device).eval().requires_grad_(False)
-
-    def _check_layer(self, layer: int) -> int:
-        layers = int(getattr(self.model.config, "num_hidden_layers", 0))
-        if not -layers - 1 <= layer <= layers:
-            raise InputError(f"layer: {layer} is outside -{layers + 1}..{layers} of this model")
-        return -1 if layer == layers else layer
-
-    def _token_limit(self, asked: int | None) -> int:
-        hard = min(
-            int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30),
-            int(self.tokenizer.model_max_length or 1 << 30),
-        )
-        if asked is not None and not 8 <= asked <= hard:
-            raise InputError(f"max_tokens: {asked} is outside 8..{hard} of this model")
-        return asked or min(hard, ENCODER_TOKENS if self.kind == "encoder" else DECODER_TOKENS)
+        self.dim = int(self.config.hidden_size)
 
     def _tokenize(self, texts: Sequence[str], truncate: bool) -> list[list[int]]:
         return self._tokens.ids(texts, truncate)
@@ -210,42 +204,58 @@ class Encoder:
         return self.encode_blocks(texts[at : at + BLOCK_TEXTS] for at in starts)
 
     def encode_blocks(self, blocks: Iterable[Sequence[str]]) -> np.ndarray:
-        """As ``encode``, for texts that come in blocks: float32 [texts of all blocks, dim].
+        """As ``encode``, for texts that come in blocks: float32 [texts of all blocks, dim]."""
+        return self.read(blocks)[0]
+
+    def read(self, blocks: Iterable[Sequence[str]]) -> tuple[np.ndarray, list[str] | None]:
+        """Vectors of texts that come in blocks, and answers where they are wanted.
 
         The next block is made (``blocks`` is advanced) and tokenised in a background thread while
         the model reads one.
+
+        Returns:
+            float32 [texts of all blocks, dim], and as many answers, or None.
         """
+        answers: list[str] | None = [] if self.answer_tokens else None
         found, row = [np.empty((0, self.dim), np.float32)], 0
         for texts, ids in ahead((block, self._tokenize(block, truncate=True)) for block in blocks):
             for place, tokens in enumerate(ids):
                 if not tokens:
                     raise InputError(f"text {row + place} has no token: {texts[place][:60]!r}")
-            vectors = self._encode_ids(ids)
+            vectors = self._encode_ids(ids, answers)
             bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
             if bad.size:
                 raise InputError(f"text {row + bad[0]}: the model returned NaN or Inf in "
                                  f"{self.dtype_name}; try --dtype float32")  # fmt: skip
             found.append(vectors)
             row += len(ids)
-        return found[1] if len(found) == 2 else np.concatenate(found)
+        return found[1] if len(found) == 2 else np.concatenate(found), answers
 
-    def _encode_ids(self, ids: list[list[int]]) -> np.ndarray:
-        """Vectors of tokenised texts, float32 [len(ids), dim], batch by batch."""
+    def _encode_ids(self, ids: list[list[int]], answers: list[str] | None = None) -> np.ndarray:
+        """Vectors of tokenised texts, float32 [len(ids), dim], batch by batch; appends answers."""
         from llm_knowledge.reader import out_of_memory
 
         out = np.empty((len(ids), self.dim), np.float32)
         if not ids:
             return out
         begun = time.perf_counter()
+        if self._engine is not None:
+            return self._embed(ids, begun)
         self._check_packing(ids)
         prefix = self._prefix_of(ids)
         shared = len(prefix.tokens) if prefix else 0
+        said = [""] * len(ids)
         waiting = list(self._batches(ids, shared))[::-1]
         while waiting:
             rows = waiting.pop()
             batch = [ids[row] for row in rows]
             try:
-                out[rows] = self._forward(batch, prefix) if prefix else self._forward(batch)
+                if self._answers is not None:
+                    out[rows], own = self._answer(batch, prefix)
+                    for row, text in zip(rows, own, strict=True):
+                        said[row] = text
+                else:
+                    out[rows] = self._forward(batch, prefix) if prefix else self._forward(batch)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -254,10 +264,24 @@ class Encoder:
                                      f"lower max_tokens") from error  # fmt: skip
                 self.batch_tokens = max(1, self.batch_tokens // 2)
                 waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+        if answers is not None:
+            answers += said
+        self._counted(ids, begun, shared)
+        return out
+
+    def _counted(self, ids: list[list[int]], begun: float, shared: int) -> None:
         self.counters.texts += len(ids)
         self.counters.tokens += sum(map(len, ids))
         self.counters.reused += shared * len(ids)
         self.counters.seconds += time.perf_counter() - begun
+
+    def _embed(self, ids: list[list[int]], begun: float) -> np.ndarray:
+        """As ``_encode_ids``, by the other backend, which makes its own batches."""
+        out = self._engine.embed(ids)
+        if self.normalize:
+            out = out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        self.counters.computed += sum(map(len, ids))
+        self._counted(ids, begun, 0)
         return out
 
     def _prefix_of(self, ids: list[list[int]]) -> SharedPrefix | None:
@@ -333,11 +357,22 @@ class Encoder:
 
     def _forward(self, ids: list[list[int]], prefix: SharedPrefix | None = None) -> np.ndarray:
         """One batch through the model, behind the prefix if given: float32 [B, D]."""
-        computed = self._reader.positions(ids, prefix)
-        shared = len(prefix.tokens) if prefix else 0
+        self._count_positions(ids, prefix)
+        return self._reader.read(ids, prefix).cpu().numpy()
+
+    def _answer(
+        self, ids: list[list[int]], prefix: SharedPrefix | None
+    ) -> tuple[np.ndarray, list[str]]:
+        """As ``_forward``, and what the model says to each text."""
+        assert self._answers is not None
+        self._count_positions(ids, prefix)
+        vectors, said = self._reader.answer(self._answers, ids, prefix, self.state == "answer")
+        return vectors.cpu().numpy(), said
+
+    def _count_positions(self, ids: list[list[int]], prefix: SharedPrefix | None) -> None:
+        computed, shared = self._reader.positions(ids, prefix), len(prefix.tokens) if prefix else 0
         self.counters.computed += computed
         self.counters.padding += computed - sum(map(len, ids)) + shared * len(ids)
-        return self._reader.read(ids, prefix).cpu().numpy()
 
 
 _PLAIN_POOLING: dict[str, Pooling] = {"encoder": "mean", "decoder": "last"}
@@ -346,20 +381,3 @@ _PLAIN_POOLING: dict[str, Pooling] = {"encoder": "mean", "decoder": "last"}
 def _middle(ids: list[list[int]]) -> list[list[int]]:
     """Two texts of middle length, to try a way of reading on."""
     return sorted(ids, key=len)[len(ids) // 2 :][:2]
-
-
-def _device(asked: str | None) -> torch.device:
-    """The asked device, else this worker's accelerator, else the CPU."""
-    import torch
-
-    if asked is None:
-        count = torch.cuda.device_count()
-        asked = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
-    try:
-        device = torch.device(asked)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {asked!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    return device

@@ -19,7 +19,7 @@ from llm_knowledge.errors import InputError
 LEVELS = ("user", "item", "scenario")
 ENCODER_FIELDS = ("model", "pooling", "layer", "dtype", "max_tokens", "normalize", "trust_remote_code",
                   "revision", "device", "batch_tokens", "chat_template", "prefix_reuse",
-                  "attention", "compilation")  # fmt: skip
+                  "attention", "compilation", "backend", "answer_tokens", "state")  # fmt: skip
 EXAMPLE = """example:
   torchrun --nproc-per-node 2 -m llm_knowledge.extract --data data/movielens \\
       --level all --out knowledge/movielens
@@ -53,6 +53,9 @@ class ExtractConfig:
     prefix_reuse: str = "auto"
     attention: str = "auto"
     compilation: str = "off"
+    backend: str = "transformers"
+    answer_tokens: int = 0
+    state: str = "prompt"
     chunk: int | None = None
     per_scenario: int = 8
     total: int = 24
@@ -90,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: a prompt is one user message, for decoders that bring a template")  # fmt: skip
     add("--prefix-reuse", choices=("auto", "off"), default="auto",
         help="auto: compute what all prompts begin with once, for decoders")  # fmt: skip
+    add("--backend", choices=("transformers", "vllm"), default="transformers",
+        help="what runs the model; vllm is a package of its own; default: transformers")  # fmt: skip
+    add("--answer-tokens", type=int, default=0,
+        help="most tokens of an answer to store beside the vector; default: 0, none")  # fmt: skip
+    add("--state", choices=("prompt", "answer"), default="prompt",
+        help="the vector is of the prompt, or of the last step of the generation")  # fmt: skip
     add("--attention", default="auto", choices=("auto", "packed", "sdpa", "eager",
         "flash_attention_2", "flash_attention_3"),
         help="auto: packed (no padding) on a CPU, sdpa elsewhere")  # fmt: skip

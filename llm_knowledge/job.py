@@ -19,6 +19,7 @@ from llm_knowledge.encoder import BLOCK_TEXTS
 from llm_knowledge.errors import InputError
 from llm_knowledge.manifest import (
     JOB_KEY,
+    AnswerInfo,
     Cutoff,
     Manifest,
     ModelInfo,
@@ -108,7 +109,9 @@ class Job:
             complete=False,
             model=ModelInfo(name=encoder.name, revision=encoder.revision,
                             weights_hash=encoder.weights_hash, max_tokens=encoder.max_tokens,
-                            precision=encoder.dtype_name, chat_template=encoder.chat_hash),
+                            precision=encoder.dtype_name, chat_template=encoder.chat_hash,
+                            answer=AnswerInfo(tokens=encoder.answer_tokens, state=encoder.state)
+                            if encoder.answer_tokens else None),
             template=TemplateInfo(name=self.template.name, version=self.template.version,
                                   hash=self.template.hash),
             pooling=encoder.pooling, layer=encoder.layer, dim=encoder.dim,
@@ -193,9 +196,9 @@ class Job:
             while place < len(missing):
                 index = missing[place]
                 rows = profiles.read_row_group(index)
-                prompts, vectors = self._encode(rows["data"].to_pylist())
+                prompts, vectors, answers = self._encode(rows["data"].to_pylist())
                 write_part(self.config.out, index, manifest, rows["key"].to_pylist(), vectors,
-                           prompts, None, rows["cutoff"].to_pylist())  # fmt: skip
+                           prompts, answers, rows["cutoff"].to_pylist())  # fmt: skip
                 done = count(f"{stage}/rows", len(rows))
                 count(f"{stage}/parts", 1)
                 _show(bar, start + done)
@@ -210,8 +213,11 @@ class Job:
                 if not wait_until(all_done, timedelta(minutes=self.config.timeout_minutes)):
                     raise RuntimeError("a worker did not finish its chunk in time; start again")
 
-    def _encode(self, data: list[str]) -> tuple[list[str], np.ndarray]:
-        """Prompts and vectors of profiles; the next prompts are written while the model reads."""
+    def _encode(self, data: list[str]) -> tuple[list[str], np.ndarray, list[str] | None]:
+        """Prompts, vectors and answers of profiles.
+
+        The next prompts are written while the model reads.
+        """
         prompts: list[str] = []
 
         def blocks() -> Iterator[list[str]]:
@@ -220,8 +226,8 @@ class Job:
                 prompts.extend(block)
                 yield block
 
-        vectors = self.encoder.encode_blocks(blocks())
-        return prompts, vectors
+        vectors, answers = self.encoder.read(blocks())
+        return prompts, vectors, answers
 
     def _bar(self, profiles: pq.ParquetFile, missing: list[int]) -> Any:
         from tqdm import tqdm

@@ -37,6 +37,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class AnswerInfo(_Strict):
+    """Most tokens of the stored answers, and whose hidden state the vectors are."""
+
+    tokens: int
+    state: Literal["prompt", "answer"]
+
+
 class ModelInfo(_Strict):
     """Which frozen model made the vectors; ``chat_template`` is a hash of what stood around them."""
 
@@ -46,6 +53,7 @@ class ModelInfo(_Strict):
     max_tokens: int
     precision: str = "float32"
     chat_template: str | None = _optional()
+    answer: AnswerInfo | None = _optional()
 
 
 class TemplateInfo(_Strict):

@@ -14,6 +14,7 @@ from llm_knowledge.errors import InputError
 from llm_knowledge.prefix import compute_prefix, supports_sharing
 
 if TYPE_CHECKING:
+    from llm_knowledge.answers import Answers
     from llm_knowledge.packed import Packing
     from llm_knowledge.prefix import SharedPrefix
 
@@ -70,7 +71,22 @@ class Reader:
         with torch.inference_mode():
             pool = self._packed if self.packing is not None else self._padded
             pooled_BD = pool(ids, prefix)
-            return normalize(pooled_BD, dim=1) if self.normalize else pooled_BD
+            return self._scaled(pooled_BD)
+
+    def _scaled(self, pooled_BD: torch.Tensor) -> torch.Tensor:
+        return normalize(pooled_BD, dim=1) if self.normalize else pooled_BD
+
+    def answer(
+        self, answers: Answers, ids: list[list[int]], prefix: SharedPrefix | None, path: bool
+    ) -> tuple[torch.Tensor, list[str]]:
+        """As ``read``, padded, and an answer to each text.
+
+        The vectors are those of ``read``, or, with ``path``, of the last step of the generation.
+        """
+        with torch.inference_mode():
+            hidden_BTD, mask_BT, state_BD, said = answers.generate(ids, prefix, self.layer)
+            pooled_BD = state_BD if path else self._pool(hidden_BTD, mask_BT, prefix)
+            return self._scaled(pooled_BD), said
 
     def _packed(self, ids: list[list[int]], prefix: SharedPrefix | None) -> torch.Tensor:
         assert self.packing is not None
@@ -97,12 +113,18 @@ class Reader:
         said = self.model(input_ids=ids_BT.to(device), output_hidden_states=self.layer != -1,
                           **more)  # fmt: skip
         hidden_BTD = said.last_hidden_state if self.layer == -1 else said.hidden_states[self.layer]
+        return self._pool(hidden_BTD, mask_BT, prefix)
+
+    def _pool(
+        self, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor, prefix: SharedPrefix | None
+    ) -> torch.Tensor:
+        """Mean over the tokens, those of the prefix included, or the last one: float32 [B, D]."""
         count_B = mask_BT.sum(1)
         if self.pooling == "last":
-            rows_B = torch.arange(len(count_B), device=device)
+            rows_B = torch.arange(len(count_B), device=count_B.device)
             return hidden_BTD[rows_B, count_B - 1].float()
         sum_BD = (hidden_BTD.float() * mask_BT[..., None]).sum(1)
-        return self._mean(sum_BD, count_B + shared, prefix)
+        return self._mean(sum_BD, count_B + (len(prefix.tokens) if prefix else 0), prefix)
 
     def _mean(
         self, sum_BD: torch.Tensor, count_B: torch.Tensor, prefix: SharedPrefix | None

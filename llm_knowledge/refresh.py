@@ -54,6 +54,7 @@ class _Chunk:
     keys: list[Any]
     cutoffs: list[int | None]
     prompts: list[str]
+    answers: list[str | None]
     old_rows: np.ndarray  # int64 [rows], row in the old store whose vector is kept, or -1
     new: list[int] = field(default_factory=list)
 
@@ -94,7 +95,8 @@ def refresh(
     """Write the store that a full extraction from ``data`` would write, encoding only what changed.
 
     A row is kept if its prompt is the same, and encoded if not; its cut-off is that of ``data``.
-    Memory holds some thousand rows and the keys. Nothing appears unless all of it is done.
+    Memory holds some thousand rows and the keys. Nothing appears unless all of it is done; what a
+    refresh that was killed had done lies hidden beside ``out``, and the same call continues it.
 
     Args:
         store: complete store of ``extract``; it is only read.
@@ -114,7 +116,7 @@ def refresh(
     from llm_knowledge.job import Job
     from llm_knowledge.store import KnowledgeStore, verify
     from llm_knowledge.workers import OneWorker
-    from llm_knowledge.writer import new_directory, write_manifest
+    from llm_knowledge.writer import resumed_directory, write_manifest
 
     old = KnowledgeStore.open(store)
     _refuse(old, children)
@@ -124,8 +126,8 @@ def refresh(
     wanted = wanted.model_copy(update={"parents": [old.fingerprint]})
     forget = _keys(old, remove)
     done = Refreshed()
-    with new_directory(out) as building:
-        parts = list(_parts(old, job, building, wanted, forget, done))
+    with resumed_directory(out, wanted) as building:
+        parts = sorted(_parts(old, job, building, wanted, forget, done), key=lambda one: one.file)
         if not parts:
             raise InputError(f"{data}: no row is left; nothing was written")
         rows = sum(part.rows for part in parts)
@@ -167,7 +169,9 @@ def _same_model(
         data=data, out=out, level=about.level, revision=about.model.revision,
         pooling=about.pooling, layer=about.layer, dtype=about.model.precision,
         store_dtype=about.dtype, normalize=about.normalized, max_tokens=about.model.max_tokens,
-        chat_template="auto" if about.model.chat_template else "off", progress=False, **sizes,
+        chat_template="auto" if about.model.chat_template else "off", progress=False,
+        answer_tokens=about.model.answer.tokens if about.model.answer else 0,
+        state=about.model.answer.state if about.model.answer else "prompt", **sizes,
     )  # fmt: skip
     config = replace(config, **{"template": about.template.name, **options})
     if config.template is None:
@@ -206,19 +210,25 @@ def _parts(
     config = job.config
     options = profile_options(config)
     seen, index, unmet = np.zeros(len(old), bool), 0, set(forget)
-    waiting: list[_Chunk] = []
+    waiting: list[tuple[int, _Chunk]] = []
     with tempfile.TemporaryDirectory(dir=out, prefix=".spill.") as scratch:
         batches = profile_batches(job.dataset, config.level, options, job._chunk(), Path(scratch))
         for batch in batches:
             unmet -= set(batch["key"].to_pylist()) if unmet else set()
             chunk = _compare(old, job, batch, forget, done, seen)
-            if chunk.keys:
-                waiting.append(chunk)
-            enough = sum(len(one.new) for one in waiting) >= WAITING_PROMPTS
-            if enough or sum(len(one.keys) for one in waiting) >= WAITING_ROWS:
-                yield from _flush(old, job, out, wanted, waiting, index)
-                index, waiting = index + len(waiting), []
-        yield from _flush(old, job, out, wanted, waiting, index)
+            if not chunk.keys:
+                continue
+            part = _earlier_part(out, index, wanted, chunk)
+            if part is not None:
+                yield part
+            else:
+                waiting.append((index, chunk))
+            index += 1
+            enough = sum(len(one.new) for _, one in waiting) >= WAITING_PROMPTS
+            if enough or sum(len(one.keys) for _, one in waiting) >= WAITING_ROWS:
+                yield from _flush(old, job, out, wanted, waiting)
+                waiting = []
+        yield from _flush(old, job, out, wanted, waiting)
     own = old.row_of(list(forget)) if forget else np.empty(0, np.int64)
     unmet -= {key for key, row in zip(forget, own, strict=True) if row >= 0}
     if unmet:
@@ -257,19 +267,44 @@ def _compare(
     done.kept += len(rows) - len(new)
     done.changed += sum(at[place] >= 0 for place in new)
     done.added += sum(at[place] < 0 for place in new)
-    return _Chunk([row["key"] for row in rows], [row["cutoff"] for row in rows], prompts,
+    answers = [before[place]["answer"] if same[place] else None for place in range(len(rows))]
+    return _Chunk([row["key"] for row in rows], [row["cutoff"] for row in rows], prompts, answers,
                   np.where(same, at, -1), new)  # fmt: skip
 
 
+def _earlier_part(out: Path, index: int, wanted: Manifest, chunk: _Chunk) -> Part | None:
+    """The part of this chunk, if a refresh that was killed wrote it already."""
+    from llm_knowledge.manifest import Part, file_checksum, part_name
+    from llm_knowledge.store import check_footer, open_part
+
+    file = out / part_name(index)
+    if not file.exists():
+        return None
+    try:
+        with open_part(file) as part:
+            check_footer(file, part, wanted, len(chunk.keys))
+            # Reading the whole part checks the checksum of every page.
+            table = part.read()
+    except (InputError, OSError):
+        return None
+    if any(table[name].to_pylist() != mine for name, mine in
+           (("key", chunk.keys), ("prompt", chunk.prompts), ("cutoff", chunk.cutoffs))):  # fmt: skip
+        return None
+    return Part(file=file.name, rows=len(chunk.keys), key_min=chunk.keys[0],
+                key_max=chunk.keys[-1], checksum=file_checksum(file))  # fmt: skip
+
+
 def _flush(
-    old: KnowledgeStore, job: Job, out: Path, wanted: Manifest, waiting: list[_Chunk], index: int
+    old: KnowledgeStore, job: Job, out: Path, wanted: Manifest, waiting: list[tuple[int, _Chunk]]
 ) -> Iterator[Part]:
+    from llm_knowledge.encoder import BLOCK_TEXTS
     from llm_knowledge.writer import write_part
 
-    texts = [chunk.prompts[place] for chunk in waiting for place in chunk.new]
-    encoded = job.encoder.encode(texts)
+    texts = [chunk.prompts[place] for _, chunk in waiting for place in chunk.new]
+    starts = range(0, len(texts), BLOCK_TEXTS)
+    encoded, said = job.encoder.read(texts[at : at + BLOCK_TEXTS] for at in starts)
     used = 0
-    for number, chunk in enumerate(waiting):
+    for index, chunk in waiting:
         vectors = np.empty((len(chunk.keys), wanted.dim), np.float32)
         kept = chunk.old_rows >= 0
         rows = chunk.old_rows[kept]
@@ -277,8 +312,10 @@ def _flush(
             block = old.read_vectors(int(rows[0]), int(rows[-1]) + 1)
             vectors[kept] = block[rows - rows[0]]
         vectors[chunk.new] = encoded[used : used + len(chunk.new)]
+        for place, text in zip(chunk.new, said[used:] if said else [], strict=False):
+            chunk.answers[place] = text
         used += len(chunk.new)
-        yield write_part(out, index + number, wanted, chunk.keys, vectors, chunk.prompts, None,
+        yield write_part(out, index, wanted, chunk.keys, vectors, chunk.prompts, chunk.answers,
                          chunk.cutoffs)  # fmt: skip
 
 

@@ -22,8 +22,10 @@ from llm_knowledge.manifest import (
     Part,
     file_checksum,
     part_name,
+    read_manifest,
 )
 from llm_knowledge.store import NO_CUTOFF, KnowledgeStore
+from llm_knowledge.workers import directory_lock
 
 # 64 MiB of vectors in one row group: large reads stay sequential, a narrow range stays cheap.
 ROW_GROUP_BYTES = 64 << 20
@@ -179,6 +181,56 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error}); check space and rights") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)  # is gone by then, unless something failed
+
+
+@contextmanager
+def resumed_directory(path: str | Path, wanted: Manifest) -> Iterator[Path]:
+    """As ``new_directory``, but what a killed run of the same job has written is there again.
+
+    It stays if the block is interrupted or the disk is full, and goes if the block refuses its
+    input.
+
+    Raises:
+        InputError: as ``new_directory``; another run of this job is going on.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise InputError(f"{path}: {what}; choose a new directory for the store")
+    building = path.with_name(f".{path.name}.partial")
+    keep = False
+    with directory_lock(building):
+        try:
+            if not _is_of_job(building, wanted):
+                for file in building.iterdir():
+                    if file.name != ".lock":
+                        shutil.rmtree(file) if file.is_dir() else file.unlink()
+                write_manifest(building, wanted)
+            yield building
+            for leftover in [*building.glob(".*.tmp"), *building.glob(".spill.*")]:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if path.exists():
+                path.rmdir()
+            (building / ".lock").unlink()
+            os.replace(building, path)
+        except OSError as error:
+            keep = True
+            raise InputError(f"{path}: cannot be written ({error}); check space and rights") \
+                from error  # fmt: skip
+        except BaseException as error:
+            full = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
+            keep = full or not isinstance(error, Exception)
+            raise
+        finally:
+            if not keep or not any(building.glob("part-*.parquet")):
+                shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_of_job(path: Path, wanted: Manifest) -> bool:
+    try:
+        return read_manifest(path).job == wanted.job
+    except InputError:
+        return False
 
 
 def write_store(

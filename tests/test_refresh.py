@@ -1,4 +1,5 @@
 import json
+import os
 import time
 
 import numpy as np
@@ -7,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_knowledge import refresh as module
+from llm_knowledge import writer
 from llm_knowledge.compress import compress
 from llm_knowledge.encoder import Encoder
 from llm_knowledge.errors import InputError
 from llm_knowledge.extract import ExtractConfig, extract
 from llm_knowledge.refresh import refresh
 from llm_knowledge.store import KnowledgeStore, verify
+from llm_knowledge.workers import directory_lock
 from tests.knowledge_data import random_dataset, tiny_encoder
 
 NEW_TIME = 2_000_000
@@ -62,9 +65,11 @@ def test_equals_a_full_extraction(bert, tmp_path, id_type, dtype, monkeypatch):
     old = full(data, tmp_path / "old", bert, store_dtype=dtype, per_scenario=3, total=5)
     before = {file.name: file.read_bytes() for file in old.iterdir()}
     go_on(data, [3, 77, 200, 201], drop=[5, 6])
-    encoded, encode = [], Encoder.encode
+    encoded, encode = [], Encoder._encode_ids
     monkeypatch.setattr(
-        Encoder, "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts)
+        Encoder,
+        "_encode_ids",
+        lambda self, ids, *more: encoded.extend(ids) or encode(self, ids, *more),
     )
     done = refresh(old, data, tmp_path / "new", model=str(bert), device="cpu")
     assert (done.kept, done.changed, done.added, done.removed, done.gone) == (146, 2, 2, 0, 2)
@@ -156,6 +161,45 @@ def test_an_interrupted_refresh_leaves_the_old_store(bert, tmp_path, monkeypatch
         refresh(old, data, tmp_path / "new", model=str(bert), device="cpu")
     assert {file.name: file.read_bytes() for file in old.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "old"]
+
+
+def test_a_killed_refresh_goes_on_where_it_was(bert, tmp_path, monkeypatch):
+    data = random_dataset(tmp_path / "data", users=150)
+    old = full(data, tmp_path / "old", bert, chunk=20)
+    go_on(data, range(0, 150, 3))
+    monkeypatch.setattr(module, "WAITING_PROMPTS", 5)
+    options = {"model": str(bert), "device": "cpu", "chunk": 20}
+    count, write = [], writer.write_part
+
+    def dies(*args):
+        if len(count) == 4:
+            os._exit(9)
+        count.append(1)
+        return write(*args)
+
+    if (child := os.fork()) == 0:
+        writer.write_part = dies
+        refresh(old, data, tmp_path / "new", **options)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    partial = tmp_path / ".new.partial"
+    assert len(list(partial.glob("part-*.parquet"))) == 4
+    with directory_lock(partial), pytest.raises(InputError, match="another run is writing here"):
+        refresh(old, data, tmp_path / "new", **options)
+    (partial / "part-00001.parquet").write_bytes(b"PAR1")  # as a crash of the machine leaves it
+    encoded, encode = [], Encoder._encode_ids
+    monkeypatch.setattr(
+        Encoder,
+        "_encode_ids",
+        lambda self, ids, *more: encoded.extend(ids) or encode(self, ids, *more),
+    )
+    done = refresh(old, data, tmp_path / "new", **options)
+    assert (done.kept, done.changed) == (100, 50)
+    assert len(encoded) == 50 - 7 - 6 - 7  # those of three parts were there
+    same(tmp_path / "new", full(data, tmp_path / "whole", bert, chunk=20))
+    names = sorted(file.name for file in (tmp_path / "new").iterdir())
+    assert names == ["manifest.json", *(f"part-{index:05d}.parquet" for index in range(8))]
+    assert not partial.exists()
 
 
 def test_items_and_scenarios(bert, tmp_path):
