@@ -103,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         "--schema", type=Path, help="parquet: YAML that names columns, scenarios and split"
     )
     p.add_argument(
+        "--append-to", type=Path, metavar="DATA",
+        help="parquet: later events of the log behind this dataset; --out becomes its successor",
+    )  # fmt: skip
+    p.add_argument(
         "--negatives", type=int, default=4, help="food-kitchen: sampled per positive (default: 4)"
     )
     p.add_argument("--seed", type=int, default=0, help="food-kitchen: of the sampling (default: 0)")

@@ -27,6 +27,8 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
         raise InputError(f"--held-out-users is {options.held_out_users}; give a share in [0, 1)")
     if options.held_out_users and options.source == "parquet":
         raise InputError("--held-out-users belongs to the schema of a log: split.held_out_users")
+    if options.append_to is not None and options.source != "parquet":
+        raise InputError(f"--append-to goes with prepare parquet, not with {options.source}")
     if options.source == "movielens":
         from trainer.data.movielens import prepare_movielens
 
@@ -48,7 +50,12 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
             raise InputError(
                 "prepare parquet needs --raw (a file or folder) and --schema (a YAML file)"
             )
-        info = prepare_parquet(options.raw, options.out, options.schema)
+        if options.append_to is None:
+            info = prepare_parquet(options.raw, options.out, options.schema)
+        else:
+            from trainer.data.append import append_parquet
+
+            info = append_parquet(options.raw, options.append_to, options.out, options.schema)
     print(f"{options.out}: {info.users:,} users, {info.items:,} items, rows {info.rows}")
     return None
 

@@ -349,6 +349,11 @@ class TrainConfig(Section):
     )
     checkpoint_every: int = Field(default=80, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    continue_from: str | None = Field(
+        default=None,
+        description="Run directory to go on from, on data that later events were appended to: its best "
+        "checkpoint is the beginning, and only rows that it has not seen are trained on.",
+    )
     seed: int = Field(
         default=0, ge=0, description="Seeds initialisation, shuffling, dropout and noise."
     )

@@ -30,6 +30,7 @@ from embeddings.versions import versions
 from llm_knowledge.errors import InputError
 from llm_knowledge.store import KnowledgeStore
 from trainer.config import HardwareConfig, RunConfig, save_config
+from trainer.continuation import Continuation, copy_vocabularies, note_data
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
 from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
 from trainer.distributed import Runtime, together
@@ -50,8 +51,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     pipeline: TrainPipelineSparseDist
 
-    def stream(self, splits: list[str], shuffle: bool) -> EventStream:
+    def stream(
+        self, splits: list[str], shuffle: bool, since: Continuation | None = None
+    ) -> EventStream:
         """This rank's share of some splits; unshuffled ones keep the order of the files.
+
+        With `since`, only the rows that the earlier run has not seen.
 
         Raises:
             InputError: A file has vanished or lost rows since the dataset was checked.
@@ -59,8 +64,9 @@ class Run:
         path, data = Path(self.config.data.path), self.config.data
 
         def opened() -> EventStream:
+            files = [file for split in splits for file in split_files(path, split)]
             stream = EventStream(
-                [file for split in splits for file in split_files(path, split)],
+                files if since is None else since.files,
                 self.encoder,
                 self.config.train.global_batch_size,
                 rank=self.runtime.rank,
@@ -74,6 +80,7 @@ class Run:
             )
             # Ranks that count different rows would end at different steps.
             wanted = sum(rows for split, rows in self.dataset.rows.items() if split in splits)
+            wanted = wanted if since is None else since.rows
             if stream.total_rows != wanted:
                 raise InputError(
                     f"{path}: {stream.total_rows} rows in {', '.join(splits)}, {wanted} when the run "
@@ -187,6 +194,8 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
             # By rename and last: where config.yaml is, a run can be resumed.
+            copy_vocabularies(config, folder)
+            note_data(config, folder)
             save_config(config, folder / ".config.yaml.partial")
             os.replace(folder / ".config.yaml.partial", saved)
         elif not resume:
@@ -197,6 +206,8 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
             raise InputError(
                 f"{saved}: differs from the configuration to resume; choose another output"
             )
+        else:
+            note_data(config, folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the run directory ({error.strerror})") from error
     return folder

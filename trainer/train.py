@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from trainer.checkpoint import LoopState, checkpoints, load_checkpoint, save_checkpoint
 from trainer.config import RunConfig
+from trainer.continuation import Continuation, find_continuation
 from trainer.data.batch import Batch
 from trainer.data.loader import EventStream
 from trainer.data.prefetch import Feed
@@ -39,11 +40,12 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     with distributed(config.train.timeout_seconds) as runtime:
         check_hosts(Path(config.output), config.model_dump())
         inputs = together(lambda: open_inputs(config, runtime))
+        since = together(lambda: find_continuation(config, inputs.dataset))
         folder = together(lambda: prepare_folder(config, runtime, resume))
         run = build(config, runtime, folder, inputs)
         if runtime.is_main:
             print((folder / "plan.txt").read_text(), file=sys.stderr)
-        state = fit(run)
+        state = fit(run, since)
         best = folder / "checkpoints" / f"step-{state.best_step:08d}"
         load_checkpoint(best, run.model, run.optimizer, run.fingerprints)
         write_predictions(run, "test")
@@ -60,15 +62,17 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     return folder
 
 
-def fit(run: Run) -> LoopState:
+def fit(run: Run, since: Continuation | None = None) -> LoopState:
     """Runs the loop until the last epoch or until the valid split stops improving."""
     options, folder = run.config.train, run.folder / "checkpoints"
-    events = run.stream(list(run.config.data.train_splits), shuffle=True)
+    events = run.stream(list(run.config.data.train_splits), shuffle=True, since=since)
     valid = run.stream(["valid"], shuffle=False)
     total = options.epochs * events.steps
     state = LoopState(fingerprints=run.fingerprints)
     if found := checkpoints(folder):
         state = load_checkpoint(found[-1], run.model, run.optimizer, run.fingerprints)
+    elif since is not None:
+        load_checkpoint(since.checkpoint, run.model, run.optimizer, run.fingerprints)
 
     bar = tqdm(
         total=total, initial=state.step, unit="step", desc=run.config.name, leave=False,

@@ -83,6 +83,14 @@ class Truth(StrictModel):
     text: str = ""
 
 
+class Parent(StrictModel):
+    """A dataset that later events were appended to: the first train parts and rows are what it had."""
+
+    fingerprint: str
+    train_parts: int
+    train_rows: int
+
+
 class DatasetInfo(StrictModel):
     """Content of dataset.json."""
 
@@ -103,6 +111,7 @@ class DatasetInfo(StrictModel):
     positive_name: str
     negative_name: str | None
     truth: Truth | None = None
+    parents: list[Parent] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
 
 

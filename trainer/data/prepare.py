@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,7 +193,7 @@ def _check_pages(file: Path) -> None:
 # ---------------------------------------------------------------- the catalogue and the whole
 
 
-def _write_items(
+def write_items(
     con: duckdb.DuckDBPyConnection, events: str, schema: LogSchema, base: Path, out: Path, kind: str
 ) -> None:
     """Items of the catalogue and of the log, sorted; an item without an entry has the title ""."""
@@ -280,6 +281,43 @@ def _id_type(kind: str) -> IdType:
     return "int64" if kind == "int64" else "string"
 
 
+@contextlib.contextmanager
+def log_relation(
+    con: duckdb.DuckDBPyConnection, raw: Path, rules: LogSchema, schema: Path
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Checks a log, and explains what goes wrong while it is read.
+
+    Args:
+        con: connection for the queries.
+        raw: a Parquet file, or a folder of them.
+        rules: content of the schema file.
+        schema: the schema file, for messages.
+
+    Yields:
+        SQL of a relation with the columns of an event but `history`; the kind of each role's column.
+
+    Raises:
+        InputError: names file, column and row of what is wrong.
+    """
+    import duckdb
+
+    files = parquet_inputs(raw)
+    kinds = _column_kinds(files, rules.columns)
+    _check_scenarios(rules, schema, kinds["scenario_id"])
+    try:
+        _check_values(con, files, rules, kinds)
+        yield (
+            f"(SELECT {_select(rules, kinds)} FROM {parquet_sql(files, union_by_name=True)})",
+            kinds,
+        )
+    except duckdb.DataError as error:
+        raise InputError(f"{raw}: a value does not fit: {str(error).splitlines()[0]}") from error
+    except duckdb.Error:
+        for file in files:
+            _check_pages(file)
+        raise
+
+
 def prepare_parquet(raw: Path, out: Path, schema: Path, memory: str = "2GB") -> DatasetInfo:
     """Prepare a log of one or many Parquet files, out of core.
 
@@ -292,21 +330,12 @@ def prepare_parquet(raw: Path, out: Path, schema: Path, memory: str = "2GB") -> 
     Raises:
         InputError: names file, column and row of what is wrong; nothing is written then.
     """
-    import duckdb
-
     rules = load_schema(schema)
     with output_directory(out) as folder:
-        files = parquet_inputs(raw)
-        kinds = _column_kinds(files, rules.columns)
-        _check_scenarios(rules, schema, kinds["scenario_id"])
         con = connect(folder / "scratch", memory)
-        try:
-            _check_values(con, files, rules, kinds)
-            events = (
-                f"(SELECT {_select(rules, kinds)} FROM {parquet_sql(files, union_by_name=True)})"
-            )
+        with log_relation(con, raw, rules, schema) as (events, kinds):
             split = _split_info(con, events, rules.split)
-            _write_items(
+            write_items(
                 con, events, rules, schema.parent, folder / "items.parquet", kinds["item_id"]
             )
             user, item, scenario = (
@@ -314,17 +343,9 @@ def prepare_parquet(raw: Path, out: Path, schema: Path, memory: str = "2GB") -> 
             )
             staging = Staging(folder / "scratch" / "staged", event_schema(user, item, scenario))
             stage_log(con, events, staging, folder / "scratch", split)
-        except duckdb.DataError as error:
-            raise InputError(
-                f"{raw}: a value does not fit: {str(error).splitlines()[0]}"
-            ) from error
-        except duckdb.Error:
-            for file in files:
-                _check_pages(file)
-            raise
         info = DatasetInfo(
             name=rules.name,
-            source={"kind": "parquet", "files": len(files)},
+            source={"kind": "parquet", "files": len(parquet_inputs(raw))},
             scenarios=rules.scenarios,
             user_id_type=user,
             item_id_type=item,

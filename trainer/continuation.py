@@ -1,0 +1,84 @@
+"""Which data a run was trained on, and a run that goes on from another one on the rows since."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_knowledge.errors import InputError
+from trainer.checkpoint import checkpoints, read_state
+from trainer.config import RunConfig
+from trainer.data.append import fingerprint, new_training_rows
+from trainer.data.dataset import DatasetInfo, split_files
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a run begins that goes on from another one.
+
+    Attributes:
+        checkpoint: The other run's best checkpoint.
+        files: Parts of the train split that the other run has not seen.
+        rows: Rows of these parts.
+    """
+
+    checkpoint: Path
+    files: list[Path]
+    rows: int
+
+
+def find_continuation(config: RunConfig, dataset: DatasetInfo) -> Continuation | None:
+    """What `train.continue_from` means for this data; None without it.
+
+    Raises:
+        InputError: There is no such run, it has no checkpoint, or this data does not continue its data.
+    """
+    if config.train.continue_from is None:
+        return None
+    earlier, data = Path(config.train.continue_from), Path(config.data.path)
+    found = checkpoints(earlier / "checkpoints")
+    if not found or not (earlier / "data.json").exists():
+        raise InputError(
+            f"train.continue_from: {earlier} is no run with a checkpoint and data.json; train it first"
+        )
+    if "train" not in config.data.train_splits:
+        raise InputError(
+            "train.continue_from: new rows are in the split train; add it to data.train_splits"
+        )
+    best = earlier / "checkpoints" / f"step-{read_state(found[-1]).best_step:08d}"
+    trained_on = json.loads((earlier / "data.json").read_text())["fingerprint"]
+    parts, rows = new_training_rows(dataset, data, trained_on)
+    return Continuation(best, split_files(data, "train")[parts:], dataset.rows["train"] - rows)
+
+
+def note_data(config: RunConfig, folder: Path) -> None:
+    """Writes RUN/data.json; for a run that has one, checks that its data is still the same.
+
+    The position of a run counts rows: in other data it would point elsewhere, without a word.
+
+    Raises:
+        InputError: The data has changed since the run began.
+    """
+    file, found = folder / "data.json", fingerprint(config.data.path)
+    if not file.exists():
+        partial = folder / ".data.json.partial"
+        partial.write_text(json.dumps({"path": config.data.path, "fingerprint": found}, indent=1))
+        os.replace(partial, file)
+    elif json.loads(file.read_text())["fingerprint"] != found:
+        raise InputError(
+            f"{config.data.path}: has changed since {folder} began, whose position in it would be wrong; "
+            "put the old data back, or start a new run (with train.continue_from after "
+            "`prepare parquet --append-to`)"
+        )
+
+
+def copy_vocabularies(config: RunConfig, folder: Path) -> None:
+    """Gives a run that goes on from another one its vocabularies: rows keep their meaning."""
+    if config.train.continue_from is not None:
+        source = Path(config.train.continue_from) / "ids"
+        if source.is_dir() and not (folder / "ids").exists():
+            partial = folder / ".ids.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(folder / "ids")

@@ -1,0 +1,265 @@
+"""A new day of a log: the successor of a prepared dataset, and what a run on it still has to train on.
+
+    profile    as before
+    train      DATA's train, valid and test, then the day's first events
+    valid, test      the day's last events
+
+So what was held out yesterday is trained on today, and the newest events are held out. The successor
+is a directory of its own: DATA and the runs on it stay as they are, and a crash leaves nothing. Old parts
+are hard links where the file system has them, and copies elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_knowledge.errors import InputError
+from trainer.data.dataset import (
+    SPLITS,
+    DatasetInfo,
+    Parent,
+    SplitInfo,
+    SplitName,
+    connect,
+    event_schema,
+    item_fields,
+    output_directory,
+    parquet_sql,
+    split_files,
+    validate_dataset,
+    write_info,
+    write_sorted,
+)
+from trainer.data.log_schema import LogSchema, load_schema
+from trainer.data.pipeline import Staging, stage_log, time_quantile
+from trainer.data.prepare import log_relation, write_items
+
+if TYPE_CHECKING:
+    import duckdb
+
+DAY_SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
+
+
+def fingerprint(path: Path | str) -> str:
+    """Identifies a dataset's content, wherever it lies: its description, its parts and their sizes."""
+    found = hashlib.sha256((Path(path) / "dataset.json").read_bytes())
+    for split in SPLITS:
+        for file in split_files(path, split):
+            found.update(f"\0{split}/{file.name} {file.stat().st_size}".encode())
+    return found.hexdigest()[:32]
+
+
+def append_parquet(
+    raw: Path, base: Path, out: Path, schema: Path, memory: str = "2GB"
+) -> DatasetInfo:
+    """Prepare later events of the log that `base` was prepared from, out of core.
+
+    Args:
+        raw: a Parquet file, or a folder of them: only events later than all of `base`.
+        base: prepared dataset with one global time; it is only read.
+        out: dataset directory to create.
+        schema: YAML file, see `LogSchema`; its split is not used, its catalogue may have new items.
+        memory: DuckDB's limit; beyond it, it spills beside `out`.
+
+    Raises:
+        InputError: names what is wrong; nothing is written then.
+    """
+    rules, info = load_schema(schema), validate_dataset(base)
+    _check_base(base, info, rules, schema)
+    parts = {split: split_files(base, split) for split in SPLITS}
+    with output_directory(out) as folder:
+        con = connect(folder / "scratch", memory)
+        with log_relation(con, raw, rules, schema) as (events, kinds):
+            _check_kinds(base, info, kinds)
+            past = parquet_sql([file for files in parts.values() for file in files])
+            split = _boundaries(con, raw, base, events, past, info)
+            found = folder / "scratch" / "items.parquet"
+            write_items(con, events, rules, schema.parent, found, kinds["item_id"])
+            _merge_items(con, base, folder, info)
+            types = (info.user_id_type, info.item_id_type, info.scenario_id_type)
+            staging = Staging(folder / "scratch" / "staged", event_schema(*types))
+            # What lies before the day counts as its profile window: it gives histories, no rows.
+            stage_log(
+                con, _with_last_positives(events, past, info), staging, folder / "scratch", split
+            )
+        users = con.execute(
+            f"SELECT count(*) FROM (SELECT user_id FROM {events} UNION SELECT user_id FROM {past})"
+        ).fetchall()[0][0]
+        rows = _write_parts(con, staging, parts, folder, info, split)
+        items = con.execute(
+            f"SELECT count(*) FROM {parquet_sql([folder / 'items.parquet'])}"
+        ).fetchall()[0][0]
+        parent = Parent(
+            fingerprint=fingerprint(base),
+            train_parts=len(parts["train"]),
+            train_rows=info.rows["train"],
+        )
+        assert info.split.boundaries is not None
+        assert split.boundaries is not None
+        successor = info.model_copy(
+            update={
+                "rows": rows,
+                "users": users,
+                "items": items,
+                "parents": [*info.parents, parent],
+                "split": split.model_copy(
+                    update={"boundaries": [info.split.boundaries[0], *split.boundaries[1:]]}
+                ),
+            }
+        )
+        return write_info(folder, successor)
+
+
+def new_training_rows(info: DatasetInfo, path: Path, trained_on: str) -> tuple[int, int]:
+    """Where the train split's parts begin that a run on an earlier dataset has not trained on.
+
+    Args:
+        info: description of the later dataset.
+        path: the later dataset, for messages.
+        trained_on: fingerprint of the earlier dataset.
+
+    Returns:
+        number of parts of the train split to leave out, and their rows.
+
+    Raises:
+        InputError: the later dataset was not made by appending to the earlier one.
+    """
+    for parent in info.parents:
+        if parent.fingerprint == trained_on:
+            return parent.train_parts, parent.train_rows
+    raise InputError(
+        f"{path}: was not made by appending to the data of the run to continue from; "
+        "`llm4msr prepare parquet --append-to` that run's dataset, or train a new run"
+    )
+
+
+def _check_base(base: Path, info: DatasetInfo, rules: LogSchema, schema: Path) -> None:
+    if info.split.rule != "global_time" or info.split.boundaries is None:
+        raise InputError(
+            f"{base}: is split by {info.split.rule}; later events can be appended under global_time "
+            "only, where the newest events of all users are held out"
+        )
+    if info.truth is not None:
+        raise InputError(f"{base}: is simulated; simulate a longer log instead")
+    known = {scenario.scenario_id for scenario in info.scenarios}
+    if known != {scenario.scenario_id for scenario in rules.scenarios}:
+        raise InputError(
+            f"{schema}: scenarios differ from those of {base}: {sorted(map(str, known))}; a model "
+            "keeps its scenarios; prepare the whole log anew to change them"
+        )
+
+
+def _check_kinds(base: Path, info: DatasetInfo, kinds: dict[str, str]) -> None:
+    for role in ("user_id", "item_id", "scenario_id"):
+        wanted = getattr(info, f"{role}_type")
+        if kinds[role] != wanted:
+            raise InputError(f"{role}: is {kinds[role]} in the new files, {wanted} in {base}")
+
+
+def _boundaries(
+    con: duckdb.DuckDBPyConnection,
+    raw: Path,
+    base: Path,
+    events: str,
+    past: str,
+    info: DatasetInfo,
+) -> SplitInfo:
+    """The day's cuts; all before its first event is before its train window."""
+    newest = con.execute(f"SELECT max(timestamp) FROM {past}").fetchall()[0][0]
+    oldest, count = con.execute(f"SELECT min(timestamp), count(*) FROM {events}").fetchall()[0]
+    if not count:
+        raise InputError(f"{raw}: no rows; nothing was changed")
+    if oldest <= newest:
+        raise InputError(
+            f"{raw}: begins at second {oldest}, but {base} has events until {newest}; is this day in it "
+            "already? Give only later events: histories of older ones would be wrong"
+        )
+    shares = [info.split.fractions[name] for name in DAY_SPLITS]
+    valid, test = (time_quantile(con, events, sum(shares[:n]) / sum(shares)) for n in (1, 2))
+    text = (
+        f"{info.split.text.split(' Appended:')[0]} Appended: events since {oldest}; valid and test begin "
+        f"at {valid} and {test}, everything before them is trained on."
+    )
+    return info.split.model_copy(update={"boundaries": [oldest, valid, test], "text": text})
+
+
+def _with_last_positives(events: str, past: str, info: DatasetInfo) -> str:
+    """The day's events, and as many of its users' last positive ones before as a history holds."""
+    columns = "user_id, item_id, scenario_id, timestamp, label"
+    newest_first = "timestamp DESC, item_id DESC, scenario_id DESC"
+    return (
+        f"(SELECT {columns} FROM {events} UNION ALL (SELECT {columns} FROM {past} WHERE label = 1 "
+        f"AND user_id IN (SELECT user_id FROM {events}) QUALIFY row_number() OVER "
+        f"(PARTITION BY user_id ORDER BY {newest_first}) <= {info.history_length}))"
+    )
+
+
+def _merge_items(
+    con: duckdb.DuckDBPyConnection, base: Path, folder: Path, info: DatasetInfo
+) -> None:
+    """The old catalogue with the new items; an old item without text gets the new text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    old, new = (parquet_sql([at / "items.parquet"]) for at in (base, folder / "scratch"))
+    reader = con.execute(
+        "SELECT item_id, coalesce(nullif(o.title, ''), n.title, '') AS title, "
+        "CASE WHEN len(o.categories) > 0 THEN o.categories ELSE coalesce(n.categories, []) END "
+        f"AS categories FROM {old} AS o FULL JOIN {new} AS n USING (item_id) ORDER BY item_id"
+    ).to_arrow_reader(65_536)
+    target = pa.schema(item_fields(info.item_id_type))
+    with pq.ParquetWriter(folder / "items.parquet", target) as writer:
+        for batch in reader:
+            writer.write_table(pa.Table.from_batches([batch]).cast(target))
+
+
+def _write_parts(
+    con: duckdb.DuckDBPyConnection,
+    staging: Staging,
+    old: dict[SplitName, list[Path]],
+    folder: Path,
+    info: DatasetInfo,
+    split: SplitInfo,
+) -> dict[SplitName, int]:
+    """Takes over the old parts, writes the day's behind them; rows by split."""
+    for name in DAY_SPLITS:
+        if staging.rows[name] == 0:
+            raise InputError(
+                f"the day has too few events: its {name} part is empty ({split.text}); append several "
+                "days at once"
+            )
+    rows: dict[SplitName, int] = {
+        "profile": info.rows["profile"],
+        "train": 0,
+        "valid": 0,
+        "test": 0,
+    }
+    _take_over(old["profile"], folder / "profile")
+    trained = [file for name in DAY_SPLITS for file in old[name]]
+    _take_over(trained, folder / "train")
+    rows["train"] = sum(info.rows[name] for name in DAY_SPLITS)
+    for name in DAY_SPLITS:
+        fresh = folder / "scratch" / f"new-{name}"
+        rows[name] += write_sorted(
+            con, staging.files[name], staging.schema, fresh, staging.rows[name]
+        )
+        first = len(trained) if name == "train" else 0
+        (folder / name).mkdir(exist_ok=True)
+        for number, file in enumerate(sorted(fresh.iterdir()), first):
+            os.rename(file, folder / name / f"part-{number:05d}.parquet")
+    return rows
+
+
+def _take_over(files: Sequence[Path], folder: Path) -> None:
+    folder.mkdir()
+    for number, file in enumerate(files):
+        target = folder / f"part-{number:05d}.parquet"
+        try:
+            os.link(file, target)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(file, target)
