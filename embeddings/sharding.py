@@ -12,8 +12,9 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.planner.types import PlannerError, Proposer, Stats
 from torchrec.distributed.types import (
     CacheParams,
     KeyValueParams,
@@ -73,6 +74,13 @@ class Placement:
     replicable: bool = True
 
 
+class _NoStats(Stats):
+    """Leaves out the library's own report: it is long, and partly about other machines."""
+
+    def log(self, *_: object, **__: object) -> None:
+        """Says nothing."""
+
+
 MINIMUM_COLUMNS = 4  # the kernels' vector width: a column shard is a multiple of it
 
 
@@ -91,6 +99,9 @@ class Hardware:
         intra_host: Bytes per second between ranks of a host, one direction, per rank.
         inter_host: Bytes per second between hosts, one direction, per rank.
         reserved: Share of the memory that tables must leave free.
+        host_to_device: Bytes per second between a GPU and its host's memory.
+        ssd: Bytes of SSD per host for key_value tables.
+        ssd_bandwidth: Bytes per second of a host's SSD.
     """
 
     hosts: int
@@ -103,6 +114,9 @@ class Hardware:
     intra_host: float
     inter_host: float
     reserved: float
+    host_to_device: float = 64e9
+    ssd: int = 0
+    ssd_bandwidth: float = 7e9
 
     @property
     def ranks(self) -> int:
@@ -121,6 +135,9 @@ class Hardware:
             ddr_mem_bw=self.host_bandwidth / 1e3,
             intra_host_bw=self.intra_host / 1e3,
             inter_host_bw=self.inter_host / 1e3,
+            hbm_to_ddr_mem_bw=self.host_to_device / 1e3,
+            ssd_cap=self.ssd // self.ranks_per_host,
+            ssd_mem_bw=self.ssd_bandwidth / self.ranks_per_host / 1e3,
         )
 
 
@@ -221,7 +238,11 @@ def _constraint(table: Table, placement: Placement, hardware: Hardware) -> Param
 
 
 def make_planner(
-    tables: list[Table], placements: Mapping[str, Placement], batch_size: int, hardware: Hardware
+    tables: list[Table],
+    placements: Mapping[str, Placement],
+    batch_size: int,
+    hardware: Hardware,
+    search_seconds: int | None = None,
 ) -> EmbeddingShardingPlanner:
     """Makes a planner with a constraint per table and the true hardware.
 
@@ -230,8 +251,14 @@ def make_planner(
         placements: Table name to what is wanted of it; tables that are not named are row-wise.
         batch_size: Samples per rank and step; the planner's own default (512) is never used.
         hardware: Of the cluster.
+        search_seconds: Stop the search after so long. What spreads all tables alike is tried first, so
+            there is a plan by then if there is one at all.
     """
+    quick: list[Proposer] = [UniformProposer(), GreedyProposer()]
     return EmbeddingShardingPlanner(
+        proposer=quick if search_seconds else None,
+        timeout_seconds=search_seconds,
+        stats=_NoStats(),
         topology=hardware.topology(),
         batch_size=batch_size,
         constraints={
@@ -272,19 +299,33 @@ def plan_sharding(
     plan = found[0]
     if not isinstance(plan, ShardingPlan):
         raise PlanError(f"the tables cannot be placed on {hardware.ranks} ranks: {plan}")
-    check_plan(plan, names)
+    check_plan(plan, tables)
     return plan
 
 
-def check_plan(plan: ShardingPlan, tables: Iterable[str]) -> None:
-    """Checks that every table is placed exactly once: planners have dropped tables silently.
+def check_plan(plan: ShardingPlan, tables: Iterable[Table]) -> None:
+    """Checks that every value of every table is placed exactly once: planners have dropped tables silently.
 
     Raises:
         RuntimeError: If not.
     """
+    known = {table.name: table for table in tables}
     placed = [name for module in plan.plan.values() for name in module]  # type: ignore[attr-defined]
-    if sorted(placed) != sorted(tables):
-        raise RuntimeError(f"the planner placed tables {sorted(placed)}, expected {sorted(tables)}")
+    if sorted(placed) != sorted(known):
+        raise RuntimeError(f"the planner placed tables {sorted(placed)}, expected {sorted(known)}")
+    for module in plan.plan.values():
+        for name, parameter in module.items():  # type: ignore[attr-defined]
+            if parameter.sharding_spec is None:  # data-parallel: whole by definition
+                continue
+            table, pieces = known[name], parameter.sharding_spec.shards
+            values = sum(piece.shard_sizes[0] * piece.shard_sizes[1] for piece in pieces)
+            corners = {tuple(piece.shard_offsets) for piece in pieces if piece.shard_sizes[0]}
+            whole = len(corners) == sum(piece.shard_sizes[0] > 0 for piece in pieces)
+            if values != table.rows * table.dim or not whole:
+                raise RuntimeError(
+                    f"the planner placed {values} values of table {name}, which has "
+                    f"{table.rows} x {table.dim}"
+                )
 
 
 def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:

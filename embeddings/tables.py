@@ -85,6 +85,31 @@ def sequence_collection(tables: list[Table], init_std: float) -> EmbeddingCollec
     )
 
 
+def collections(tables: list[Table]) -> nn.Module:
+    """Collections of any tables on the meta device, grouped as torchrec needs them: only to plan with."""
+    groups: dict[str, list[Table]] = {}
+    for table in tables:
+        kind = f"sequences_{table.dim}" if table.sequence else "pooled"
+        groups.setdefault(f"frozen_{kind}" if table.frozen else kind, []).append(table)
+    types = {2: DataType.FP16, 4: DataType.FP32}
+    found: dict[str, nn.Module] = {}
+    for name, group in groups.items():
+        config = EmbeddingConfig if group[0].sequence else EmbeddingBagConfig
+        configs = [
+            config(
+                name=table.name,
+                num_embeddings=table.rows,
+                embedding_dim=table.dim,
+                feature_names=list(table.features),
+                data_type=types[table.bytes_per_value],
+            )
+            for table in group
+        ]
+        collection = EmbeddingCollection if group[0].sequence else EmbeddingBagCollection
+        found[name] = collection(device=torch.device("meta"), tables=configs)
+    return nn.ModuleDict(found)
+
+
 class SparseFeatures(nn.Module):
     """The trainable tables of a model: pooled features and sequence features in one forward."""
 

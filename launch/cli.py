@@ -199,6 +199,32 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     p = command(
+        commands, "plan", run.plan_tables,
+        "Plans tables on a cluster that is not there: memory, bytes on the wire, what does not fit.",
+        "plan --tables launch/configs/hundred_tables.yaml --nodes 8 --gpus-per-node 8",
+    )  # fmt: skip
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, help="a run's configuration: YAML")
+    source.add_argument("--tables", type=Path, help="tables alone: YAML, see docs/planning.md")
+    p.add_argument("--nodes", "--hosts", type=int, required=True, help="hosts of the cluster")
+    p.add_argument(
+        "--gpus-per-node", "--gpus-per-host", type=int, required=True, help="ranks on each"
+    )
+    p.add_argument("--hbm-gib", type=float, help="memory of a GPU (default: configured, or 80)")
+    p.add_argument("--batch-per-rank", type=int, help="samples (default: as configured)")
+    p.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="of the ranks (default: cuda)"
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override a field, e.g. hardware.inter_host_gbs=25; repeatable",
+    )
+    p.add_argument("--out", type=Path, help="JSON file to write: bytes per rank, every piece")
+
+    p = command(
         commands, "evaluate", run.evaluate_run,
         "Scores a split with a run's best checkpoint; exact metrics overall and per scenario.",
         "evaluate runs/star",

@@ -161,6 +161,25 @@ def train_runs(options: argparse.Namespace, words: list[str]) -> int | None:
     return None
 
 
+def plan_tables(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Plans tables on a cluster that is not there."""
+    for name in ("nodes", "gpus_per_node", "hbm_gib", "batch_per_rank"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    from trainer.hardware import Cluster
+    from trainer.plan import plan_absent
+    from trainer.plan_problem import problem_of_config, problem_of_file
+
+    read = problem_of_file if options.tables else problem_of_config
+    cluster = Cluster(options.nodes, options.gpus_per_node, options.device)
+    source = options.tables or options.config
+    plan_absent(
+        read(source, options.set, cluster, options.batch_per_rank, options.hbm_gib), options.out
+    )
+    return None
+
+
 def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
     """Scores a split and measures it."""
     from trainer.metrics import write_evaluation

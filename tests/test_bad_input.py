@@ -164,6 +164,11 @@ DATASETS: dict[str, tuple[str, Change, tuple[str, ...]]] = {
     "renamed column": ("train", renamed, ("'user_id'", "missing")),
     "missing column": ("valid", lambda t: t.drop_columns("label"), ("'label'", "missing")),
     "wrong type": ("train", with_column("timestamp", lambda v: v, pa.float64()), ("'timestamp'",)),
+    "ids of a wrong type": (
+        "train",
+        with_column("user_id", lambda v: v, pa.float64()),
+        ("'user_id'", "double", "int64"),
+    ),
     "NaN label": (
         "train",
         with_column("label", put(0, float("nan")), pa.float32()),

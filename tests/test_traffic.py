@@ -7,8 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingPlan,
+)
 
-from embeddings.sharding import Piece, TablePlan
+from embeddings.sharding import Piece, TablePlan, check_plan
 from embeddings.tables import Table
 from embeddings.traffic import by_link, plan_traffic
 from tests.test_train import ENVIRONMENT, ROOT
@@ -47,3 +53,23 @@ def test_by_hand() -> None:
     assert np.array_equal(traffic.backward, traffic.output)
     assert by_link(traffic.total, hosts=2) == pytest.approx((0, to_first + to_second + 4 * 80))
     assert by_link(traffic.total, hosts=1) == pytest.approx((to_first + to_second + 4 * 80, 0))
+
+
+def test_a_plan_that_leaves_something_out() -> None:
+    tables = [Table("t", 10, 4, ("t",)), Table("u", 10, 4, ("u",))]
+
+    def plan(*rows: tuple[int, int]) -> ShardingPlan:
+        spec = EnumerableShardingSpec(
+            [
+                ShardMetadata([row, 0], [count, 4], f"rank:{i}/cpu")
+                for i, (row, count) in enumerate(rows)
+            ]
+        )
+        parameter = ParameterSharding("row_wise", "fused", sharding_spec=spec)
+        return ShardingPlan({"m": EmbeddingModuleShardingPlan({"t": parameter})})
+
+    check_plan(plan((0, 6), (6, 4)), tables[:1])
+    with pytest.raises(RuntimeError, match=r"placed tables \['t'\], expected \['t', 'u'\]"):
+        check_plan(plan((0, 6), (6, 4)), tables)
+    with pytest.raises(RuntimeError, match="placed 24 values of table t, which has 10 x 4"):
+        check_plan(plan((0, 6)), tables[:1])

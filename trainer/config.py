@@ -205,7 +205,7 @@ class HardwareConfig(Section):
     """What the planner believes of the cluster; sizes left null are read off the machine.
 
     The default bandwidths are the data sheet's of an H100 SXM host: HBM3, NVLink 4, one 400 Gb/s port
-    per GPU.
+    per GPU, PCIe 5 x16 and a PCIe 4 SSD.
     """
 
     device_memory_gib: float | None = Field(default=None, gt=0, description="Memory of a GPU.")
@@ -216,6 +216,13 @@ class HardwareConfig(Section):
         default=450, gt=0, description="GB/s between GPUs of a host, per GPU."
     )
     inter_host_gbs: float = Field(default=50, gt=0, description="GB/s between hosts, per GPU.")
+    host_to_device_gbs: float = Field(
+        default=64, gt=0, description="GB/s between a GPU and its host's memory (uvm)."
+    )
+    ssd_gib: float | None = Field(
+        default=None, gt=0, description="Space on SSD per host for key_value tables."
+    )
+    ssd_gbs: float = Field(default=7, gt=0, description="GB/s of a host's SSD.")
     reserved: float = Field(
         default=0.15,
         ge=0,

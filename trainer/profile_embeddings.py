@@ -130,7 +130,7 @@ def profile_sweep(options: argparse.Namespace, how: Any, runtime: Any) -> dict[s
     """Measures made-up tables."""
     from embeddings.profile import profile_cells, sweep
     from trainer.config import HardwareConfig
-    from trainer.run import hardware
+    from trainer.hardware import this_cluster
 
     axes = (
         "tables",
@@ -147,7 +147,7 @@ def profile_sweep(options: argparse.Namespace, how: Any, runtime: Any) -> dict[s
         cells = sweep(**{axis: getattr(options, axis) for axis in axes})
     except ValueError as error:
         raise InputError(f"profile embeddings: {error}", shared=True) from error
-    return profile_cells(cells, hardware(HardwareConfig(), runtime), runtime.device, how)
+    return profile_cells(cells, this_cluster(HardwareConfig(), runtime), runtime.device, how)
 
 
 def profile_configured(path: Path, changes: list[str], how: Any, runtime: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from embeddings.ids import HashedIds, IdMap, SortedKeys, Vocabulary
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
 from embeddings.replicated import train_replicated_tables
 from embeddings.sharding import (
-    Hardware,
     Placement,
     PlanError,
     check_placement,
@@ -29,11 +28,12 @@ from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
 from llm_knowledge.store import KnowledgeStore
-from trainer.config import HardwareConfig, RunConfig, save_config
+from trainer.config import RunConfig, save_config
 from trainer.continuation import Continuation, copy_vocabularies, note_data
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
 from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
 from trainer.distributed import Runtime, together
+from trainer.hardware import this_cluster
 from trainer.models.llm4msr import LLM4MSR, Shapes
 
 
@@ -236,27 +236,18 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     ids = _id_maps(config, folder, runtime)
     encoder = _row_encoder(dataset, stores, ids)
 
-    scenario_store = stores.get("scenario")
-    shapes = Shapes(
-        user_rows=ids["user"].rows,
-        item_rows=ids["item"].rows,
-        history_length=dataset.history_length,
-        scenarios=len(dataset.scenarios),
-        user_vectors=_shape(stores.get("user")),
-        item_vectors=_shape(stores.get("item")),
-        scenario_vectors=torch.from_numpy(
-            scenario_store.read_vectors(0, scenario_store.manifest.rows).astype(np.float32)
-        )
-        if scenario_store
-        else None,
-    )
+    shapes = make_shapes(dataset, stores, {level: one.rows for level, one in ids.items()})
     torch.manual_seed(train.seed)
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
     try:
         plan = plan_sharding(
-            model, model.tables, placements(config), batch_size, hardware(config.hardware, runtime)
+            model,
+            model.tables,
+            placements(config),
+            batch_size,
+            this_cluster(config.hardware, runtime, config.tables.key_value_directory),
         )
     except PlanError as error:
         raise InputError(f"tables.sharding: {error}", shared=True) from error
@@ -300,6 +291,26 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     )
 
 
+def make_shapes(
+    dataset: DatasetInfo, stores: dict[str, KnowledgeStore], rows: dict[str, int]
+) -> Shapes:
+    """What data, stores and rows of the id tables ("user", "item") say about the model's size."""
+    scenario_store = stores.get("scenario")
+    return Shapes(
+        user_rows=rows["user"],
+        item_rows=rows["item"],
+        history_length=dataset.history_length,
+        scenarios=len(dataset.scenarios),
+        user_vectors=_shape(stores.get("user")),
+        item_vectors=_shape(stores.get("item")),
+        scenario_vectors=torch.from_numpy(
+            scenario_store.read_vectors(0, scenario_store.manifest.rows).astype(np.float32)
+        )
+        if scenario_store
+        else None,
+    )
+
+
 def placements(config: RunConfig) -> dict[str, Placement]:
     """What the configuration wants of tables; those that are not in it are row-wise and fused."""
     tables = config.tables
@@ -315,30 +326,6 @@ def placements(config: RunConfig) -> dict[str, Placement]:
             replicable=replicable or name.endswith("_knowledge"),
         )
     return found
-
-
-def hardware(given: HardwareConfig, runtime: Runtime) -> Hardware:
-    """The configured cluster, with this machine's memory where none is given."""
-    gib = 2**30
-    device_memory = given.device_memory_gib
-    if device_memory is None and runtime.device.type == "cuda":
-        device_memory = torch.cuda.get_device_properties(runtime.device).total_memory / gib
-    host_memory = given.host_memory_gib
-    if host_memory is None:
-        host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
-    per_host = min(runtime.ranks_per_host, runtime.world_size)
-    return Hardware(
-        hosts=runtime.world_size // per_host,
-        ranks_per_host=per_host,
-        device=runtime.device.type,
-        device_memory=int((device_memory or 0) * gib),
-        host_memory=int(host_memory * gib),
-        device_bandwidth=given.device_bandwidth_gbs * 1e9,
-        host_bandwidth=given.host_bandwidth_gbs * 1e9,
-        intra_host=given.intra_host_gbs * 1e9,
-        inter_host=given.inter_host_gbs * 1e9,
-        reserved=given.reserved,
-    )
 
 
 def _table_optimizer(config: RunConfig) -> TableOptimizer:
