@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,23 @@ class Hardware:
     def ranks(self) -> int:
         """Number of ranks of the job."""
         return self.hosts * self.ranks_per_host
+
+    def group(self, size: int | None) -> "Hardware":
+        """The part of the cluster that tables are sharded over: `size` neighbouring ranks, None: all.
+
+        A group within a host has its share of the host's memory.
+        """
+        if size is None:
+            return self
+        per_host = min(size, self.ranks_per_host)
+        share = per_host / self.ranks_per_host
+        return replace(
+            self,
+            hosts=size // per_host,
+            ranks_per_host=per_host,
+            host_memory=int(self.host_memory * share),
+            ssd=int(self.ssd * share),
+        )
 
     def topology(self) -> Topology:
         """The same for torchrec's planner, whose bandwidths are bytes per millisecond."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -200,5 +201,12 @@ def _local_pieces(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, tuple[in
                 (shard.metadata.shard_offsets[0], shard.metadata.shard_offsets[1]),
             )
             for shard in weight.local_shards()
+        ]
+    if isinstance(weight, DTensor):  # of groups with copies
+        local = weight.to_local()
+        shards, offsets = local.local_shards(), local.local_offsets()  # type: ignore[attr-defined]
+        return [
+            (shard.detach(), (offset[0], offset[1]))
+            for shard, offset in zip(shards, offsets, strict=True)
         ]
     return [(weight.detach(), (0, 0))]

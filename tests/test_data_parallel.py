@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from embeddings.replica_groups import check_groups
 from embeddings.sharding import Placement, PlanError, check_placement
 from llm_knowledge.errors import InputError
 from tests.training_data import make_config, make_inputs
@@ -156,6 +157,7 @@ def test_a_run_with_replicated_tables(inputs: tuple[Path, Path], tmp_path: Path)
             {"tables__sharding": "{item: data_parallel}"},
             "sharding of item: a data_parallel table of",
         ),
+        ({"hardware__sharding_group_size": "2"}, "sharding_group_size: 2: groups .* need GPUs"),
         ({"tables__kernels": "{user: uvm}"}, "kernel uvm of table user needs a GPU"),
         (
             {"tables__kernels": "{item_knowledge: uvm_caching}"},
@@ -212,3 +214,21 @@ def test_what_a_gpu_can_do() -> None:
 def test_impossible_kernels(changes: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         make_config(tmp_path / "data", tmp_path / "stores", tmp_path / "run", **changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "optimizer", "kernel", "message"),
+    [
+        (16, "sgd", "fused", "must divide the 16 ranks into two groups or more"),
+        (5, "sgd", "fused", "must divide the 16 ranks"),
+        (8, "adam", "fused", "copies of adam's state cannot be averaged; choose sgd, adagrad or"),
+        (8, "sgd", "key_value", "copies of key_value tables are not averaged"),
+    ],
+)
+def test_impossible_groups(size: int, optimizer: str, kernel: str, message: str) -> None:
+    for fine in (2, 4, 8):
+        check_groups(fine, 16, 4, "cuda", "rowwise_adagrad", {"fused", "uvm"})
+    with pytest.raises(PlanError, match=message):
+        check_groups(size, 16, 4, "cuda", optimizer, {kernel})
+    with pytest.raises(PlanError, match="a group is whole hosts or an even part of one"):
+        check_groups(6, 24, 4, "cuda", "sgd", set())

@@ -203,3 +203,23 @@ def test_of_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert sum(found["memory_bytes_per_rank"]["host"]) > 0
     assert found["memory_bytes_per_rank"]["dense"][0] > 0
     assert not (tmp_path / "run").exists()
+
+
+def test_groups_with_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of two hosts holds everything: nothing but the averages travels between them."""
+    text = """
+tables: [{name: id, count: 2, rows: 1_000_000, dim: 32}]
+sharding: {id: row_wise}
+batch_per_rank: 64
+hardware: {sharding_group_size: 8}
+"""
+    out = tmp_path / "plan.json"
+    assert plan(write(tmp_path, text), "--out", str(out), nodes=2) == 0
+    found = json.loads(out.read_text())
+    assert found["copies"] == 2
+    assert found["hardware"]["hosts"] == 1
+    assert found["wire_bytes_per_step"]["output"]["inter_host"] == 0
+    rows_and_state = 2 * 10**6 * (32 * 4 + 4)
+    assert sum(found["copies_bytes_sent_per_step_and_rank"]) == pytest.approx(rows_and_state)
+    assert plan(write(tmp_path, text), "--device", "cpu", nodes=2) == 2
+    assert "groups with copies need GPUs" in capsys.readouterr().err

@@ -223,6 +223,12 @@ class HardwareConfig(Section):
         default=None, gt=0, description="Space on SSD per host for key_value tables."
     )
     ssd_gbs: float = Field(default=7, gt=0, description="GB/s of a host's SSD.")
+    sharding_group_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Shard tables over groups of so many ranks, each with a copy that is averaged after "
+        "every step (2-D parallelism); null: over all ranks. On GPUs only.",
+    )
     reserved: float = Field(
         default=0.15,
         ge=0,

@@ -45,8 +45,8 @@ class Plan:
     Attributes:
         tables: Where every table lies.
         memory: Bytes per rank.
-        traffic: Bytes per step between ranks, of tables.
-        dense_traffic: The same of dense gradients, [ranks, ranks].
+        traffic: Bytes per step between ranks that tables are sharded over.
+        dense_traffic: Bytes per step of dense gradients between all ranks of the cluster.
         guess_ms: The library's guess of a step's milliseconds at the slowest rank.
         seconds: How long planning took.
     """
@@ -138,7 +138,7 @@ def _search(problem: Problem, began: float) -> Plan:
             problem.tables, tables, problem.placements, problem.optimizer, problem.batch, ranks
         ),
         traffic=plan_traffic(problem.tables, tables, problem.batch, ranks, hardware.hosts),
-        dense_traffic=all_reduce(4 * problem.dense_parameters, ranks),
+        dense_traffic=all_reduce(4 * problem.dense_parameters, problem.cluster.ranks),
         guess_ms=float(guess.max()),
         seconds=time.perf_counter() - began,
     )
@@ -210,6 +210,11 @@ def format_result(problem: Problem, plan: Plan) -> str:
     if memory.ssd.max() > 0:
         lines.append(f"  SSD           {_size(memory.ssd.mean()):>12}{_size(memory.ssd.max()):>12}")
     lines += ["", *_traffic_lines(problem, plan)]
+    if problem.copies > 1:
+        lines.append(
+            f"  averaging {problem.copies} copies (one per group of {hardware.ranks} ranks): "
+            f"{_size(copies_bytes(problem, plan).mean())} per step and rank, between groups"
+        )
     lines.append("")
     lines.append(
         f"the library's guess, from constants of other machines, not measured: {plan.guess_ms:.2f} ms "
@@ -217,6 +222,12 @@ def format_result(problem: Problem, plan: Plan) -> str:
     )
     lines.append(f"planned in {plan.seconds:.1f} s")
     return "\n".join(lines)
+
+
+def copies_bytes(problem: Problem, plan: Plan) -> np.ndarray:
+    """What averaging the copies sends per step, by rank: an all-reduce of trained rows and state."""
+    held = plan.memory.tables + plan.memory.optimizer + plan.memory.host
+    return 2 * (problem.copies - 1) / problem.copies * held
 
 
 def _table_lines(tables: list[TablePlan], most: int = 20) -> list[str]:
@@ -239,34 +250,43 @@ def _table_lines(tables: list[TablePlan], most: int = 20) -> list[str]:
 
 
 def _traffic_lines(problem: Problem, plan: Plan) -> list[str]:
-    hosts, samples = problem.hardware.hosts, problem.batch * problem.hardware.ranks
     title = f"bytes on the wire ({problem.batch:,} samples per rank)"
     links = f"{'in host':>14}{'inter-host':>14}"
     lines = [f"{title:<44}{'per sample':>28}{'per step and rank':>28}", f"{'':<44}{links}{links}"]
-    stages = {
-        "ids to rows": plan.traffic.input,
-        "vectors back": plan.traffic.output,
-        "gradients of vectors": plan.traffic.backward,
-        "gradients of data-parallel tables": plan.traffic.gradients,
-        "gradients of the dense part": plan.dense_traffic,
+    names = {
+        "input": "ids to rows",
+        "output": "vectors back",
+        "backward": "gradients of vectors",
+        "gradients": "gradients of data-parallel tables",
+        "dense": "gradients of the dense part",
     }
-    stages["all of it"] = plan.traffic.total + plan.dense_traffic
-    for name, matrix in stages.items():
-        inside, between = by_link(matrix, hosts)
-        ranks = problem.hardware.ranks
+    per_rank = {
+        names[name]: [sent / ranks for sent in links]
+        for name, (links, ranks) in _links(problem, plan).items()
+    }
+    per_rank["all of it"] = [sum(sent) for sent in zip(*per_rank.values(), strict=True)]
+    for name, (inside, between) in per_rank.items():
         lines.append(
-            f"  {name:<42}{inside / samples:>14,.0f}{between / samples:>14,.0f}"
-            f"{_size(inside / ranks):>14}{_size(between / ranks):>14}"
+            f"  {name:<42}{inside / problem.batch:>14,.0f}{between / problem.batch:>14,.0f}"
+            f"{_size(inside):>14}{_size(between):>14}"
         )
     return lines
 
 
+def _links(problem: Problem, plan: Plan) -> dict[str, tuple[tuple[float, float], int]]:
+    """Stage to ((bytes per step within hosts, between hosts), ranks that send them)."""
+    part, whole = problem.hardware, problem.cluster
+    found = {
+        field.name: (by_link(getattr(plan.traffic, field.name), part.hosts), part.ranks)
+        for field in fields(plan.traffic)
+    }
+    return found | {"dense": (by_link(plan.dense_traffic, whole.hosts), whole.ranks)}
+
+
 def write_json(problem: Problem, plan: Plan, out: Path) -> None:
     """Writes all of it: bytes per rank, bytes per step of every stage and link, every piece."""
-    hosts = problem.hardware.hosts
     stages = {field.name: getattr(plan.traffic, field.name) for field in fields(plan.traffic)}
     stages["dense"] = plan.dense_traffic
-    links = {name: by_link(matrix, hosts) for name, matrix in stages.items()}
     document: dict[str, Any] = {
         "hardware": asdict(problem.hardware),
         "batch_per_rank": problem.batch,
@@ -278,11 +298,13 @@ def write_json(problem: Problem, plan: Plan, out: Path) -> None:
         | {"dense": [problem.dense_parameters * DENSE_BYTES] * problem.hardware.ranks},
         "wire_bytes_per_step": {
             name: {"intra_host": inside, "inter_host": between}
-            for name, (inside, between) in links.items()
+            for name, ((inside, between), _) in _links(problem, plan).items()
         },
         "wire_bytes_sent_per_step_and_rank": {
             name: matrix.sum(1).tolist() for name, matrix in stages.items()
         },
+        "copies": problem.copies,
+        "copies_bytes_sent_per_step_and_rank": copies_bytes(problem, plan).tolist(),
         "library_guess_ms": plan.guess_ms,
         "planning_seconds": round(plan.seconds, 2),
         "tables": [asdict(table) for table in plan.tables],

@@ -8,7 +8,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
-from embeddings.sharding import Hardware, Placement
+from embeddings.replica_groups import check_groups
+from embeddings.sharding import Hardware, Placement, PlanError
 from embeddings.tables import Table
 from llm_knowledge.errors import InputError
 from trainer.config import (
@@ -33,7 +34,8 @@ class Problem:
         optimizer: Of the tables.
         batch: Samples per rank.
         dense_parameters: Number of parameters outside of tables.
-        hardware: The cluster.
+        hardware: What tables are sharded over: the cluster, or one of `copies` groups of its ranks.
+        cluster: All of it.
     """
 
     tables: list[Table]
@@ -42,6 +44,12 @@ class Problem:
     batch: int
     dense_parameters: int
     hardware: Hardware
+    cluster: Hardware
+
+    @property
+    def copies(self) -> int:
+        """Groups of ranks that hold copies of all tables."""
+        return self.cluster.ranks // self.hardware.ranks
 
 
 class TableEntry(Section):
@@ -144,14 +152,34 @@ def problem_of_file(
                 entry.kernel,
                 entry.cache_load_factor if entry.kernel == "uvm_caching" else None,
             )
+    hardware = absent_cluster(_with_memory(given.hardware, hbm_gib), cluster)
+    group = _group(given.hardware, hardware, given.optimizer, placements)
     return Problem(
         tables,
         placements,
         given.optimizer,
         batch or given.batch_per_rank,
         given.dense_parameters,
-        absent_cluster(_with_memory(given.hardware, hbm_gib), cluster),
+        group,
+        hardware,
     )
+
+
+def _group(
+    given: HardwareConfig, hardware: Hardware, optimizer: str, placements: dict[str, Placement]
+) -> Hardware:
+    """The ranks that tables are sharded over."""
+    size = given.sharding_group_size
+    if size is None:
+        return hardware
+    kernels = {placement.kernel for placement in placements.values()}
+    try:
+        check_groups(
+            size, hardware.ranks, hardware.ranks_per_host, hardware.device, optimizer, kernels
+        )
+    except PlanError as error:
+        raise InputError(str(error)) from error
+    return hardware.group(size)
 
 
 def problem_of_config(
@@ -182,12 +210,15 @@ def problem_of_config(
             f"train.global_batch_size: {config.train.global_batch_size} samples leave none for each of "
             f"{hardware.ranks} ranks; pass --batch-per-rank"
         )
+    wanted = {table.name: Placement() for table in model.tables} | placements(config)
+    group = _group(config.hardware, hardware, config.tables.optimizer, wanted)
     return Problem(
         model.tables,
-        {table.name: Placement() for table in model.tables} | placements(config),
+        wanted,
         config.tables.optimizer,
         samples,
         sum(parameter.numel() for parameter in model.dense.parameters()),
+        group,
         hardware,
     )
 

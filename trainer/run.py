@@ -14,6 +14,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.ids import HashedIds, IdMap, SortedKeys, Vocabulary
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
+from embeddings.replica_groups import ReplicaGroups, check_groups
 from embeddings.replicated import train_replicated_tables
 from embeddings.sharding import (
     Placement,
@@ -224,6 +225,15 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
         _table_optimizer(config).check(runtime.device.type)
         for table, placement in placements(config).items():
             check_placement(table, table == "item", placement, runtime.device.type)
+        if (size := config.hardware.sharding_group_size) is not None:
+            check_groups(
+                size,
+                runtime.world_size,
+                min(runtime.ranks_per_host, runtime.world_size),
+                runtime.device.type,
+                config.tables.optimizer,
+                set(config.tables.kernels.values()),
+            )
     except ValueError as error:
         raise InputError(str(error)) from error
     dataset = validate_dataset(Path(config.data.path))
@@ -241,19 +251,19 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
+    cluster = this_cluster(config.hardware, runtime, config.tables.key_value_directory)
+    group_size = config.hardware.sharding_group_size
+    group = cluster.group(group_size)
     try:
-        plan = plan_sharding(
-            model,
-            model.tables,
-            placements(config),
-            batch_size,
-            this_cluster(config.hardware, runtime, config.tables.key_value_directory),
-        )
+        plan = plan_sharding(model, model.tables, placements(config), batch_size, group)
     except PlanError as error:
         raise InputError(f"tables.sharding: {error}", shared=True) from error
     if runtime.is_main:
-        tables = describe_plan(plan, model.tables, runtime.world_size)
+        tables = describe_plan(plan, model.tables, group.ranks)
         lines = [format_plan(tables)]
+        if group_size is not None:
+            copies = runtime.world_size // group.ranks
+            lines.append(f"in each of {copies} groups of {group.ranks} ranks")
         if model.dense.meta is not None:
             lines += [
                 "",
@@ -265,7 +275,12 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     torch.manual_seed(
         train.seed * 4_096 + runtime.rank
     )  # each rank draws its own rows of the tables
-    sharded = shard(model, plan, runtime.device)
+    if group_size is None:
+        sharded = shard(model, plan, runtime.device)
+    else:
+        sharded = ReplicaGroups(
+            model, plan, runtime.device, group_size, cluster.ranks_per_host, "knowledge."
+        )
     if model.knowledge is not None:
         collection = sharded.module.knowledge.collection
         readers = {
@@ -276,6 +291,8 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         together(lambda: load_frozen_rows(collection, readers))
     optimizer = _dense_optimizer(sharded, config)
     train_replicated_tables(sharded, plan, _table_optimizer(config), optimizer, "knowledge.")
+    if isinstance(sharded, ReplicaGroups):
+        sharded.average_after(optimizer)
     return Run(
         config=config,
         folder=folder,
