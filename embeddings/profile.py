@@ -242,7 +242,7 @@ def measure(
     report: dict[str, Any] = {"name": subject.name, "rule": subject.rule}
     if options.check:
         wrong = check(subject, options.reference(subject), clock)
-        report["wrong"] = [line for lines in _gather(wrong) for line in lines]
+        report["wrong"] = [line for lines in gather(wrong) for line in lines]
     arms: dict[str, Callable[[int], dict[str, Timing]]] = {
         "phases": lambda at: run_phases(subject, at, clock),
         "sharded": lambda at: run_step(subject, at, clock),
@@ -276,7 +276,7 @@ def _rounds(arms: dict[str, Callable[[int], dict[str, Timing]]], options: Option
             if at >= options.warmup:
                 for part, timing in timings.items():
                     own.setdefault(f"{name} {part}", []).append(timing)
-    everywhere = _gather(own)
+    everywhere = gather(own)
     return {
         key: [
             (max(one[0] for one in of_ranks), max(one[1] for one in of_ranks))
@@ -286,14 +286,15 @@ def _rounds(arms: dict[str, Callable[[int], dict[str, Timing]]], options: Option
     }
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
+    """Everybody's value, by rank."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
 def _largest(own: dict[str, int]) -> dict[str, int]:
-    everywhere = _gather(own)
+    everywhere = gather(own)
     return {key: max(rank[key] for rank in everywhere) for key in own}
 
 
@@ -323,7 +324,7 @@ def _report(
     table = max(subject.tables, key=lambda one: one.rows)
     ids = max(subject.batches[0].values().numel(), 1)
     dtype = torch.float16 if table.bytes_per_value == 2 else torch.float32
-    gather = gather_bandwidth(table.rows, table.dim, ids, dtype, device)
+    random_rows = gather_bandwidth(table.rows, table.dim, ids, dtype, device)
     phases: dict[str, Any] = {}
     for name in PHASES:
         if f"phases {name}" not in seconds:
@@ -336,7 +337,7 @@ def _report(
             "memory_bytes": memory[name],
             "link_bytes": link[name],
             "share_of_copy_bandwidth": memory[name] / spent / copy,
-            "share_of_gather_bandwidth": memory[name] / spent / gather,
+            "share_of_gather_bandwidth": memory[name] / spent / random_rows,
             "share_of_link_bandwidth": None if wire is None else link[name] / spent / wire,
         }
     sums = [
@@ -346,7 +347,7 @@ def _report(
     sharded = seconds["sharded step"]
     samples = subject.batches[0].stride() * dist.get_world_size()
     return {
-        "gather_bandwidth": gather,
+        "gather_bandwidth": random_rows,
         "phases": phases,
         "sum_of_phases": _milliseconds(sums),
         "sum_of_phases_over_step": _ratios(sums, sharded),

@@ -23,6 +23,7 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
+from embeddings.one_rank import skip_distribution
 from embeddings.tables import Table
 
 for _noisy in ("torchrec", "torch.fx._symbolic_trace"):
@@ -350,7 +351,10 @@ def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> Distrib
 
     Sharded tables are initialised afresh: load weights after this call, not before.
     """
-    return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
+    if dist.get_world_size() == 1:
+        skip_distribution(sharded)
+    return sharded
 
 
 def describe_plan(plan: ShardingPlan, tables: Iterable[Table], ranks: int) -> list[TablePlan]:

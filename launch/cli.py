@@ -283,6 +283,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_embeddings_arguments(p)
 
+    from trainer.profile_train import add_arguments as add_profile_train_arguments
+
+    p = command(
+        parts, "train", run.profile_train,
+        "Times each phase of a configured model's step, and samples/s with the loader in and out.",
+        "profile train --config launch/configs/movielens.yaml --processes 2",
+    )  # fmt: skip
+    add_profile_train_arguments(p)
+
     p = command(
         commands, "pipeline", run.run_pipeline,
         "Extracts what a run joins, trains it, evaluates, reports; complete stages are skipped.",

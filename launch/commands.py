@@ -240,6 +240,20 @@ def profile_embeddings(options: argparse.Namespace, words: list[str]) -> int | N
     return profile_main(options)
 
 
+def profile_train(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Times the phases of a training step."""
+    from trainer.profile_embeddings import check_measuring_arguments
+    from trainer.profile_train import main as profile_main
+
+    check_measuring_arguments(options)
+    if options.processes > 1 and "RANK" not in os.environ:
+        from launch.workers import run_workers
+
+        return run_workers("launch", words, options.processes)
+    profile_main(options)
+    return None
+
+
 def run_pipeline(options: argparse.Namespace, words: list[str]) -> int | None:
     """Runs the stages of a run in order."""
     from trainer.config import load_config

@@ -1,4 +1,4 @@
-"""Profiles made-up tables on two forked ranks in every sharding; run as a program, it writes found.json."""
+"""Profiles made-up tables in every sharding, on two forked ranks and on one; run as a program."""
 
 import json
 import multiprocessing
@@ -15,7 +15,6 @@ from embeddings.profile_baselines import Reference
 from embeddings.sharding import Hardware
 
 RANKS = 2
-HARDWARE = Hardware(1, RANKS, "cpu", 0, 4 << 30, 1e12, 1e10, 1e10, 1e10, 0.1)
 SMALL = {"tables": [3], "rows": [101], "dim": [16], "batch": [8], "pooling": [3]}
 
 
@@ -36,13 +35,17 @@ class WrongRule(Reference):
         super().update(leaves)
 
 
-def rank_main(rank: int, root: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    store = dist.FileStore(str(root / "rendezvous"), RANKS)
+def hardware_of(ranks: int) -> Hardware:
+    return Hardware(1, ranks, "cpu", 0, 4 << 30, 1e12, 1e10, 1e10, 1e10, 0.1)
+
+
+def rank_main(rank: int, ranks: int, root: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    store = dist.FileStore(str(root / f"rendezvous-{ranks}"), ranks)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
-    cpu = torch.device("cpu")
+    cpu, hardware = torch.device("cpu"), hardware_of(ranks)
     every = sweep(
         **SMALL,
         sharding=SHARDINGS,
@@ -50,13 +53,16 @@ def rank_main(rank: int, root: Path) -> None:
         optimizer=["sgd", "adagrad", "rowwise_adagrad"],
     )
     quick = Options(rounds=2, warmup=0, baselines=False, check=True)
-    found = {"all": profile_cells(every, HARDWARE, cpu, quick)}
+    found = {"all": profile_cells(every, hardware, cpu, quick)}
+    if ranks == 1:
+        (root / "alone.json").write_text(json.dumps(found))
+        return
     one = sweep(**SMALL, collection=["pooled", "sequence"], optimizer=["sgd"])
     full = Options(rounds=5, warmup=1, check=True, trace=root / "trace.json")
-    found["full"] = profile_cells(one, HARDWARE, cpu, full)
+    found["full"] = profile_cells(one, hardware, cpu, full)
     for reference in (WrongRows, WrongRule):
         options = Options(rounds=2, warmup=0, baselines=False, check=True, reference=reference)
-        found[reference.__name__] = profile_cells(one, HARDWARE, cpu, options)
+        found[reference.__name__] = profile_cells(one, hardware, cpu, options)
     if rank == 0:
         (root / "found.json").write_text(json.dumps(found))
 
@@ -64,7 +70,8 @@ def rank_main(rank: int, root: Path) -> None:
 def main(root: Path) -> None:
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_main, args=(rank, root)) for rank in range(RANKS)]
+    ranks = [context.Process(target=rank_main, args=(rank, RANKS, root)) for rank in range(RANKS)]
+    ranks.append(context.Process(target=rank_main, args=(0, 1, root)))
     for process in ranks:
         process.start()
     for process in ranks:

@@ -26,15 +26,17 @@ def found(tmp_path_factory):
         [sys.executable, "-m", "tests.profile_cells", str(root)],
         check=True, timeout=180, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    return {"root": root} | json.loads((root / "found.json").read_text())
+    alone = json.loads((root / "alone.json").read_text())["all"]
+    return {"root": root, "alone": alone} | json.loads((root / "found.json").read_text())
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("collection", COLLECTIONS)
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_every_cell_equals_unsharded_tables(found, sharding, collection):
+@pytest.mark.parametrize("ranks", ["all", "alone"])
+def test_every_cell_equals_unsharded_tables(found, ranks, sharding, collection):
     cells = [
-        one for one in found["all"]["cells"]
+        one for one in found[ranks]["cells"]
         if (one["cell"]["sharding"], one["cell"]["collection"]) == (sharding, collection)
     ]  # fmt: skip
     assert {one["cell"]["optimizer"] for one in cells} == {"sgd", "adagrad", "rowwise_adagrad"}
@@ -43,6 +45,13 @@ def test_every_cell_equals_unsharded_tables(found, sharding, collection):
             assert "not possible" in one["impossible"] or "needs a GPU" in one["impossible"]
         else:
             assert one["wrong"] == []
+
+
+@pytest.mark.distributed
+def test_nothing_travels_on_one_rank(found):
+    phases = [one["phases"] for one in found["alone"]["cells"] if "phases" in one]
+    assert len(phases) == 27
+    assert all(phase["link_bytes"] == 0 for one in phases for phase in one.values())
 
 
 @pytest.mark.distributed
