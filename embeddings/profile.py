@@ -1,6 +1,7 @@
 """Where each microsecond and byte of the embedding path goes, with baselines measured beside it."""
 
 import itertools
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -267,10 +268,15 @@ Rounds = dict[str, list[Timing]]  # "arm part" to one timing per round
 
 
 def _rounds(arms: dict[str, Callable[[int], dict[str, Timing]]], options: Options) -> Rounds:
-    """Runs every arm once per round, forwards and backwards in turn; the slowest rank counts."""
+    """Runs every arm once per round, in an order drawn anew; the slowest rank counts.
+
+    An arm gains from running after itself. With the orders drawn, all do so equally often.
+    """
+    order, names = random.Random(0), list(arms)  # the same on all ranks
     own: dict[str, list[Timing]] = {}
     for at in range(options.warmup + options.rounds):
-        for name in list(arms)[:: 1 if at % 2 else -1]:
+        order.shuffle(names)
+        for name in names:
             dist.barrier()
             timings = arms[name](at)
             if at >= options.warmup:

@@ -218,13 +218,18 @@ def count_memory_bytes(subject: Subject, at: int) -> dict[str, int]:
     for lookup, features in zip(module._lookups, rows, strict=True):
         one_read, one_updated = _row_bytes(lookup, features, subject.rule)
         read, updated = read + one_read, updated + one_updated
+    given = ids.values().nbytes + ids.lengths().nbytes
+    # What is handed on as it is, is not moved: a single rank's ids and vectors.
+    moved_in = any(part.values().data_ptr() != ids.values().data_ptr() for part in rows)
+    own = {vector.data_ptr() for vector in vectors}
+    moved_out = any(value.data_ptr() not in own for value in values.values())
     found = {
-        PHASES[0]: ids.values().nbytes + ids.lengths().nbytes + received,
+        PHASES[0]: (given + received) * moved_in,
         PHASES[1]: received + read + produced,
-        PHASES[2]: produced + delivered,
+        PHASES[2]: (produced + delivered) * moved_out,
     }
     if subject.rule is not None:
-        found[PHASES[3]] = delivered + produced + received + updated
+        found[PHASES[3]] = delivered + produced * moved_out + received + updated
     return found
 
 
