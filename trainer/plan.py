@@ -177,7 +177,7 @@ def explain_shortage(problem: Problem, lacking: float) -> str:
         f"{problem.batch:,} samples per rank included"
         if lacking > 0
         else "  by size alone every rank could hold its part; the wanted shardings do not",
-        "what would make it fit (rows, state, ids and vectors by size; not searched by the planner):",
+        "what would make it fit, or how far it gets (by size alone, not searched by the planner):",
     ]
     for words, rest in remedies(
         problem.tables, problem.placements, problem.optimizer, problem.batch, hardware
