@@ -28,6 +28,8 @@ from embeddings.tables import Table
 
 for _noisy in ("torchrec", "torch.fx._symbolic_trace"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
+# Said of every data-parallel table, which has no sharding spec by design.
+logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in str(record.msg))
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|torchrec")
 # The CPU kernel of data-parallel tables is differentiable; it is only registered in an old way.
 warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")

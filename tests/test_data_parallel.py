@@ -11,8 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from embeddings.optimizer import TableOptimizer, fuse_optimizer
 from embeddings.replica_groups import check_groups
-from embeddings.sharding import Placement, PlanError, check_placement
+from embeddings.sharding import (
+    Hardware,
+    Placement,
+    PlanError,
+    check_placement,
+    describe_plan,
+    make_planner,
+    sharders,
+)
+from embeddings.tables import Table, collections
 from llm_knowledge.errors import InputError
 from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState, load_checkpoint, save_checkpoint
@@ -232,3 +242,24 @@ def test_impossible_groups(size: int, optimizer: str, kernel: str, message: str)
         check_groups(size, 16, 4, "cuda", optimizer, {kernel})
     with pytest.raises(PlanError, match="a group is whole hosts or an even part of one"):
         check_groups(6, 24, 4, "cuda", "sgd", set())
+
+
+@pytest.mark.parametrize(
+    ("device", "replicable", "sharding"),
+    [("cuda", True, "data_parallel"), ("cuda", False, "row_wise"), ("cpu", True, "row_wise")],
+)
+def test_the_planner_chooses_replicas_where_they_can_be(
+    device: str, replicable: bool, sharding: str
+) -> None:
+    """A tiny table with many ids, slow links: copies are best, unless device or optimizer lack them."""
+    table = Table("t", 100, 16, ("f",), sequence=True, ids_per_sample=(50,))
+    gib = 2**30
+    hardware = Hardware(2, 4, device, 80 * gib, 512 * gib, 3e12, 3e11, 4e11, 5e9, 0.1)
+    model = collections([table])
+    fuse_optimizer(model.parameters(), TableOptimizer("sgd", 0.1))
+    placements = {"t": Placement("planner", replicable=replicable)}
+    planner = make_planner([table], placements, 4096, hardware)
+    plan = describe_plan(planner.plan(model, sharders()), [table], hardware.ranks)
+    assert [one.sharding for one in plan] == [sharding]
+    if sharding == "data_parallel":
+        assert plan[0].bytes_per_rank == [100 * 16 * 4] * 8
