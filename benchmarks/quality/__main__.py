@@ -1,0 +1,68 @@
+"""Does the knowledge help? Trains every arm on every data set and writes small tables.
+
+    python -m benchmarks.quality run --work study --datasets movielens --backbones star shared_bottom
+    python -m benchmarks.quality tables --work study
+
+`run` is resumable: what is there is not done again. `tables` reads whatever has been run.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.quality import study, tables
+from benchmarks.quality.arms import ARMS, DATASETS, MAIN, SEEDS, TRIAL_SEED, TRIALS
+from trainer.models import BACKBONES
+
+
+def main() -> None:
+    """Parses the command line and runs the stages."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = parser.add_subparsers(dest="stage", required=True)
+    run = stages.add_parser("run", help="prepare, extract, tune, train")
+    run.add_argument("--work", type=Path, required=True, help="folder of data, stores and runs")
+    run.add_argument("--raw", type=Path, help="folder with the data sets' raw files")
+    run.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
+    run.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
+    run.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(MAIN))
+    run.add_argument("--seeds", type=int, default=SEEDS)
+    run.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
+    run.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
+    table = stages.add_parser("tables", help="CSV files and figures of what has been run")
+    table.add_argument("--work", type=Path, required=True)
+    table.add_argument("--out", type=Path, default=Path("benchmarks/quality/results"))
+    options = parser.parse_args()
+    if options.stage == "tables":
+        tables.write(options.work, options.out)
+        return
+    ends = time.monotonic() + 60 * options.minutes
+    folders = {"movielens": "ml-latest-small", "food_kitchen": "amazon-food-kitchen"}
+    kinds = {pair for arm in options.arms for pair in ARMS[arm].stores.items()}
+    for name in options.datasets:
+        raw = options.raw / folders[name] if options.raw and name in folders else None
+        study.make_data(options.work, name, raw)
+        study.make_stores(options.work, name, kinds)
+        for backbone in options.backbones:
+            cells = [(name, backbone, arm) for arm in options.arms]
+            trials = [
+                study.configuration(options.work, *cell, TRIAL_SEED, trial)
+                for cell in cells
+                for trial in range(len(TRIALS))
+            ]
+            if not study.train(trials, options.jobs, (ends - time.monotonic()) / 60):
+                return
+            runs = [
+                study.configuration(
+                    options.work, *cell, seed, study.best_trial(options.work, *cell)
+                )
+                for cell in cells
+                for seed in range(options.seeds)
+            ]
+            if not study.train(runs, options.jobs, (ends - time.monotonic()) / 60):
+                return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What is compared: data sets, arms and the configurations that every arm is tuned over."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LEVELS = ("user", "scenario", "item")
+SEEDS = 5
+HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One log.
+
+    Attributes:
+        prepare: Words of the command that prepares it, without --out.
+        changes: Settings of every run on it.
+    """
+
+    prepare: tuple[str, ...]
+    changes: dict[str, Any]
+
+
+DATASETS = {
+    "movielens": DataSet(
+        ("prepare", "movielens", "--held-out-users", str(HELD_OUT)),
+        {"train.eval_every": 40},
+    ),
+    "food_kitchen": DataSet(
+        ("prepare", "food-kitchen", "--held-out-users", str(HELD_OUT)),
+        # Its profile window has positives only: to train on it would teach that everything is bought.
+        {"data.train_splits": ["train"], "train.eval_every": 80},
+    ),
+    "simulated": DataSet(
+        ("simulate", "--users", "2000", "--items", "1000", "--scenarios", "3", "--events", "100000",
+         "--seed", "1"),
+        {"train.eval_every": 40},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of using knowledge.
+
+    Attributes:
+        meta: Settings below model.meta; empty is the backbone alone.
+        stores: Level to kind of store: "true", "shuffled", "random", "constant" or "leak".
+        question: What the arm is there to tell.
+    """
+
+    question: str
+    stores: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+_TRUE = dict.fromkeys(LEVELS, "true")
+_FULL = {"item_knowledge": "match"}
+_NO_LAYERS = {"user_layers": 0, "scenario_layers": 0}
+ARMS = {
+    "alone": Arm("the backbone"),
+    "llm4msr": Arm("user and scenario layers, item knowledge and its match", _TRUE, _FULL),
+    "shuffled": Arm("the same, user vectors at other users", {**_TRUE, "user": "shuffled"}, _FULL),
+    "random": Arm("the same, random user vectors", {**_TRUE, "user": "random"}, _FULL),
+    "constant": Arm(
+        "the same parameters, one vector for all keys of a level",
+        dict.fromkeys(LEVELS, "constant"),
+        _FULL,
+    ),
+    "paper": Arm(
+        "user and scenario layers only, no item knowledge", {"user": "true", "scenario": "true"}
+    ),
+    "user_only": Arm("user layers only", {"user": "true"}, {"scenario_layers": 0}),
+    "scenario_only": Arm("scenario layers only", {"scenario": "true"}, {"user_layers": 0}),
+    "item_only": Arm(
+        "item knowledge as an input, nothing else",
+        {"item": "true"},
+        {**_NO_LAYERS, "item_knowledge": "input"},
+    ),
+    "features": Arm(
+        "all vectors as plain input features, no meta layers, no match",
+        _TRUE,
+        {**_NO_LAYERS, "inputs": ["user", "scenario"], "item_knowledge": "input"},
+    ),
+    "match_only": Arm(
+        "item knowledge and its match with the user's, no meta layers",
+        {"user": "true", "item": "true"},
+        {**_NO_LAYERS, "item_knowledge": "match"},
+    ),
+    "leak": Arm(
+        "llm4msr, the as-of rule broken: prompts have read the training events",
+        {**_TRUE, "user": "leak"},
+        _FULL,
+    ),
+}
+MAIN = ("alone", "llm4msr", "shuffled")
+# (base, arm): the differences that docs/quality.md reports.
+PAIRS = [
+    ("alone", "llm4msr"),
+    ("shuffled", "llm4msr"),
+    ("random", "llm4msr"),
+    ("constant", "llm4msr"),
+    ("features", "llm4msr"),
+    ("match_only", "llm4msr"),
+    ("item_only", "llm4msr"),
+    ("alone", "paper"),
+    ("alone", "user_only"),
+    ("alone", "scenario_only"),
+    ("alone", "item_only"),
+    ("alone", "leak"),
+]
+
+# Every arm tries all of these with one seed of its own and keeps the best on the valid split.
+TRIALS: list[dict[str, Any]] = [
+    {"train.learning_rate": dense, "train.meta_learning_rate": dense, "tables.learning_rate": table,
+     "model.dropout": dropout}
+    for dense, table, dropout in [
+        (5e-4, 0.02, 0.1), (1e-3, 0.02, 0.3), (2e-3, 0.02, 0.1), (5e-4, 0.05, 0.3),
+    ]
+]  # fmt: skip
+TRIAL_SEED = 100

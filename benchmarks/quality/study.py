@@ -1,0 +1,169 @@
+"""The stages of the study. Each skips what is there, so a killed study goes on where it stopped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TRIAL_SEED, TRIALS
+from llm_knowledge.store import KnowledgeStore
+from llm_knowledge.writer import shuffled_store, write_store
+from trainer.config import load_config, save_config
+from trainer.metrics import write_evaluation
+
+
+def command(*words: str) -> None:
+    """Runs `llm4msr WORDS`; a failure ends the study with its message."""
+    subprocess.run([sys.executable, "-m", "launch", *words], check=True)
+
+
+def make_data(work: Path, name: str, raw: Path | None) -> Path:
+    """Prepares a data set below `work`."""
+    data = work / name / "data"
+    if not (data / "dataset.json").exists():
+        given = ["--raw", str(raw)] if raw else []
+        command(*DATASETS[name].prepare, *given, "--out", str(data))
+    return data
+
+
+def make_stores(work: Path, name: str, kinds: set[tuple[str, str]]) -> Path:
+    """Extracts the knowledge of every level and makes the control stores that are wanted.
+
+    Args:
+        work: Of the study.
+        name: Data set.
+        kinds: (level, kind of store).
+    """
+    data, stores = work / name / "data", work / name / "stores"
+    if not all((stores / level / "manifest.json").exists() for level in LEVELS):
+        command("knowledge", "extract", "--data", str(data), "--level", "all", "--out", str(stores))
+    for level, kind in sorted(kinds):
+        out = stores / f"{level}-{kind}"
+        if kind == "true" or (out / "manifest.json").exists():
+            continue
+        if kind == "leak":
+            _leak(data, stores, out)
+        else:
+            shuffled_store(stores / level, out, seed=0, control=kind)
+    return stores
+
+
+def _leak(data: Path, stores: Path, out: Path) -> None:
+    """User vectors that have read the training events, with cut-offs that hide it from the join."""
+    copy = stores / "leaking-data"
+    shutil.rmtree(copy, ignore_errors=True)
+    (copy / "profile").mkdir(parents=True)
+    shutil.copy(data / "dataset.json", copy)
+    os.link(data / "items.parquet", copy / "items.parquet")
+    number = 0
+    for split in ("profile", "introduction", "train"):
+        for part in sorted((data / split).glob("part-*.parquet")):
+            os.link(part, copy / "profile" / f"part-{number:05d}.parquet")
+            number += 1
+    command(
+        "knowledge", "extract", "--data", str(copy), "--level", "user",
+        "--out", str(stores / "leaking"),
+    )  # fmt: skip
+    found = KnowledgeStore.open(stores / "leaking" / "user")
+    rows = found.manifest.rows
+    text = found.read_text(np.arange(rows))
+    write_store(
+        out,
+        found.manifest.model_copy(update={"note": "breaks the as-of rule on purpose"}),
+        found.keys(),
+        found.read_vectors(0, rows),
+        [row["prompt"] for row in text],
+        None,
+        [None] * rows,
+    )
+    shutil.rmtree(copy)
+
+
+def configuration(
+    work: Path, name: str, backbone: str, arm: str, seed: int, trial: int
+) -> tuple[Path, list[str]]:
+    """Run directory and assignments of one run."""
+    folder = work / name / "runs" / backbone / arm
+    run = folder / (f"trial-{trial}" if seed == TRIAL_SEED else f"seed-{seed}")
+    stores, chosen = work / name / "stores", ARMS[arm]
+    changes: dict[str, Any] = {
+        "name": f"{backbone}+{arm}",
+        "output": str(run),
+        "data.path": str(work / name / "data"),
+        "model.backbone": backbone,
+        "train.seed": seed,
+        "train.epochs": 15,
+        "train.checkpoint_every": 100_000,  # the best state is kept at evaluations
+        "model.meta.enabled": bool(chosen.stores),
+        **{f"model.meta.{key}": value for key, value in chosen.meta.items()},
+        **{
+            f"knowledge.{level}": str(stores / (level if kind == "true" else f"{level}-{kind}"))
+            for level, kind in chosen.stores.items()
+        },
+        **DATASETS[name].changes,
+        **TRIALS[trial],
+    }
+    return run, [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool:
+    """Trains the runs that are not there, `jobs` processes at a time.
+
+    A run costs seconds, so each process takes a handful of them. Returns whether all are done;
+    False if the time was over first.
+    """
+    ends = time.monotonic() + 60 * minutes
+    pending = [(run, words) for run, words in runs if not (run / "evaluation.json").exists()]
+    batches = [pending[i : i + 4] for i in range(0, len(pending), 4)]
+    active: list[tuple[subprocess.Popen, list[Path]]] = []
+    done = 0
+    while batches or active:
+        while batches and len(active) < jobs and time.monotonic() < ends:
+            batch = batches.pop(0)
+            active.append((_start(batch), [run for run, _ in batch]))
+        if not active:
+            return False
+        time.sleep(0.5)
+        for process, folders in list(active):
+            if process.poll() is None:
+                continue
+            active.remove((process, folders))
+            if process.returncode:
+                raise RuntimeError(f"training failed (exit code {process.returncode}): {folders}")
+            for folder in folders:
+                write_evaluation(folder)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            done += len(folders)
+            print(f"{done}/{len(pending)} {folders[-1].parent}", file=sys.stderr, flush=True)
+    return True
+
+
+def _start(batch: list[tuple[Path, list[str]]]) -> subprocess.Popen:
+    files = []
+    for run, words in batch:
+        shutil.rmtree(run, ignore_errors=True)
+        file = run.parent / f"{run.name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_config(load_config(None, words), file)
+        files.append(str(file))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", "train", "--config", *files],
+        env=environment,
+        stderr=subprocess.DEVNULL if not os.environ.get("STUDY_VERBOSE") else None,
+    )
+
+
+def best_trial(work: Path, name: str, backbone: str, arm: str) -> int:
+    """The trial with the highest AUC on the valid split."""
+    found = []
+    for trial in range(len(TRIALS)):
+        run, _ = configuration(work, name, backbone, arm, TRIAL_SEED, trial)
+        found.append(json.loads((run / "summary.json").read_text())["valid_auc"] or 0.0)
+    return int(np.argmax(found))

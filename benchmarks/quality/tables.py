@@ -1,0 +1,141 @@
+"""From run directories to two small CSV files and a figure per data set."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.quality.arms import ARMS, DATASETS, PAIRS
+from trainer.compare import compare
+from trainer.models import BACKBONES
+
+METRICS = ("auc", "gauc", "logloss")
+
+
+def write(work: Path, out: Path) -> None:
+    """Writes runs.csv, differences.csv, versions.json and the figures of everything found in `work`."""
+    out.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
+    for name in DATASETS:
+        for backbone in BACKBONES:
+            found = _complete(work / name / "runs" / backbone)
+            for arm, folders in found.items():
+                runs += [row for folder in folders for row in _rows(name, backbone, arm, folder)]
+            differences += _differences(name, backbone, found)
+    if not runs:
+        raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
+    _save(out / "runs.csv", runs)
+    _save(out / "differences.csv", differences)
+    newest = max(
+        work.glob("*/runs/*/*/seed-*/versions.json"), key=lambda file: file.stat().st_mtime
+    )
+    (out / "versions.json").write_text(newest.read_text())
+    for name in DATASETS:
+        _figure([row for row in differences if row["dataset"] == name], out / f"{name}.png")
+
+
+def _complete(folder: Path) -> dict[str, list[Path]]:
+    """Arm to the runs that have been evaluated, by seed."""
+    arms = {
+        arm: sorted(file.parent for file in (folder / arm).glob("seed-*/evaluation.json"))
+        for arm in ARMS
+    }
+    return {arm: runs for arm, runs in arms.items() if runs}
+
+
+def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]:
+    """One line per section of one run."""
+    found = json.loads((run / "evaluation.json").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    sections = [("overall", "", found["overall"])]
+    sections += [("scenario", key, block) for key, block in found["scenarios"].items()]
+    sections += [("segment", key, block) for key, block in found["segments"].items()]
+    head = {
+        "dataset": name, "backbone": backbone, "arm": arm, "seed": int(run.name.split("-")[1]),
+        "learning_rate": config["train"]["learning_rate"],
+        "table_learning_rate": config["tables"]["learning_rate"],
+        "dropout": config["model"]["dropout"],
+    }  # fmt: skip
+    return [
+        head
+        | {"section": section, "key": key, "rows": block["rows"], "users": block["users"]}
+        | {metric: _short(block[metric]) for metric in METRICS}
+        for section, key, block in sections
+    ]
+
+
+def _differences(name: str, backbone: str, found: dict[str, list[Path]]) -> list[dict[str, Any]]:
+    """Paired bootstrap over users and seeds, for every pair of arms that has been run."""
+    lines = []
+    for base, arm in PAIRS:
+        if base not in found or arm not in found:
+            continue
+        # Only seeds that both arms have: a difference of unlike seeds is not paired.
+        both = {run.name for run in found[base]} & {run.name for run in found[arm]}
+        groups = [(side, [run for run in found[side] if run.name in both]) for side in (base, arm)]
+        for row in compare(groups)["table"]:
+            if row["difference"] is not None:
+                lines.append(
+                    {"dataset": name, "backbone": backbone, "base": base, "arm": arm, "seeds": len(both)}
+                    | {key: row[key] for key in ("section", "key", "metric", "rows", "users")}
+                    | {key: _short(row[key]) for key in ("base_value", "value", "difference", "low", "high")}
+                    | {"verdict": row["verdict"]}
+                )  # fmt: skip
+    return lines
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"
+
+
+def _save(file: Path, rows: list[dict[str, Any]]) -> None:
+    with file.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _figure(rows: list[dict[str, Any]], file: Path) -> None:
+    """Differences in AUC with their intervals, backbone by backbone: overall and for new users."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["metric"] == "auc" and row["arm"] == "llm4msr"]
+    backbones = [name for name in BACKBONES if any(row["backbone"] == name for row in rows)]
+    bases = [base for base in ("alone", "shuffled") if any(row["base"] == base for row in rows)]
+    if not backbones or not bases:
+        return
+    figure = Figure(figsize=(10, 1.6 + 0.34 * len(backbones)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = [
+        ("overall", "overall", "all test events"),
+        ("segment", "new_user", "users never seen"),
+    ]
+    for axis, (section, key, title) in zip(axes, panels, strict=True):
+        for number, base in enumerate(bases):
+            chosen = {
+                row["backbone"]: row
+                for row in rows
+                if row["base"] == base and row["section"] == section and row["key"] in (key, "")
+            }
+            places = [
+                y + 0.24 * (number - 0.5) for y, name in enumerate(backbones) if name in chosen
+            ]
+            values = [chosen[name] for name in backbones if name in chosen]
+            centre = [float(row["difference"]) for row in values]
+            spread = [
+                [c - float(row["low"]) for c, row in zip(centre, values, strict=True)],
+                [float(row["high"]) - c for c, row in zip(centre, values, strict=True)],
+            ]
+            axis.errorbar(
+                centre, places, xerr=spread, fmt="o", ms=4, capsize=2, label=f"LLM4MSR - {base}"
+            )
+        axis.axvline(0, color="0.4", lw=0.8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("difference in AUC, 95 % interval")
+    axes[0].set_yticks(range(len(backbones)), backbones)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
