@@ -1,0 +1,133 @@
+"""What LLM4MSR adds to a training step: its backbone with and without it, in turns, on the same batches.
+
+    python -m benchmarks.training_step --data quickstart/data --knowledge quickstart/knowledge
+
+One process, the quickstart's configuration and batches held in memory. Rounds alternate between the
+arms; a round is a number of steps, its figure the time per step. Printed: the median ratio to the
+backbone and its quartiles, wall-clock and processor time.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+# Arm to the settings that make it: each adds one part to the one before.
+ARMS = {
+    "backbone": {"model.meta.enabled": False},
+    "item input": {"user_layers": 0, "scenario_layers": 0, "item_knowledge": "input"},
+    "+ match": {"user_layers": 0, "scenario_layers": 0, "item_knowledge": "match"},
+    "+ scenario layers": {"user_layers": 0, "item_knowledge": "match"},
+    "LLM4MSR": {"item_knowledge": "match"},
+    "LLM4MSR, core": {"item_knowledge": "match", "kind": "core"},
+    "LLM4MSR, gate": {"item_knowledge": "match", "kind": "gate"},
+}
+
+
+def main() -> None:
+    """Measures and prints a Markdown table and, with --out, JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="prepared dataset")
+    parser.add_argument("--knowledge", type=Path, required=True, help="stores user, scenario, item")
+    parser.add_argument("--backbone", default="star")
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10, help="per round")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measure(options, Path(scratch))
+    print(f"{found['hardware']}; {found['versions']}; load {found['load']}")
+    print(f"backbone {options.backbone}, batch {options.batch}, {options.rounds} rounds of "
+          f"{options.steps} steps each, after one round of warm-up")  # fmt: skip
+    print("\n| arm | ms a step | to the backbone, wall | to the backbone, processor |")
+    print("|---|---|---|---|")
+    for name, arm in found["arms"].items():
+        wall, busy = arm["wall_ratio"], arm["processor_ratio"]
+        print(f"| {name} | {arm['milliseconds']:.1f} | {wall[1]:.2f} ({wall[0]:.2f} to {wall[2]:.2f}) "
+              f"| {busy[1]:.2f} ({busy[0]:.2f} to {busy[2]:.2f}) |")  # fmt: skip
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict:
+    """Times of every arm, round by round, and their ratios."""
+    import torch
+
+    from embeddings.versions import versions
+    from trainer.distributed import distributed
+
+    load = os.getloadavg()[0]
+    steps: dict[str, list[float]] = {name: [] for name in ARMS}
+    busy: dict[str, list[float]] = {name: [] for name in ARMS}
+    with distributed(60) as runtime:
+        arms = {name: _arm(options, name, scratch, runtime) for name in ARMS}
+        for number in range(options.rounds + 1):
+            for name, step in arms.items():
+                began, used = time.perf_counter(), time.process_time()
+                for _ in range(options.steps):
+                    step()
+                if number:  # the first round warms up
+                    steps[name].append((time.perf_counter() - began) / options.steps)
+                    busy[name].append((time.process_time() - used) / options.steps)
+    base, base_busy = np.array(steps["backbone"]), np.array(busy["backbone"])
+    quartiles = [25, 50, 75]
+    return {
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "load": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end",
+        "backbone": options.backbone,
+        "batch": options.batch,
+        "rounds": options.rounds,
+        "steps_per_round": options.steps,
+        "arms": {
+            name: {
+                "milliseconds": 1000 * float(np.median(steps[name])),
+                "wall_ratio": np.percentile(np.array(steps[name]) / base, quartiles).tolist(),
+                "processor_ratio": np.percentile(
+                    np.array(busy[name]) / base_busy, quartiles
+                ).tolist(),
+            }
+            for name in ARMS
+        },
+    }
+
+
+def _arm(options: argparse.Namespace, name: str, scratch: Path, runtime):  # type: ignore[no-untyped-def]
+    """A function that trains one step of the arm, on batches that are read once."""
+    from trainer.config import load_config
+    from trainer.run import build, open_inputs, prepare_folder
+
+    changes = {
+        "name": "step", "output": str(scratch / name), "data.path": str(options.data),
+        "model.backbone": options.backbone, "train.global_batch_size": options.batch,
+    }  # fmt: skip
+    if name == "backbone":
+        changes |= ARMS[name]
+    else:
+        meta = {"enabled": True, **ARMS[name]}
+        changes |= {f"model.meta.{key}": value for key, value in meta.items()}
+        levels = ["item"]
+        levels += ["user"] if meta["item_knowledge"] == "match" or meta.get("user_layers") else []
+        levels += ["scenario"] if meta.get("scenario_layers", 1) else []
+        changes |= {f"knowledge.{level}": str(options.knowledge / level) for level in levels}
+    config = load_config(None, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    inputs = open_inputs(config, runtime)
+    run = build(config, runtime, prepare_folder(config, runtime, resume=False), inputs)
+    run.model.train()
+    events = run.stream(["train"], shuffle=True)
+    batches = itertools.cycle(list(itertools.islice(events.batches(0, 0), options.steps)))
+    return lambda: run.pipeline.progress(batches)
+
+
+if __name__ == "__main__":
+    main()
