@@ -76,7 +76,6 @@ class ProfileInfo(_Strict):
 
     per_scenario: int
     total: int
-    min_interactions: int | None = _optional()
 
 
 class Compression(_Strict):

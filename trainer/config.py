@@ -68,6 +68,11 @@ class DataConfig(Section):
         description="Splits that are trained on. Events of the profile window precede every cut-off, "
         "so they train the ids with the default vector in place of knowledge.",
     )
+    labels: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Further labels that are trained beside `label`, names in the dataset's extra_labels, "
+        "with their weight in the loss. Their order is that of the funnel (click, then purchase).",
+    )
     streams: int = Field(
         default=8,
         ge=1,

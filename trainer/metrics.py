@@ -217,7 +217,7 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
 
     Returns:
         What was written: the blocks of `compute_metrics` plus format_version, name, seed, split,
-        dataset and definitions.
+        dataset and definitions; under `labels`, the same blocks for each further label.
 
     Raises:
         InputError: The dataset or the predictions are missing or broken, or the predictions do not
@@ -237,6 +237,11 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
         load_predictions(con, found.predictions(split), place)
         _check_complete(con, found, split, place, facts)
         blocks = _all_metrics(con, facts, group_by_user=True)
+        for label in found.config.get("data", {}).get("labels") or {}:
+            load_predictions(con, found.predictions(split), place, label)
+            # The simulator's truth is that of the first label.
+            more = _all_metrics(con, {**facts, "truth": None}, group_by_user=True)
+            blocks.setdefault("labels", {})[label] = more
     result = {
         "format_version": 1,
         "name": found.arm,

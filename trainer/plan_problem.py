@@ -200,9 +200,8 @@ def problem_of_config(
     rows = {"user": dataset.users + 1, "item": dataset.items + 1}  # one row for unknown ids
     if config.tables.hash_rows is not None:
         rows = dict.fromkeys(rows, config.tables.hash_rows)
-    model = LLM4MSR(
-        config.model, make_shapes(dataset, stores, rows), config.tables.dim, config.tables.init_std
-    )
+    shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
+    model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     hardware = absent_cluster(_with_memory(config.hardware, hbm_gib), cluster)
     samples = batch or config.train.global_batch_size // hardware.ranks
     if samples < 1:

@@ -175,22 +175,32 @@ def database(memory_limit: str = "2GB", threads: int = 2) -> Iterator[duckdb.Duc
 
 
 def load_predictions(
-    con: duckdb.DuckDBPyConnection, files: Sequence[Path], dataset: Path | None
+    con: duckdb.DuckDBPyConnection,
+    files: Sequence[Path],
+    dataset: Path | None,
+    label: str | None = None,
 ) -> None:
     """Creates table `p`: the prediction columns, `scenario` (text), `segment` (text or null).
+
+    For a further label, `label` and `prediction` of `p` are that label's.
 
     Args:
         con: A connection from `database`.
         files: Prediction Parquet files.
         dataset: Prepared dataset that defines the segments; None leaves `segment` null.
+        label: Name of a further label; None: the first one.
 
     Raises:
         InputError: A file is absent, truncated, lacks a column, or holds a null, NaN, a prediction
             outside [0, 1] or a label outside {0, 1}; the message names file, column and row.
     """
-    _check_files(files)
+    columns = {name: name for name in COLUMNS}
+    if label is not None:
+        columns |= {name: f"{name}_{label}" for name in ("label", "prediction")}
+    _check_files(files, columns)
     names = [str(file) for file in files]
-    _check_values(con, names)
+    quoted = {name: '"' + column.replace('"', '""') + '"' for name, column in columns.items()}
+    _check_values(con, names, quoted)
     if dataset is None:
         segment, join, extra = "NULL::VARCHAR", "", []
     else:
@@ -204,23 +214,27 @@ def load_predictions(
                   USING (user_id, scenario_id)"""
         extra = [train, profile + train]
     con.execute(
-        f"""CREATE TABLE p AS SELECT {", ".join("r." + name for name in COLUMNS)},
+        f"""CREATE OR REPLACE TABLE p AS
+            SELECT {", ".join(f"r.{column} AS {name}" for name, column in quoted.items())},
             r.scenario_id::VARCHAR AS scenario, {segment} AS segment
             FROM read_parquet(?) r {join}""",
         [names, *extra],
     )
 
 
-def _check_values(con: duckdb.DuckDBPyConnection, names: list[str]) -> None:
+def _check_values(
+    con: duckdb.DuckDBPyConnection, names: list[str], columns: dict[str, str]
+) -> None:
     """Raises InputError for the first row with a null, a NaN or a value out of range."""
     import duckdb
 
-    nulls = " + ".join(f"({name} IS NULL)::INT" for name in COLUMNS)
+    nulls = " + ".join(f"({name} IS NULL)::INT" for name in columns.values())
+    label, prediction = columns["label"], columns["prediction"]
     try:
         bad = con.execute(
-            f"""SELECT filename, file_row_number, label, prediction, {nulls} AS nulls
+            f"""SELECT filename, file_row_number, {label}, {prediction}, {nulls} AS nulls
                 FROM read_parquet(?, filename = true, file_row_number = true)
-                WHERE nulls > 0 OR label NOT IN (0, 1) OR prediction NOT BETWEEN 0 AND 1
+                WHERE nulls > 0 OR {label} NOT IN (0, 1) OR {prediction} NOT BETWEEN 0 AND 1
                 ORDER BY filename, file_row_number LIMIT 1""",
             [names],
         ).fetchone()
@@ -239,7 +253,7 @@ def _check_values(con: duckdb.DuckDBPyConnection, names: list[str]) -> None:
         )
 
 
-def _check_files(files: Sequence[Path]) -> None:
+def _check_files(files: Sequence[Path], columns: dict[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -258,7 +272,8 @@ def _check_files(files: Sequence[Path]) -> None:
             raise InputError(f"{file}: prediction file not found.") from error
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{file}: not readable as Parquet ({error}).") from error
-        for name, kind in COLUMNS.items():
+        for role, kind in COLUMNS.items():
+            name = columns[role]
             if name not in schema.names:
                 raise InputError(f"{file}: column '{name}' is missing (found {schema.names}).")
             if not accepts[kind](schema.field(name).type):

@@ -237,6 +237,13 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
     except ValueError as error:
         raise InputError(str(error)) from error
     dataset = validate_dataset(Path(config.data.path))
+    for name in config.data.labels:
+        if name not in dataset.extra_labels:
+            there = ", ".join(dataset.extra_labels) or "none"
+            raise InputError(
+                f"data.labels: {config.data.path} has no further label {name!r} (there: {there}); name it "
+                "under labels in the schema and prepare the data again, or remove it"
+            )
     return Inputs(dataset, open_stores(config, dataset))
 
 
@@ -244,9 +251,10 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     """Builds and shards the model, loads this rank's knowledge rows."""
     train, dataset, stores = config.train, inputs.dataset, inputs.stores
     ids = _id_maps(config, folder, runtime)
-    encoder = _row_encoder(dataset, stores, ids)
+    encoder = _row_encoder(dataset, stores, ids, tuple(f"label_{n}" for n in config.data.labels))
 
-    shapes = make_shapes(dataset, stores, {level: one.rows for level, one in ids.items()})
+    rows = {level: one.rows for level, one in ids.items()}
+    shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
     torch.manual_seed(train.seed)
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
@@ -309,7 +317,10 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
 
 
 def make_shapes(
-    dataset: DatasetInfo, stores: dict[str, KnowledgeStore], rows: dict[str, int]
+    dataset: DatasetInfo,
+    stores: dict[str, KnowledgeStore],
+    rows: dict[str, int],
+    label_weights: tuple[float, ...],
 ) -> Shapes:
     """What data, stores and rows of the id tables ("user", "item") say about the model's size."""
     scenario_store = stores.get("scenario")
@@ -325,6 +336,7 @@ def make_shapes(
         )
         if scenario_store
         else None,
+        label_weights=label_weights,
     )
 
 
@@ -356,7 +368,10 @@ def _shape(store: KnowledgeStore | None) -> tuple[int, int] | None:
 
 
 def _row_encoder(
-    dataset: DatasetInfo, stores: dict[str, KnowledgeStore], ids: dict[str, IdMap]
+    dataset: DatasetInfo,
+    stores: dict[str, KnowledgeStore],
+    ids: dict[str, IdMap],
+    extra_labels: tuple[str, ...],
 ) -> RowEncoder:
     scenario_ids = np.array([scenario.scenario_id for scenario in dataset.scenarios])
     order = np.argsort(scenario_ids)
@@ -367,6 +382,7 @@ def _row_encoder(
         scenario_order=order.astype(np.int64),
         history_length=dataset.history_length,
         joins={level: KnowledgeJoin(store) for level, store in stores.items()},
+        extra_labels=extra_labels,
     )
 
 

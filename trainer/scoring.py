@@ -78,12 +78,17 @@ def write_predictions(run: Run, split: str) -> Path:
     The directory appears whole, by rename, after every rank has written its part.
     """
     events = run.stream([split], shuffle=False)
-    scored = [  # 5 bytes per row, no more
-        (found.logits.sigmoid().float().cpu(), found.has_knowledge.bool().cpu())
+    further = [f"label_{name}" for name in run.config.data.labels]
+    scored = [  # 5 bytes per row and 4 per further label, no more
+        (
+            torch.cat([found.logits[:, None], found.extra_logits], 1).sigmoid().float().cpu(),
+            found.has_knowledge.bool().cpu(),
+        )
         for found in score(run, events)
     ]
     rows = events.stop - events.start
     chances, known = (torch.cat(parts)[:rows] for parts in zip(*scored, strict=True))
+    names = ["prediction", *(f"prediction_{name}" for name in run.config.data.labels)]
     target = run.folder / "predictions" / split
     partial = target.with_name(f"{split}.partial")
     if run.runtime.is_main:
@@ -94,9 +99,10 @@ def write_predictions(run: Run, split: str) -> Path:
     def write() -> None:
         at = 0
         with _PartWriter(partial / f"part-{run.runtime.rank:05d}.parquet") as writer:
-            for table, _ in events.tables(ID_COLUMNS):
+            for table, _ in events.tables([*ID_COLUMNS, *further]):
                 piece = slice(at, at + len(table))
-                table = table.append_column("prediction", pa.array(chances[piece].numpy()))
+                for task, name in enumerate(names):
+                    table = table.append_column(name, pa.array(chances[piece, task].numpy()))
                 writer.write(table.append_column("has_knowledge", pa.array(known[piece].numpy())))
                 at += len(table)
 

@@ -82,7 +82,9 @@ def append_parquet(
             write_items(con, events, rules, schema.parent, found, kinds["item_id"])
             _merge_items(con, base, folder, info)
             types = (info.user_id_type, info.item_id_type, info.scenario_id_type)
-            staging = Staging(folder / "scratch" / "staged", event_schema(*types))
+            staging = Staging(
+                folder / "scratch" / "staged", event_schema(*types, labels=info.extra_labels)
+            )
             # What lies before the day counts as its profile window: it gives histories, no rows.
             stage_log(
                 con, _with_last_positives(events, past, info), staging, folder / "scratch", split
@@ -152,6 +154,11 @@ def _check_base(base: Path, info: DatasetInfo, rules: LogSchema, schema: Path) -
             f"{schema}: scenarios differ from those of {base}: {sorted(map(str, known))}; a model "
             "keeps its scenarios; prepare the whole log anew to change them"
         )
+    if sorted(rules.labels) != sorted(info.extra_labels):
+        raise InputError(
+            f"{schema}: further labels {sorted(rules.labels)} differ from those of {base}: "
+            f"{sorted(info.extra_labels)}; prepare the whole log anew to change them"
+        )
 
 
 def _check_kinds(base: Path, info: DatasetInfo, kinds: dict[str, str]) -> None:
@@ -190,7 +197,10 @@ def _boundaries(
 
 def _with_last_positives(events: str, past: str, info: DatasetInfo) -> str:
     """The day's events, and as many of its users' last positive ones before as a history holds."""
-    columns = "user_id, item_id, scenario_id, timestamp, label"
+    columns = ", ".join(
+        ["user_id, item_id, scenario_id, timestamp, label"]
+        + [f"label_{name}" for name in info.extra_labels]
+    )
     newest_first = "timestamp DESC, item_id DESC, scenario_id DESC"
     return (
         f"(SELECT {columns} FROM {events} UNION ALL (SELECT {columns} FROM {past} WHERE label = 1 "

@@ -1,6 +1,6 @@
 """One batch as the model sees it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Batch(Pipelineable):
         scenario_knowledge: Row of the scenario's vector, -1 without one, int64 [B].
         label: 0 or 1, float32 [B].
         weight: 1 for a sample, 0 for padding, float32 [B].
+        extra_labels: Further labels, 0 or 1, float32 [B, E].
     """
 
     ids: KeyedJaggedTensor
@@ -27,6 +28,7 @@ class Batch(Pipelineable):
     scenario_knowledge: Tensor
     label: Tensor
     weight: Tensor
+    extra_labels: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Copies to a device."""

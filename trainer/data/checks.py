@@ -52,17 +52,17 @@ def check_statistics(
         for number in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(number)
             name, statistics = chunk.path_in_schema, chunk.statistics
-            if name not in PLAIN_COLUMNS or statistics is None:
+            if not (name in PLAIN_COLUMNS or name.startswith("label_")) or statistics is None:
                 continue
             if statistics.has_null_count and statistics.null_count:
                 suspects.add(name)
             if statistics.has_min_max:
                 ends = {statistics.min, statistics.max}
-                if (name == "label" and not ends <= {0, 1}) or (
+                if (name.startswith("label") and not ends <= {0, 1}) or (
                     name == "scenario_id" and not ends <= known
                 ):
                     suspects.add(name)
-    for name in PLAIN_COLUMNS:
+    for name in (*PLAIN_COLUMNS, *sorted(suspects - set(PLAIN_COLUMNS))):
         if name in suspects and (problem := find_problem(file, name, scenario_ids)):
             raise problem
 
@@ -82,12 +82,12 @@ def find_problem(
         for batch in parquet.iter_batches(columns=[column]):
             values = batch.column(0)
             bad, what = pc.is_null(values), "null"
-            allowed: Sequence[Any] | None = (0, 1) if column == "label" else None
+            allowed: Sequence[Any] | None = (0, 1) if column.startswith("label") else None
             if column == "scenario_id":
                 allowed = scenario_ids
             if not pc.any(bad).as_py() and allowed is not None:
                 bad = pc.invert(pc.is_in(values, value_set=pa.array(allowed, values.type)))
-                what = "not 0 or 1" if column == "label" else "not listed in dataset.json"
+                what = "not 0 or 1" if column.startswith("label") else "not listed in dataset.json"
             row = pc.index(bad, True).as_py()
             if row >= 0:
                 value = "" if what == "null" else f" ({values[row].as_py()!r})"

@@ -92,7 +92,10 @@ class Parent(StrictModel):
 
 
 class DatasetInfo(StrictModel):
-    """Content of dataset.json."""
+    """Content of dataset.json.
+
+    Each name in `extra_labels` is a column label_NAME of the events: a further label beside `label`.
+    """
 
     format_version: Literal[1] = 1
     name: str
@@ -102,6 +105,7 @@ class DatasetInfo(StrictModel):
     item_id_type: IdType
     scenario_id_type: IdType
     history_length: int = HISTORY_LENGTH
+    extra_labels: list[str] = Field(default_factory=list)
     split: SplitInfo
     rows: dict[SplitName, int] = Field(default_factory=dict)
     introduction_rows: int = 0
@@ -182,7 +186,9 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
     from trainer.data.checks import check_schema, check_statistics
 
     info = open_dataset(path)
-    wanted = event_schema(info.user_id_type, info.item_id_type, info.scenario_id_type)
+    wanted = event_schema(
+        info.user_id_type, info.item_id_type, info.scenario_id_type, labels=info.extra_labels
+    )
     scenarios = [scenario.scenario_id for scenario in info.scenarios]
     introduction = (INTRODUCTION,) if info.split.held_out_users else ()
     for split in (*SPLITS, *introduction):
@@ -246,8 +252,10 @@ def arrow_id(kind: str) -> pa.DataType:
     return pa.int64() if kind == "int64" else pa.string()
 
 
-def event_schema(user: str, item: str, scenario: str, truth: Iterable[str] = ()) -> pa.Schema:
-    """Arrow schema of a split, from the three id types; `truth` columns are float32."""
+def event_schema(
+    user: str, item: str, scenario: str, truth: Iterable[str] = (), labels: Iterable[str] = ()
+) -> pa.Schema:
+    """Arrow schema of a split, from the three id types; further labels int8, `truth` columns float32."""
     import pyarrow as pa
 
     fields = [
@@ -258,7 +266,8 @@ def event_schema(user: str, item: str, scenario: str, truth: Iterable[str] = ())
         ("label", pa.int8()),
         ("history", pa.list_(arrow_id(item))),
     ]
-    return pa.schema(fields + [(name, pa.float32()) for name in truth])
+    further = [(f"label_{name}", pa.int8()) for name in labels]
+    return pa.schema(fields + further + [(name, pa.float32()) for name in truth])
 
 
 def item_fields(item: str) -> list[tuple[str, pa.DataType]]:

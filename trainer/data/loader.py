@@ -68,21 +68,29 @@ class RowEncoder:
     scenario_order: np.ndarray  # sorted position to position in dataset.json
     history_length: int
     joins: dict[str, KnowledgeJoin]  # level to join; absent levels are never eligible
+    extra_labels: tuple[str, ...] = ()  # columns label_NAME
+
+    @property
+    def columns(self) -> list[str]:
+        """What `encode` reads."""
+        return [*COLUMNS, *self.extra_labels]
 
     def encode(self, table: pa.Table, source: Path) -> Rows:
-        """Encodes columns `COLUMNS` of one piece of a file.
+        """Encodes `columns` of one piece of a file.
 
         Raises:
             InputError: If a value is null, a label is not 0 or 1, or a scenario of the log is not one
                 of the dataset's.
         """
-        for column in COLUMNS:
+        for column in self.columns:
             if table[column].null_count:
                 raise self._problem(source, column, "has a null")
         timestamps = table["timestamp"].to_numpy()
-        labels = table["label"].to_numpy()
-        if not np.isin(labels, (0, 1)).all():
-            raise self._problem(source, "label", "is not 0 or 1 everywhere")
+        labels = np.empty((len(table), 1 + len(self.extra_labels)), dtype=np.float32)
+        for place, column in enumerate(("label", *self.extra_labels)):
+            labels[:, place] = table[column].to_numpy()
+            if not np.isin(labels[:, place], (0, 1)).all():
+                raise self._problem(source, column, "is not 0 or 1 everywhere")
         position = self.scenarios.positions(table["scenario_id"])
         if len(position) and position.min() < 0:
             value = table["scenario_id"][int(np.argmin(position))].as_py()
@@ -105,7 +113,8 @@ class RowEncoder:
             "user": self.users.lookup(table["user_id"]),
             "item": self.items.lookup(table["item_id"]),
             "scenario": self.scenario_order[position],
-            "label": labels.astype(np.float32),
+            "label": labels[:, 0],
+            "extra_labels": labels[:, 1:],
             "history": _last_columns(flat, lengths, self.history_length),
             "history_length": np.minimum(lengths, self.history_length),
             **{f"{level}_knowledge": rows for level, rows in joined.items()},
@@ -285,7 +294,7 @@ class EventStream:
         order = np.arange(len(self._parts))
         if self._shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        source = self._parts.read(COLUMNS, order, bounds[0], bounds[-1])
+        source = self._parts.read(self._encoder.columns, order, bounds[0], bounds[-1])
         pending: list[Rows] = []
         held = 0
         for low, high in itertools.pairwise(bounds):
@@ -304,7 +313,9 @@ class EventStream:
 
     def _encode_nothing(self) -> Rows:
         schema = self._parts.schema
-        columns = {name: pa.array([], type=schema.field(name).type) for name in COLUMNS}
+        columns = {
+            name: pa.array([], type=schema.field(name).type) for name in self._encoder.columns
+        }
         return self._encoder.encode(pa.table(columns), Path())
 
 
@@ -339,7 +350,7 @@ def collate(rows: Rows, batch_size: int) -> Batch:
     present[:count] = 1
 
     def padded(values: np.ndarray, fill: int = 0) -> torch.Tensor:
-        full = np.full(batch_size, fill, dtype=values.dtype)
+        full = np.full((batch_size, *values.shape[1:]), fill, dtype=values.dtype)
         full[:count] = values
         return torch.from_numpy(full)
 
@@ -366,6 +377,7 @@ def collate(rows: Rows, batch_size: int) -> Batch:
         scenario_knowledge=padded(rows["scenario_knowledge"], fill=-1),
         label=padded(rows["label"]),
         weight=torch.from_numpy(present.astype(np.float32)),
+        extra_labels=padded(rows["extra_labels"]),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -81,10 +81,16 @@ class SplitChoice(StrictModel):
 
 
 class LogSchema(StrictModel):
-    """What a user's own log means: content of the YAML file given as --schema."""
+    """What a user's own log means: content of the YAML file given as --schema.
+
+    `labels` names further labels and their columns, in the order of the funnel: {purchase: is_buy}.
+    """
 
     name: str = "log"
     columns: Columns = Columns()
+    labels: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str] = Field(
+        default_factory=dict
+    )
     timestamp_unit: Literal["seconds", "milliseconds", "microseconds"] = "seconds"
     catalogue: Catalogue | None = None
     scenarios: list[Scenario]

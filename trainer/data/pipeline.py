@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_ROWS = 2_000_000
-RAW_COLUMNS = EVENT_COLUMNS[:-1]
 
 
 # ---------------------------------------------------------------- split and history
@@ -233,7 +232,7 @@ def stage_log(
         )
         folders = sorted((scratch / "by-user").iterdir())
         sources = [parquet_sql(sorted(folder.iterdir())) for folder in folders]
-    columns = ", ".join(RAW_COLUMNS)
+    columns = ", ".join(name for name in staging.schema.names if name != "history")
     for source in progress(sources, "split and history"):
         block = con.execute(
             f"SELECT {columns} FROM {source} ORDER BY user_id, {EVENT_ORDER}"

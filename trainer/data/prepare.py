@@ -22,7 +22,7 @@ from trainer.data.dataset import (
     quote_name,
     read_footer,
 )
-from trainer.data.log_schema import Catalogue, Columns, LogSchema, SplitChoice, load_schema
+from trainer.data.log_schema import Catalogue, LogSchema, SplitChoice, load_schema
 from trainer.data.pipeline import Staging, finish, stage_log, time_quantile
 
 if TYPE_CHECKING:
@@ -84,16 +84,23 @@ ALLOWED = {
 }
 
 
-def _column_kinds(files: list[Path], columns: Columns) -> dict[str, str]:
+def _roles(schema: LogSchema) -> dict[str, str]:
+    """Our column to the log's, further labels included."""
+    further = {f"label_{name}": column for name, column in schema.labels.items()}
+    return {**schema.columns.model_dump(), **further}
+
+
+def _column_kinds(files: list[Path], columns: dict[str, str]) -> dict[str, str]:
     """Kind of each role's column, the same in every file."""
     kinds: dict[str, str] = {}
     for file in files:
         schema, _ = read_footer(file)
-        for role, name in columns.model_dump().items():
+        for role, name in columns.items():
             require_column(file, schema.names, name, role)
             kind = _kind(schema.field(name).type)
-            if kind not in ALLOWED[role]:
-                wanted = " or ".join(ALLOWED[role]).replace("time", "a timestamp type")
+            allowed = ALLOWED["label" if role.startswith("label") else role]
+            if kind not in allowed:
+                wanted = " or ".join(allowed).replace("time", "a timestamp type")
                 raise InputError(
                     f"{file}: column {name!r} (for {role}) is {kind}, must be {wanted}"
                 )
@@ -107,7 +114,7 @@ def _column_kinds(files: list[Path], columns: Columns) -> dict[str, str]:
 
 def _select(schema: LogSchema, kinds: dict[str, str]) -> str:
     """SELECT list that turns the log's columns into ours."""
-    names = {role: quote_name(name) for role, name in schema.columns.model_dump().items()}
+    names = {role: quote_name(name) for role, name in _roles(schema).items()}
     parts = []
     for role in ("user_id", "item_id", "scenario_id"):
         sql_type = "BIGINT" if kinds[role] == "int64" else "VARCHAR"
@@ -118,7 +125,8 @@ def _select(schema: LogSchema, kinds: dict[str, str]) -> str:
     else:
         unit = divisor[schema.timestamp_unit]
         parts.append(f"CAST({names['timestamp']} AS BIGINT) // {unit} AS timestamp")
-    parts.append(f"CAST({names['label']} AS TINYINT) AS label")
+    labels = [role for role in names if role.startswith("label")]
+    parts += [f"CAST({names[role]} AS TINYINT) AS {quote_name(role)}" for role in labels]
     return ", ".join(parts)
 
 
@@ -126,15 +134,17 @@ def _check_values(
     con: duckdb.DuckDBPyConnection, files: list[Path], schema: LogSchema, kinds: dict[str, str]
 ) -> None:
     """Nulls, NaN, labels other than 0 and 1, times of another unit, unknown scenarios."""
-    names = {role: quote_name(name) for role, name in schema.columns.model_dump().items()}
-    label, time = names["label"], names["timestamp"]
+    names = {role: quote_name(name) for role, name in _roles(schema).items()}
+    time = names["timestamp"]
     fill = "drop these rows or fill them"
     checks = [(role, f"{name} IS NULL", "null", fill) for role, name in names.items()]
-    if kinds["label"] == "float":
-        checks.append(("label", f"isnan({label})", "NaN", "drop these rows or give a label"))
-    if kinds["label"] != "bool":
-        remedy = "map the labels to 0 and 1 first"
-        checks.append(("label", f"{label} NOT IN (0, 1)", "not 0 or 1", remedy))
+    for role in (role for role in names if role.startswith("label")):
+        label = names[role]
+        if kinds[role] == "float":
+            checks.append((role, f"isnan({label})", "NaN", "drop these rows or give a label"))
+        if kinds[role] != "bool":
+            remedy = "map the labels to 0 and 1 first"
+            checks.append((role, f"{label} NOT IN (0, 1)", "not 0 or 1", remedy))
     if kinds["timestamp"] == "int64" and schema.timestamp_unit == "seconds":
         remedy = "set timestamp_unit: milliseconds or microseconds in the schema"
         checks.append(("timestamp", f"{time} > {LARGEST_SECONDS}", "too large for seconds", remedy))
@@ -154,7 +164,7 @@ def _check_values(
             ).fetchall()[0]
             value = "" if value is None or value != value else f" ({value!r})"
             raise InputError(
-                f"{file}: column {getattr(schema.columns, role)!r}, row {row} (the first is 1): "
+                f"{file}: column {_roles(schema)[role]!r}, row {row} (the first is 1): "
                 f"{what}{value}; {count} such rows in all; {remedy}"
             )
 
@@ -302,7 +312,7 @@ def log_relation(
     import duckdb
 
     files = parquet_inputs(raw)
-    kinds = _column_kinds(files, rules.columns)
+    kinds = _column_kinds(files, _roles(rules))
     _check_scenarios(rules, schema, kinds["scenario_id"])
     try:
         _check_values(con, files, rules, kinds)
@@ -341,7 +351,10 @@ def prepare_parquet(raw: Path, out: Path, schema: Path, memory: str = "2GB") -> 
             user, item, scenario = (
                 _id_type(kinds[role]) for role in ("user_id", "item_id", "scenario_id")
             )
-            staging = Staging(folder / "scratch" / "staged", event_schema(user, item, scenario))
+            staging = Staging(
+                folder / "scratch" / "staged",
+                event_schema(user, item, scenario, labels=rules.labels),
+            )
             stage_log(con, events, staging, folder / "scratch", split)
         info = DatasetInfo(
             name=rules.name,
@@ -350,6 +363,7 @@ def prepare_parquet(raw: Path, out: Path, schema: Path, memory: str = "2GB") -> 
             user_id_type=user,
             item_id_type=item,
             scenario_id_type=scenario,
+            extra_labels=list(rules.labels),
             split=split,
             negatives=rules.negatives,
             positive_name=rules.positive_name,

@@ -21,8 +21,6 @@ from trainer.models.meta import (
     standardise,
 )
 
-NUM_TASKS = 1
-
 
 @dataclass(frozen=True)
 class Shapes:
@@ -36,6 +34,7 @@ class Shapes:
         user_vectors: (rows, dim) of the user store, or None.
         item_vectors: (rows, dim) of the item store, or None.
         scenario_vectors: The scenario store itself, float32 [rows, dim], or None.
+        label_weights: Weight in the loss of each further label; the first label's is 1.
     """
 
     user_rows: int
@@ -45,17 +44,27 @@ class Shapes:
     user_vectors: tuple[int, int] | None = None
     item_vectors: tuple[int, int] | None = None
     scenario_vectors: Tensor | None = None
+    label_weights: tuple[float, ...] = ()
+
+    @property
+    def tasks(self) -> int:
+        """Logits per sample."""
+        return 1 + len(self.label_weights)
 
 
 @dataclass
 class Predictions:
-    """What a step leaves behind, all [B]: logits, labels, weights (0 = padding), scenarios, join."""
+    """What a step leaves behind, [B]: logits, labels, weights (0 = padding), scenarios, join.
+
+    `extra_logits` [B, E] are those of the further labels.
+    """
 
     logits: Tensor
     label: Tensor
     weight: Tensor
     scenario: Tensor
     has_knowledge: Tensor
+    extra_logits: Tensor
 
 
 class MetaNetworks(nn.Module):
@@ -96,7 +105,7 @@ class MetaNetworks(nn.Module):
                 config.scenario_width,
                 config.scenario_layers,
                 generator,
-                NUM_TASKS,
+                shapes.tasks,
                 config.fusion,
             )
         given = [*config.inputs, *(["item"] if config.item_knowledge != "none" else [])]
@@ -111,7 +120,7 @@ class MetaNetworks(nn.Module):
                 user_dim,
                 item_dim,
                 config.match_width,
-                NUM_TASKS,
+                shapes.tasks,
                 tuple(config.match_layers),
                 generator,
             )
@@ -186,11 +195,12 @@ class DenseModel(nn.Module):
     def __init__(self, config: ModelConfig, shapes: Shapes, dim: int) -> None:
         super().__init__()
         self.history_length = shapes.history_length
+        self.label_weights = shapes.label_weights
         self.scenario_embedding = nn.Embedding(shapes.scenarios, dim)
         nn.init.normal_(self.scenario_embedding.weight, std=0.1)
         width = 6 * dim
         self.backbone = BACKBONES[config.backbone](
-            width, shapes.scenarios, config.hidden, config.dropout, NUM_TASKS
+            width, shapes.scenarios, config.hidden, config.dropout, shapes.tasks
         )
         self.meta = MetaNetworks(config.meta, shapes, width, dim) if config.meta.enabled else None
 
@@ -232,14 +242,23 @@ class DenseModel(nn.Module):
         if meta is not None and meta.match is not None:
             both = known["user"] & known["item"]
             logits = logits + meta.match(knowledge["user"], knowledge["item"], both, codes)
-        logits = logits.squeeze(1)
         # Divided by the batch size, not by the number of samples: on every rank and in a last, padded
         # batch each sample counts once and equally.
         losses = F.binary_cross_entropy_with_logits(
-            logits, batch.label, batch.weight, reduction="sum"
+            logits[:, 0], batch.label, batch.weight, reduction="sum"
         )
+        for task, label_weight in enumerate(self.label_weights):
+            losses = losses + label_weight * F.binary_cross_entropy_with_logits(
+                logits[:, task + 1], batch.extra_labels[:, task], batch.weight, reduction="sum"
+            )
+        logits = logits.detach()
         found = Predictions(
-            logits.detach(), batch.label, batch.weight, batch.scenario, known["user"]
+            logits[:, 0],
+            batch.label,
+            batch.weight,
+            batch.scenario,
+            known["user"],
+            logits[:, 1:],
         )
         return losses / len(batch.label) + extra, found
 
