@@ -37,16 +37,18 @@ def component(
     return build(stage, list(arguments), load_job(Path(job) if job else None, [], **flags))
 
 
-def build(stage: str, arguments: list[str], job: JobConfig) -> specs.AppDef:
+def build(
+    stage: str, arguments: list[str], job: JobConfig, torchrun: Sequence[str] = ("torchrun",)
+) -> specs.AppDef:
     """Describes a stage as a torchx app: one role, one replica per host, torchrun in each.
 
     Args:
         stage: A key of `STAGES`.
         arguments: What the stage's own command takes.
         job: Where and how it runs.
+        torchrun: The command that starts the processes of a host.
 
     Raises:
-        InputError: The job's resource has fewer GPUs than the host gets processes.
         KeyError: No such named resource.
     """
     fewest, hosts, _ = job.size
@@ -60,7 +62,7 @@ def build(stage: str, arguments: list[str], job: JobConfig) -> specs.AppDef:
                 min_replicas=fewest,
                 num_replicas=hosts,
                 entrypoint="bash",
-                args=["-c", _command(words, job)],
+                args=["-c", _command(words, job, torchrun)],
                 env=ENVIRONMENT | {name: str(value) for name, value in job.env.items()},
                 resource=resource(job.resource),
                 max_retries=job.retries,
@@ -83,10 +85,10 @@ def resource(wanted: str | Machine) -> specs.Resource:
     )
 
 
-def _command(words: list[str], job: JobConfig) -> str:
+def _command(words: list[str], job: JobConfig, torchrun: Sequence[str]) -> str:
     """The shell command of a host. torchx substitutes ${…}; a dollar that is to stay is doubled."""
     fewest, hosts, processes = job.size
-    run = ["torchrun", "--nnodes", f"{fewest}:{hosts}" if fewest < hosts else str(hosts)]
+    run = [*torchrun, "--nnodes", f"{fewest}:{hosts}" if fewest < hosts else str(hosts)]
     run += ["--nproc-per-node", str(processes), "--max-restarts", str(job.restarts)]
     run += ["--rdzv-backend", "c10d", "--tee", "3", "--role", ""]
     if fewest == hosts:

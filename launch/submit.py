@@ -1,5 +1,6 @@
 """`llm4msr launch`: a stage through a torchx scheduler."""
 
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -39,8 +40,8 @@ def submit(stage: str, arguments: list[str], job: JobConfig, dryrun: bool = Fals
     from launch.app import build
 
     _check(job)
-    app = build(stage, arguments, job)
-    [role] = app.roles
+    here = [sys.executable, "-m", "torch.distributed.run"]  # wherever PATH leads to
+    app = build(stage, arguments, job, here if job.scheduler in BARE else ["torchrun"])
     if job.scheduler == JOBSET:
         from launch.jobset import manifest
 
@@ -50,22 +51,20 @@ def submit(stage: str, arguments: list[str], job: JobConfig, dryrun: bool = Fals
             )
         print(manifest(app, job), end="")
         return 0
-    if job.scheduler == "local_cwd":  # the job finds this very interpreter's torchrun
-        role.env["PATH"] = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     with get_runner() as runner:
         plan = _plan(runner, app, job)
         if dryrun:
             print(plan)
             return 0
-        handle = runner.schedule(plan)
+        handle = _schedule(runner, plan, job)
         print(f"submitted {handle}", file=sys.stderr)
         if job.scheduler not in LOCAL:
             for word in ("status", "log", "cancel"):
                 print(f"  torchx {word} {handle}", file=sys.stderr)
             return 0
         readers = [
-            threading.Thread(target=_show, args=(runner, handle, role.name, host), daemon=True)
-            for host in range(role.num_replicas)
+            threading.Thread(target=_show, args=(runner, handle, stage, host), daemon=True)
+            for host in range(job.size[1])
         ]
         for reader in readers:
             reader.start()
@@ -134,6 +133,21 @@ def _plan(runner: Any, app: Any, job: JobConfig) -> Any:
         raise InputError(
             f"scheduler {name}: its client {error.name} is not installed: pip install {error.name} "
             "(for kubernetes: 'kubernetes<32', newer ones do not go with torchx)"
+        ) from error
+
+
+def _schedule(runner: Any, plan: Any, job: JobConfig) -> str:
+    """Submits; what the scheduler's own command says stands on stderr already."""
+    if folder := job.options.get("job_dir"):  # torchx makes it only when it copies a workspace
+        Path(str(folder)).mkdir(parents=True)
+    try:
+        return runner.schedule(plan)
+    except FileNotFoundError as error:
+        raise InputError(f"scheduler {job.scheduler}: {error.filename} not found here") from error
+    except subprocess.CalledProcessError as error:
+        command = error.cmd[0] if isinstance(error.cmd, list) else error.cmd
+        raise InputError(
+            f"scheduler {job.scheduler}: {command} refused the job (exit code {error.returncode})"
         ) from error
 
 

@@ -149,7 +149,10 @@ def test_commands_parse(page: Path) -> None:
     assert lines or page != README
     for line in lines:
         try:
-            options = _parser().parse_args(shlex.split(line, comments=True)[1:])
+            words = shlex.split(line, comments=True)[1:]
+            # What follows -- belongs to a stage, what follows | to another program.
+            stop = min((words.index(mark) for mark in ("--", "|") if mark in words), default=None)
+            options = _parser().parse_args(words[:stop])
         except SystemExit as error:
             pytest.fail(f"{page.name}: does not parse ({error}): {line}")
         assert callable(options.run)

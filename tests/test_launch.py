@@ -60,7 +60,11 @@ def test_dryrun_shows_the_command_and_its_restarts(
     config: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shown = shown_by_dryrun(capsys, config, "-j", "2x8", "--set", "timeout_minutes=90")
-    assert "timeout --signal TERM --kill-after 60 5400 torchrun --nnodes 2" in shown
+    assert (
+        f"timeout --signal TERM --kill-after 60 5400 {sys.executable} -m torch.distributed.run"
+        in shown
+    )
+    assert "--nnodes 2" in shown
     assert "--nproc-per-node 8 --max-restarts 3" in shown
     assert "'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'" in shown
 
@@ -255,3 +259,15 @@ def test_pipeline_runs_every_stage_once(tmp_path: Path) -> None:
     states = ["complete", "complete", "begins", "complete"]
     assert start() == [f"{stage}: {state}" for stage, state in zip(stages, states, strict=True)]
     assert (tmp_path / "run/report.html").stat().st_mtime_ns == report
+
+
+def test_the_page_lists_every_field_of_a_job() -> None:
+    from launch.job import JobConfig
+
+    page = (ROOT / "docs/launch.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page.split("## The job")[1], re.MULTILINE)
+    fields = JobConfig.model_fields.items()
+    assert rows == [
+        (key, field.default if isinstance(field.default, str) else json.dumps(field.default))
+        for key, field in fields
+    ]
