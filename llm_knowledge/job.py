@@ -32,6 +32,7 @@ from llm_knowledge.manifest import (
     read_manifest,
 )
 from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
+from llm_knowledge.progress import Progress
 from llm_knowledge.prompts import Renderer, Template, default_template, load_template
 from llm_knowledge.store import check_footer, open_part, verify
 from llm_knowledge.workers import Workers, directory_lock, wait_until
@@ -192,27 +193,30 @@ class Job:
         if place >= len(missing) and self.workers.rank:
             return  # the others were faster, and rank 0 may have finished and removed the profiles
         manifest = self._manifest()
-        with open_part(self.profiles) as profiles, self._bar(profiles, missing) as bar:
-            start = bar.n
+        with open_part(self.profiles) as profiles:
+            sizes = [profiles.metadata.row_group(index).num_rows for index in missing]
+            total = profiles.metadata.num_rows
+            progress = Progress(self.workers, stage, total, total - sum(sizes),
+                                self.encoder.counters, self.config.progress)  # fmt: skip
             while place < len(missing):
                 index = missing[place]
+                progress.begin(sizes[place])
                 rows = profiles.read_row_group(index)
                 prompts, vectors, answers = self._encode(rows["data"].to_pylist())
                 write_part(self.config.out, index, manifest, rows["key"].to_pylist(), vectors,
                            prompts, answers, rows["cutoff"].to_pylist())  # fmt: skip
-                done = count(f"{stage}/rows", len(rows))
+                progress.add(len(rows))
                 count(f"{stage}/parts", 1)
-                _show(bar, start + done)
-                bar.set_postfix_str(str(self.encoder.counters), refresh=False)
                 place = claim()
             if self.workers.rank == 0:
 
                 def all_done() -> bool:
-                    _show(bar, start + count(f"{stage}/rows", 0))
+                    progress.draw()
                     return count(f"{stage}/parts", 0) >= len(missing)
 
                 if not wait_until(all_done, timedelta(minutes=self.config.timeout_minutes)):
                     raise RuntimeError("a worker did not finish its chunk in time; start again")
+            progress.close()
 
     def _encode(self, data: list[str]) -> tuple[list[str], np.ndarray, list[str] | None]:
         """Prompts, vectors and answers of profiles.
@@ -229,15 +233,6 @@ class Job:
 
         vectors, answers = self.encoder.read(blocks())
         return prompts, vectors, answers
-
-    def _bar(self, profiles: pq.ParquetFile, missing: list[int]) -> Any:
-        from tqdm import tqdm
-
-        total = profiles.metadata.num_rows
-        rest = sum(profiles.metadata.row_group(index).num_rows for index in missing)
-        show = self.config.progress and self.workers.rank == 0
-        return tqdm(total=total, initial=total - rest, unit=self.config.level, disable=not show,
-                    desc=f"{self.config.level} knowledge", mininterval=0.5)  # fmt: skip
 
     def _finish(self) -> None:
         """List all parts in the manifest, verify the store, then call it complete."""
@@ -256,10 +251,6 @@ class Job:
         verify(out, manifest)
         write_manifest(out, manifest)
         self.profiles.unlink()
-
-
-def _show(bar: Any, rows: int) -> None:
-    bar.update(rows - bar.n)
 
 
 def _versions() -> dict[str, str]:

@@ -34,6 +34,12 @@ class Workers(Protocol):
     def count(self, name: str, amount: int) -> int:
         """Add to a counter of all workers and return its new value."""
 
+    def note(self, name: str, value: dict[str, float]) -> None:
+        """Leave this worker's latest value for all to see."""
+
+    def notes(self, name: str) -> dict[int, dict[str, float]]:
+        """The latest values by rank, of those who left one. Waits for nobody."""
+
 
 class OneWorker:
     """A run in a single process."""
@@ -56,6 +62,15 @@ class OneWorker:
         """Add to a counter."""
         self._counts[name] = self._counts.get(name, 0) + amount
         return self._counts[name]
+
+    def note(self, name: str, value: dict[str, float]) -> None:
+        """Keep a value."""
+        self._values[f"note/{name}"] = value
+
+    def notes(self, name: str) -> dict[int, dict[str, float]]:
+        """The kept value."""
+        found = self._values.get(f"note/{name}")
+        return {} if found is None else {0: found}
 
 
 class StoreWorkers:
@@ -85,6 +100,19 @@ class StoreWorkers:
     def count(self, name: str, amount: int) -> int:
         """Add to a counter of all workers."""
         return self._store.add(name, amount)
+
+    def note(self, name: str, value: dict[str, float]) -> None:
+        """Leave this worker's latest value for all to see."""
+        self._store.set(f"{name}/{self.rank}", json.dumps(value))
+
+    def notes(self, name: str) -> dict[int, dict[str, float]]:
+        """The latest values by rank, of those who left one."""
+        places = {rank: f"{name}/{rank}" for rank in range(self.size)}
+        there = [rank for rank, place in places.items() if self._store.check([place])]
+        if not there:
+            return {}
+        found = self._store.multi_get([places[rank] for rank in there])
+        return {rank: json.loads(value) for rank, value in zip(there, found, strict=True)}
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""Workers of an extraction die by ``kill -9`` at random moments; the store is as if nothing happened.
+
+Workers are forked from a process that has imported everything, so that a start costs a blink.
+"""
+
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_knowledge.encoder import Encoder
+from llm_knowledge.errors import InputError
+from llm_knowledge.extract import ExtractConfig, extract
+from llm_knowledge.store import KnowledgeStore, verify
+from tests.knowledge_data import random_dataset, tiny_encoder
+
+USERS, CHUNK, WORKERS, MOMENTS = 60, 3, 2, 20
+
+
+def worker(config: ExtractConfig, rank: int, port: int) -> int:
+    """Fork one worker of ``WORKERS``; returns its process id."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORKERS), "LOCAL_RANK": str(rank),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        with open(os.devnull, "w") as nowhere:  # what a dying peer makes the others say
+            os.dup2(nowhere.fileno(), 2)
+        extract(config)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def run(config: ExtractConfig, kill: str | None, after: float, victim: int) -> bool:
+    """Run all workers; kill one (then, as torchrun does, the others) or all. True: it finished."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    living = [worker(config, rank, port) for rank in range(WORKERS)]
+    begun, codes, struck = time.monotonic(), [], kill is None
+    while living:
+        if not struck and time.monotonic() - begun > after:
+            struck = True
+            for child in [living[victim % len(living)]] if kill == "one" else living:
+                os.kill(child, signal.SIGKILL)
+        for child in list(living):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                living.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+        if any(codes):
+            for child in living:
+                os.kill(child, signal.SIGKILL)
+        assert time.monotonic() - begun < 60, "a worker hangs"
+        time.sleep(0.001)
+    return not any(codes)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("kill", ["one", "all"])
+def test_killed_at_random_moments(tmp_path: Path, kill: str) -> None:
+    seed = int(os.environ.get("DRILL_SEED", time.time_ns() % 1_000_000))
+    print(f"DRILL_SEED={seed} repeats these moments")
+    rng = random.Random(seed)
+    bert = tiny_encoder(tmp_path / "bert")
+    data = random_dataset(tmp_path / "data", users=USERS)
+    common = {"data": data, "model": str(bert), "progress": False, "device": "cpu", "chunk": CHUNK,
+              "timeout_minutes": 0.5}  # fmt: skip
+    whole = extract(ExtractConfig(out=tmp_path / "whole", **common))
+    undisturbed = KnowledgeStore.open(whole)
+    expected = undisturbed.read_vectors(0, USERS)
+    begun = time.monotonic()
+    assert run(ExtractConfig(out=tmp_path / "timed", **common), None, 0, 0)
+    length = time.monotonic() - begun
+    moments = MOMENTS if kill == "one" else MOMENTS // 4
+    died = 0
+    for moment in range(moments):
+        config = ExtractConfig(out=tmp_path / f"{kill}-{moment}", **common)
+        after, victim = rng.uniform(0, length), rng.randrange(WORKERS)
+        starts = 1
+        if not run(config, kill, after, victim):
+            died += 1
+            while not run(config, None, 0, 0):
+                starts += 1
+                assert starts < 4, f"seed {seed}, moment {moment}: does not finish"
+        verify(config.out)
+        found = KnowledgeStore.open(config.out)
+        np.testing.assert_array_equal(found.keys(), undisturbed.keys())
+        np.testing.assert_array_equal(found.cutoffs(), undisturbed.cutoffs())
+        assert found.read_text(range(USERS)) == undisturbed.read_text(range(USERS))
+        np.testing.assert_allclose(found.read_vectors(0, USERS), expected, atol=1e-3)
+        names = sorted(file.name for file in config.out.iterdir())
+        assert names == [
+            "manifest.json",
+            *(f"part-{part:05d}.parquet" for part in range(USERS // CHUNK)),
+        ]
+    print(f"{kill}: {died} of {moments} runs died, of {length:.2f} s each")
+    assert died >= moments // 4
+
+
+def test_a_second_run_on_one_store_is_refused_and_does_no_harm(tmp_path: Path) -> None:
+    bert = tiny_encoder(tmp_path / "bert")
+    data = random_dataset(tmp_path / "data", users=USERS)
+    config = ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
+                           device="cpu", chunk=CHUNK, timeout_minutes=0.5)  # fmt: skip
+    whole, refused = Encoder.read, []
+
+    def second(self, blocks):
+        if not refused:
+            with pytest.raises(InputError, match="another run is writing here") as told:
+                extract(config)
+            refused.append(told)
+        return whole(self, blocks)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Encoder, "read", second)
+        extract(config)
+    assert len(refused) == 1
+    verify(config.out)
