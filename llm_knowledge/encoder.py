@@ -33,6 +33,9 @@ BLOCK_TEXTS = 1024
 # A prefix is shared from so many tokens, texts and share of all tokens on: below, it gains nothing.
 PREFIX_TOKENS, PREFIX_TEXTS, PREFIX_SHARE = 16, 4, 0.1
 
+# A way of reading is tried once, on the beginnings of two texts.
+TRIED_TOKENS = 24
+
 Pooling = Literal["auto", "mean", "last"]
 State = Literal["prompt", "answer"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -310,7 +313,7 @@ class Encoder:
 
     def _agrees(self, ids: list[list[int]], prefix: SharedPrefix) -> bool:
         """Whether this model gives the same vectors with the prefix as without; tried once."""
-        two = _middle(ids)
+        two = _middle(ids, len(prefix.tokens) + TRIED_TOKENS)
         if self._same(self._forward(two), self._forward(two, prefix)):
             return True
         warnings.warn(f"{self.name}: its vectors change when the prompts' common beginning is "
@@ -322,7 +325,7 @@ class Encoder:
         if self._packs_checked or self._reader.packing is None:
             return
         self._packs_checked = True
-        two, packing = _middle(ids), self._reader.packing
+        two, packing = _middle(ids, TRIED_TOKENS), self._reader.packing
         try:
             packed = self._reader.read(two).cpu().numpy()
         except (NotImplementedError, TypeError):  # an attention with a mask or a bias of its own
@@ -378,6 +381,7 @@ class Encoder:
 _PLAIN_POOLING: dict[str, Pooling] = {"encoder": "mean", "decoder": "last"}
 
 
-def _middle(ids: list[list[int]]) -> list[list[int]]:
-    """Two texts of middle length, to try a way of reading on."""
-    return sorted(ids, key=len)[len(ids) // 2 :][:2]
+def _middle(ids: list[list[int]], tokens: int) -> list[list[int]]:
+    """Beginnings of two texts of middle length, one shorter, to try a way of reading on."""
+    two = sorted(ids, key=len)[len(ids) // 2 :][:2]
+    return [own[: tokens - 3 * row] for row, own in enumerate(two)]

@@ -162,7 +162,13 @@ class Packing:
 
 def supports_packing(model: Any, causal: bool) -> bool:
     """Whether the model takes its attention from outside, and, if causal, without any window."""
-    return bool(model._can_set_attn_implementation()) and (not causal or supports_sharing(model))
+    if causal and not supports_sharing(model):
+        return False
+    kinds = getattr(model.config, "layer_types", None) or []
+    windows = [getattr(model.config, name, None) for name in ("sliding_window", "local_attention")]
+    if not causal and (any(windows) or any(kind != "full_attention" for kind in kinds)):
+        return False
+    return bool(model._can_set_attn_implementation())
 
 
 def _compute_ends_only(layer: Any) -> None:

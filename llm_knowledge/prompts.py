@@ -51,9 +51,11 @@ def clean(text: str, limit: int = MAX_TITLE_CHARS) -> str:
     and private code points are removed. A clipped text ends with an ellipsis.
     """
     text = " ".join(text[: 4 * limit].split())
-    kept = "".join(c for c in text if c not in _BIDI
-                   and unicodedata.category(c) not in ("Cc", "Cs", "Co"))  # fmt: skip
-    kept = " ".join(kept.split())
+    kept = text
+    if not text.isprintable():  # most titles are: none of their characters is to be looked at
+        kept = "".join(c for c in text if c not in _BIDI
+                       and unicodedata.category(c) not in ("Cc", "Cs", "Co"))  # fmt: skip
+        kept = " ".join(kept.split())
     return kept if len(kept) <= limit else kept[: limit - 1].rstrip() + "…"
 
 

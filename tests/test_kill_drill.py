@@ -5,6 +5,7 @@ Workers are forked from a process that has imported everything, so that a start 
 
 import os
 import random
+import resource
 import signal
 import socket
 import time
@@ -125,3 +126,30 @@ def test_a_second_run_on_one_store_is_refused_and_does_no_harm(tmp_path: Path) -
         extract(config)
     assert len(refused) == 1
     verify(config.out)
+
+
+@pytest.mark.parametrize("limit", [900, 4000])
+def test_files_that_cannot_grow_end_the_run_and_cost_nothing(
+    tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel refuses to write more than ``limit`` bytes to a file, as on a full disk."""
+    bert = tiny_encoder(tmp_path / "bert")
+    data = random_dataset(tmp_path / "data", users=20)
+    config = ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
+                           device="cpu", chunk=10)  # fmt: skip
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            extract(config)
+        except InputError as error:
+            code = 2 if "cannot be written" in str(error) else 3
+            print(error, flush=True)
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2, capfd.readouterr()
+    assert not list(config.out.glob(".part*"))
+    extract(config)
+    verify(config.out)
+    assert len(list(config.out.iterdir())) == 3
