@@ -1,6 +1,7 @@
 """Every checkpoint restored by every layout: run as a program, it forks ranks and prints one JSON line.
 
-A layout is a number of ranks and a sharding. Forking after one import makes a layout cost a second.
+A layout is a number of ranks and a sharding; table_row_wise and grid_shard are four ranks that take
+themselves for two hosts. Forking after one import makes a layout cost a second.
 """
 
 import itertools
@@ -16,13 +17,23 @@ import torch
 import torch.distributed as dist
 
 from tests.training_data import make_config, make_inputs
-from trainer.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from trainer.checkpoint import LoopState, load_checkpoint
+from trainer.checkpoint_state import local_parts
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.distributed import distributed
 from trainer.run import Run, build, open_inputs
 
 RANKS = (1, 2, 4)
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
-LAYOUTS = list(itertools.product(RANKS, SHARDINGS))
+TWO_HOSTS = ("table_row_wise", "grid_shard")
+POOLED_ONLY = (*TWO_HOSTS, "data_parallel")  # the item table, of sequences, is row-wise then
+LAYOUTS = [
+    *itertools.product(RANKS, SHARDINGS),
+    *((4, kind) for kind in TWO_HOSTS),
+    (2, "data_parallel"),
+    (4, "data_parallel"),
+]
+OPTIMIZERS = ("rowwise_adagrad", "adagrad")
 
 
 def whole_state(run: Run) -> dict[str, np.ndarray]:
@@ -36,10 +47,7 @@ def whole_state(run: Run) -> dict[str, np.ndarray]:
     own = {
         name: (
             tuple(tensor.size()),
-            [
-                (s.metadata.shard_offsets, s.tensor.detach().numpy().copy())
-                for s in tensor.local_shards()
-            ],
+            [(offsets, part.numpy().copy()) for part, offsets in local_parts(tensor)],
         )
         for name, tensor in tensors.items()
     }
@@ -54,7 +62,7 @@ def whole_state(run: Run) -> dict[str, np.ndarray]:
             *(parts[name][1] for parts in everywhere if name in parts)
         ):
             full[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))] = piece
-        if name.startswith("accumulator."):
+        if name.startswith("accumulator.") and len(size) == 1:
             table = name.removeprefix("accumulator.")
             full = full.reshape(-1, found[table].shape[0]).mean(0)
         found[name] = full
@@ -73,78 +81,101 @@ def layout_name(layout: tuple[int, str]) -> str:
 def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> None:
     """One rank of one layout: trains three steps and saves, or restores every saved checkpoint."""
     ranks, sharding = layout
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    per_host = 2 if sharding in TWO_HOSTS else ranks
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_host)}
+    os.environ["LOCAL_RANK"] = str(rank % per_host)
     store = dist.FileStore(str(root / f"rendezvous-{task}-{layout_name(layout)}"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    kinds = f"{{user: {sharding}, item: {sharding}}}"
-    config = make_config(
-        root / "inputs/data",
-        root / "inputs/knowledge",
-        root / "run",
-        tables__sharding=kinds,
-        tables__dim=16,
-    )
+    of_items = "row_wise" if sharding in POOLED_ONLY else sharding
     with distributed(30) as runtime:
-        folder = root / f"{task}-{layout_name(layout)}"
-        folder.mkdir(exist_ok=True)
-        run = build(config, runtime, folder, open_inputs(config, runtime))
-        if task == "save":
-            run.model.train()
-            batches = iter(run.stream(["train"], shuffle=True).batches())
-            for _ in range(3):
-                run.pipeline.progress(batches)
-            state = LoopState(step=3, best_step=3, fingerprints=run.fingerprints)
-            save_checkpoint(folder, run.model, run.optimizer, state, runtime.is_main)
-            whole = whole_state(run)
-            if runtime.is_main:
-                np.savez(folder / "whole.npz", **whole)
-            return
-        wrong = []
-        for source in LAYOUTS:
-            saved = root / f"save-{layout_name(source)}"
-            load_checkpoint(saved / "step-00000003", run.model, run.optimizer, run.fingerprints)
-            restored = whole_state(run)
-            with np.load(saved / "whole.npz") as expected:
-                assert set(expected.files) == set(restored)
-                # Means over column shards depend on the order of additions; all else is bit-equal.
-                wrong += [
-                    f"{layout_name(source)} to {layout_name(layout)}: {name}"
-                    for name in expected.files
-                    if not (
-                        np.allclose(expected[name], restored[name], rtol=1e-6, atol=0)
-                        if name.startswith("accumulator.")
-                        else np.array_equal(expected[name], restored[name])
-                    )
-                ]
-        if runtime.is_main:
-            (folder / "wrong.json").write_text(json.dumps(wrong))
+        for optimizer in OPTIMIZERS:
+            config = make_config(
+                root / "inputs/data",
+                None,
+                root / "run",
+                tables__sharding=f"{{user: {sharding}, item: {of_items}}}",
+                tables__dim=16,
+                tables__optimizer=optimizer,
+                model__backbone="shared_bottom",
+            )
+            folder = root / f"{task}-{layout_name(layout)}-{optimizer}"
+            folder.mkdir(exist_ok=True)
+            run = build(config, runtime, folder, open_inputs(config, runtime))
+            if task == "save":
+                save(run, folder)
+            else:
+                wrong = restore(run, root, layout_name(layout), optimizer)
+                if runtime.is_main:
+                    (folder / "wrong.json").write_text(json.dumps(wrong))
+
+
+def save(run: Run, folder: Path) -> None:
+    """Trains three steps and saves, with the state as it is gathered."""
+    run.model.train()
+    batches = iter(run.stream(["train"], shuffle=True).batches())
+    for _ in range(3):
+        run.pipeline.progress(batches)
+    CheckpointWriter(run, folder).save(LoopState(step=3, best_step=3))
+    whole = whole_state(run)
+    if run.runtime.is_main:
+        np.savez(folder / "whole.npz", **whole)
+
+
+def restore(run: Run, root: Path, name: str, optimizer: str) -> list[str]:
+    """Restores what every layout saved; names what is not as it was."""
+    wrong = []
+    for source in LAYOUTS:
+        saved = root / f"save-{layout_name(source)}-{optimizer}"
+        load_checkpoint(saved / "step-00000003", run)
+        restored = whole_state(run)
+        with np.load(saved / "whole.npz") as expected:
+            assert set(expected.files) == set(restored)
+            # Means over column shards depend on the order of additions; all else is bit-equal.
+            wrong += [
+                f"{layout_name(source)} to {name}, {optimizer}: {key}"
+                for key in expected.files
+                if not (
+                    np.allclose(expected[key], restored[key], rtol=1e-6, atol=0)
+                    if key.startswith("accumulator.") and optimizer == "rowwise_adagrad"
+                    else np.array_equal(expected[key], restored[key])
+                )
+            ]
+    return wrong
+
+
+def run_layouts(layouts: list[tuple[int, str]], root: Path, task: str) -> None:
+    """Forks the ranks of some layouts at once and waits for all of them."""
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=rank_main, args=(rank, layout, root, task))
+        for layout in layouts
+        for rank in range(layout[0])
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+        if process.exitcode != 0:
+            for other in ranks:
+                other.kill()
+            raise SystemExit(f"{task} {layouts}: a rank failed or hung")
 
 
 def main(root: Path) -> None:
     """Saves from every layout, then restores all of them in every layout."""
     torch.set_num_threads(1)
     make_inputs(root / "inputs")
-    context = multiprocessing.get_context("fork")
     for task in ("save", "restore"):
-        for layout in LAYOUTS:
-            ranks = [
-                context.Process(target=rank_main, args=(rank, layout, root, task))
-                for rank in range(layout[0])
-            ]
-            for process in ranks:
-                process.start()
-            for process in ranks:
-                process.join(60)
-                if process.exitcode != 0:
-                    for other in ranks:
-                        other.kill()
-                    raise SystemExit(f"{task} {layout_name(layout)}: a rank failed or hung")
+        for start in range(0, len(LAYOUTS), 2):
+            run_layouts(LAYOUTS[start : start + 2], root, task)
     wrong = [
         line
-        for layout in LAYOUTS
-        for line in json.loads((root / f"restore-{layout_name(layout)}/wrong.json").read_text())
+        for layout, optimizer in itertools.product(LAYOUTS, OPTIMIZERS)
+        for line in json.loads(
+            (root / f"restore-{layout_name(layout)}-{optimizer}/wrong.json").read_text()
+        )
     ]
-    print(json.dumps({"cells": len(LAYOUTS) ** 2, "wrong": wrong}))
+    print(json.dumps({"cells": len(LAYOUTS) ** 2 * len(OPTIMIZERS), "wrong": wrong}))
 
 
 if __name__ == "__main__":

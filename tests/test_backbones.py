@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from tests.test_model import DIM, SCENARIOS, inputs, logits, shapes
 from tests.training_data import make_config, make_inputs
-from trainer.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from trainer.checkpoint import LoopState, load_checkpoint
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import MetaConfig, ModelConfig, RunConfig
 from trainer.distributed import distributed
 from trainer.models import BACKBONES
@@ -334,8 +335,8 @@ def step_on_all_ranks(data: Path, root: Path) -> dict[str, list[float]]:
             run = build(config, runtime, root / name, open_inputs(config, runtime))
             if first:
                 folder = start.parent
-                save_checkpoint(folder, run.model, run.optimizer, LoopState(), runtime.is_main)
-            load_checkpoint(start, run.model, run.optimizer, run.fingerprints)
+                CheckpointWriter(run, folder).save(LoopState())
+            load_checkpoint(start, run)
             valid = run.stream(["valid"], shuffle=False)
             before = measure(run, valid)[1]
             run.model.train()

@@ -21,7 +21,7 @@ from llm_knowledge.manifest import file_checksum, read_manifest
 from llm_knowledge.writer import write_manifest
 from tests.log_data import SCHEMA, random_log, write_log
 from tests.training_data import make_config, make_inputs, write_config
-from trainer import checkpoint
+from trainer import checkpoint_writer
 from trainer.data import pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -500,7 +500,7 @@ def test_no_space(
         out.with_name(f".{out.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
     monkeypatch.setattr(pipeline, "write_sorted", no_space)
     monkeypatch.setattr(writer.pq, "write_table", no_space)
-    monkeypatch.setattr(checkpoint.dcp, "save", no_space)
+    monkeypatch.setattr(checkpoint_writer.dcp, "save", no_space)
     before = content(own, finished.parent)
     refuse(capsys, *words, says=(str(out.parent), "o space left"))
     assert content(own, finished.parent) == before

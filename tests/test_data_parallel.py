@@ -25,7 +25,8 @@ from embeddings.sharding import (
 from embeddings.tables import Table, collections
 from llm_knowledge.errors import InputError
 from tests.training_data import make_config, make_inputs
-from trainer.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from trainer.checkpoint import LoopState, load_checkpoint
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.distributed import distributed
@@ -95,8 +96,8 @@ def rank_main(rank: int, root: Path, out: Path) -> None:
                 return build(config, runtime, folder, open_inputs(config, runtime))
 
             def save(run: Run, step: int) -> Path:
-                state = LoopState(step=step, best_step=step, fingerprints=run.fingerprints)
-                return save_checkpoint(run.folder, run.model, run.optimizer, state, runtime.is_main)
+                CheckpointWriter(run, run.folder).save(LoopState(step=step, best_step=step))
+                return run.folder / f"step-{step:08d}"
 
             sharded = start("row_wise")
             batches = list(sharded.stream(["train"], shuffle=True).batches())[:6]
@@ -106,14 +107,14 @@ def rank_main(rank: int, root: Path, out: Path) -> None:
             tables[f"{rule} row_wise 6"] = steps(sharded, batches[4:6])
 
             replicated = start("data_parallel")
-            load_checkpoint(after_two, replicated.model, replicated.optimizer, sharded.fingerprints)
+            load_checkpoint(after_two, replicated)
             tables[f"{rule} data_parallel 4"] = steps(replicated, batches[2:4])
             after_four = save(replicated, 4)
             tables[f"{rule} data_parallel 6"] = steps(replicated, batches[4:6])
 
             for kind in ("row_wise", "column_wise"):
                 again = start(kind)
-                load_checkpoint(after_four, again.model, again.optimizer, sharded.fingerprints)
+                load_checkpoint(after_four, again)
                 tables[f"{rule} {kind} again 4"] = user_table(again)
                 tables[f"{rule} {kind} again 6"] = steps(again, batches[4:6])
     np.savez(out / f"rank-{rank}.npz", **tables)

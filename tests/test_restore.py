@@ -11,7 +11,6 @@ import pytest
 from llm_knowledge.errors import InputError
 from tests.test_train import ENVIRONMENT, ROOT, command_line, lines
 from tests.training_data import make_config, make_inputs, write_config
-from trainer.checkpoint import checkpoints
 from trainer.log import RunLog
 from trainer.scoring import predict
 from trainer.train import train
@@ -25,13 +24,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_every_layout_restores_every_other_exactly(tmp_path: Path) -> None:
-    """{1, 2, 4} ranks x {row, table, column}-wise, each from each: 81 cells."""
+    """Every pair of 13 layouts with two optimizers; see `LAYOUTS`."""
     command = [sys.executable, "-m", "tests.restore_matrix", str(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"cells": 81, "wrong": []}
+    assert json.loads(done.stdout) == {"cells": 338, "wrong": []}
 
 
 @pytest.mark.distributed
@@ -73,21 +72,11 @@ def test_a_run_continues_on_another_number_of_ranks(
     assert [loss for _, loss in second] == pytest.approx([loss for _, loss in first], rel=1e-4)
 
 
-def test_partial_and_damaged_checkpoints(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    config = make_config(*inputs, tmp_path / "run", train__epochs=1)
-    run = train(config)
-    folder = run / "checkpoints"
-    (folder / "step-99999999.partial").mkdir()  # what a killed writer leaves
-    assert train(config, resume=True) == run
-    newest = checkpoints(folder)[-1]
-    (newest / ".metadata").write_bytes((newest / ".metadata").read_bytes()[:100])
-    with pytest.raises(InputError, match=r"the checkpoint is damaged .*; remove it"):
-        train(config, resume=True)
-
-
 def test_checkpoint_of_another_model_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = train(make_config(*inputs, tmp_path / "run", train__epochs=1))
-    with pytest.raises(InputError, match=r"the model needs"):
+    with pytest.raises(
+        InputError, match=r"the model needs .*differs: model.hidden: \[8, 4\], now \[12, 4\]"
+    ):
         predict(run, "test", ["model.hidden=[12, 4]"])
     with pytest.raises(InputError, match=r"holds nothing for .*; it belongs to another model"):
         predict(run, "test", ["model.backbone=shared_bottom"])

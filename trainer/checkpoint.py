@@ -1,213 +1,228 @@
-"""Checkpoints: torch.distributed.checkpoint, whole or not there at all.
+"""Checkpoints on disk: what is there, what of it is whole, what it says of itself, which are kept.
 
-A checkpoint is a directory `step-000120` that appears by rename. It holds the trainable state (tables,
-their optimizer state, dense parameters, Adam's moments) and `state.json` (position of the loop,
-fingerprints of the knowledge stores). Frozen vectors are not in it: their store has them.
+A checkpoint is a directory `step-00000120` that appears by rename: torch.distributed.checkpoint's files
+and `checkpoint.json`, which can be read without torch. It holds the trainable state (tables, their
+optimizer state, dense parameters, Adam's moments); frozen vectors are not in it, their store has them.
 """
 
-import dataclasses
-import errno
+from __future__ import annotations
+
 import json
+import os
 import shutil
-import warnings
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.optim import Optimizer
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardedTensor
 
+from embeddings.optimizer import set_update_count
+from embeddings.versions import versions
 from llm_knowledge.errors import InputError
+from trainer.checkpoint_state import load_state
+from trainer.config import differences
 
-FROZEN_PREFIX = "knowledge."
-ACCUMULATOR_PREFIX = "table_optimizer."
+if TYPE_CHECKING:  # which imports this module
+    from trainer.run import Run
+
+DESCRIPTION = "checkpoint.json"
+FORMAT_VERSION = 2
 
 
 @dataclass
 class LoopState:
-    """Where the loop stands; everything else is derived from the configuration."""
+    """Where the loop stands; everything else is derived from the configuration.
+
+    Attributes:
+        step: Updates done.
+        epoch: Passes done.
+        auc: AUC on the valid split at this step; None where it was not measured.
+        best_auc: The best AUC so far.
+        best_step: Its step; 0 before the first evaluation.
+        evaluations_without_gain: Evaluations since then.
+        finished: Whether training is over.
+        table_updates: What `embeddings.optimizer.update_count` gives.
+    """
 
     step: int = 0
+    epoch: int = 0
+    auc: float | None = None
     best_auc: float | None = None
     best_step: int = 0
     evaluations_without_gain: int = 0
     finished: bool = False
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    table_updates: int = 0
 
 
-def _state(model: DistributedModelParallel, optimizer: Optimizer) -> dict[str, Any]:
-    """Flat name to tensor; the tensors alias the live ones, so loading into them is enough.
-
-    Flat, because a nested dict fails on ranks that own no part of a table.
-    """
-    state = {
-        f"model.{name}": value
-        for name, value in model.state_dict().items()
-        if not name.startswith(FROZEN_PREFIX)
+def describe(run: Run, state: LoopState) -> dict[str, Any]:
+    """What `checkpoint.json` says, but for the files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "loop": asdict(state),
+        "world_size": run.runtime.world_size,
+        "tables": [asdict(table) for table in run.tables],
+        "fingerprints": run.fingerprints,
+        "config": run.config.model_dump(),
+        "versions": versions(),
     }
-    for name, values in model.fused_optimizer.state_dict()["state"].items():
-        if not name.startswith(FROZEN_PREFIX):
-            state |= {f"{ACCUMULATOR_PREFIX}{name}.{key}": value for key, value in values.items()}
-    names = {id(parameter): name for name, parameter in model.module.dense.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = optimizer.state[parameter]
-            if (
-                not moments
-            ):  # Adam makes its state at the first step; a fresh process has none to fill
-                moments["step"] = torch.zeros(())
-                moments["exp_avg"] = torch.zeros_like(parameter)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            for key, value in moments.items():
-                state[f"dense_optimizer.{names[id(parameter)]}.{key}"] = value
-    return state
 
 
-def save_checkpoint(
-    folder: Path,
-    model: DistributedModelParallel,
-    optimizer: Optimizer,
-    state: LoopState,
-    is_main: bool,
-) -> Path:
-    """Writes `folder/step-N` on all ranks together; removes all others but the best."""
-    target = folder / f"step-{state.step:08d}"
-    partial = folder / f"{target.name}.partial"
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            dcp.save(_state(model, optimizer), checkpoint_id=partial)
-        except (CheckpointException, OSError) as error:  # the former on every rank, with all causes
-            raise _explain_failure(folder, error) from error
-    if is_main:
-        (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for other in checkpoints(folder):
-            if other.name not in (target.name, f"step-{state.best_step:08d}"):
-                shutil.rmtree(other)
-    dist.barrier()
-    return target
+def finish(partial: Path, target: Path, description: dict[str, Any]) -> None:
+    """Describes what was written into `partial` and renames it to `target`, replacing what is there."""
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    with (partial / DESCRIPTION).open("w", encoding="utf-8") as file:
+        json.dump(description | {"files": sizes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if target.exists():
+        # Aside rather than away: only a rename lies between the old one and the new one.
+        replaced = target.with_suffix(".replaced.partial")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    partial.rename(target)
 
 
-def _explain_failure(folder: Path, error: BaseException) -> BaseException:
-    causes = [error]
-    if isinstance(error, CheckpointException):
-        causes = [cause for cause, _ in error.failures.values()]
-    full = [c for c in causes if isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT)]
-    # Writers wrap what the file system said; its words survive in theirs.
-    if not full and not any("No space left" in str(cause) for cause in causes):
-        return error
-    return InputError(
-        f"{folder}: no space left for a checkpoint; the ones before it are whole: free some space and "
-        "run again with --resume",
-        shared=True,
-    )
+def prune(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Removes leftovers of killed writers, and all but the newest and the best checkpoints."""
+    for leftover in folder.glob("step-*.partial"):
+        shutil.rmtree(leftover)
+    found = checkpoints(folder)
+    whole = {path: read_state(path) for path in found if problem_of(path) is None}
+    newest = list(whole)[-keep_last:]
+    measured = {path: state.auc for path, state in whole.items() if state.auc is not None}
+    best = sorted(measured, key=lambda path: measured[path], reverse=True)[:keep_best]
+    kept = {*newest, *best, *(best_of(folder, whole[path]) for path in newest)}
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Lists complete checkpoints, oldest first; partial ones are not there."""
-    return sorted(
-        path for path in folder.glob("step-*") if (path / "state.json").exists() and not path.suffix
-    )
+    """Lists checkpoints, oldest first; partial ones, which have not got their name yet, are not there."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+
+
+def best_of(folder: Path, state: LoopState) -> Path:
+    """The checkpoint of the best evaluation."""
+    return folder / f"step-{state.best_step:08d}"
+
+
+def _read(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        description = json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return description if isinstance(description, dict) else None
+
+
+def problem_of(checkpoint: Path) -> str | None:
+    """Says what is wrong with a checkpoint: None, or which file is missing or cut short."""
+    if not checkpoint.is_dir():
+        return "there is no such checkpoint"
+    description = _read(checkpoint)
+    if description is None:
+        return f"{DESCRIPTION} is missing or damaged"
+    if description.get("format_version") != FORMAT_VERSION:
+        return (
+            f"{DESCRIPTION} has format_version {description.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}"
+        )
+    for name, size in description["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    """Reads `checkpoint.json`.
+
+    Raises:
+        InputError: If the checkpoint is not whole.
+    """
+    if problem := problem_of(checkpoint):
+        raise InputError(
+            f"{checkpoint}: the checkpoint is damaged: {problem}; remove it to go on from an older one"
+        )
+    return _read(checkpoint) or {}
 
 
 def read_state(checkpoint: Path) -> LoopState:
-    """Reads the loop's position from a checkpoint."""
-    return LoopState(**json.loads((checkpoint / "state.json").read_text()))
+    """Reads the loop's position from a checkpoint; fields of later versions are left aside.
+
+    Raises:
+        InputError: If the checkpoint is not whole.
+    """
+    loop = read_description(checkpoint)["loop"]
+    known = {field.name for field in fields(LoopState)}
+    return LoopState(**{name: value for name, value in loop.items() if name in known})
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    model: DistributedModelParallel,
-    optimizer: Optimizer,
-    fingerprints: dict[str, str],
-) -> LoopState:
+def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
     """Restores model and optimizers in place, whatever ranks and shardings they were saved from.
 
     Raises:
         InputError: If the checkpoint is damaged, of another model, or of other knowledge stores.
     """
-    state = read_state(checkpoint)
-    if state.fingerprints != fingerprints:
+    description = read_description(checkpoint)
+    if description["fingerprints"] != run.fingerprints:
         raise InputError(
-            f"{checkpoint}: trained with knowledge {state.fingerprints or 'none'}, the configuration names "
-            f"{fingerprints or 'none'}; point knowledge.* at the stores it was trained with, or start anew"
+            f"{checkpoint}: trained with knowledge {description['fingerprints'] or 'none'}, the "
+            f"configuration names {run.fingerprints or 'none'}; point knowledge.* at the stores it was "
+            "trained with, or start anew"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # every look at a sharded tensor warns of its successor
-        live = _state(model, optimizer)
-        saved = _saved_sizes(checkpoint)
-        if missing := sorted(live.keys() - saved.keys()):
-            raise InputError(
-                f"{checkpoint}: holds nothing for {missing[0]} and {len(missing) - 1} more; it belongs to "
-                "another model"
-            )
-        same, accumulators = {}, {}
-        for name, value in live.items():
-            if saved[name] == value.size():
-                same[name] = value
-            elif name.startswith(ACCUMULATOR_PREFIX) and len(saved[name]) == value.dim() == 1:
-                accumulators[name] = value
-            else:
-                raise InputError(
-                    f"{checkpoint}: {name} is {tuple(saved[name])}, the model needs {tuple(value.size())}"
-                )
-        whole = {name: torch.empty(saved[name]) for name in accumulators}
-        dcp.load(same, checkpoint_id=checkpoint)
-        if whole:
-            # Not collective: a rank that owns no part of these tables has nothing to read.
-            dcp.load(whole, checkpoint_id=checkpoint, no_dist=True)
-        for name, value in accumulators.items():
-            table = name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
-            _spread_accumulators(whole[name], value, rows=live[f"model.{table}"].size()[0])
+    try:
+        load_state(checkpoint, run)
+    except InputError as error:
+        changed = differences(description["config"], run.config.model_dump(), ("model", "tables"))
+        words = f"; its configuration differs: {', '.join(changed)}" if changed else ""
+        raise InputError(f"{error}{words}") from error
+    state = read_state(checkpoint)
+    set_update_count(run.model, state.table_updates)
     return state
 
 
-def _saved_sizes(checkpoint: Path) -> dict[str, torch.Size]:
-    """Name to size of everything in a checkpoint.
+def restore_newest(run: Run, folder: Path) -> LoopState | None:
+    """Restores the newest checkpoint that is whole; says which ones were passed over.
+
+    Returns:
+        Its state, or None if there is no checkpoint at all.
 
     Raises:
-        InputError: If its metadata is missing or damaged.
+        InputError: If there are checkpoints and none is whole, or the newest one does not fit.
     """
-    try:
-        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever unpickling a damaged file raises
-        raise InputError(
-            f"{checkpoint}: the checkpoint is damaged ({error}); remove it to go on from an older one"
-        ) from error
-    return {name: entry.size for name, entry in entries.items() if hasattr(entry, "size")}
-
-
-def _spread_accumulators(saved: Tensor, live: ShardedTensor | Tensor, rows: int) -> None:
-    """Moves RowWiseAdagrad's accumulators between tables cut into different numbers of columns.
-
-    A table cut into n columns keeps n accumulators per row, the k-th for the mean square of the
-    gradient's k-th part, laid out [n, rows]. Parts being of equal width, fewer columns get the means of
-    theirs exactly; more columns each get the one that covered them, which is the best guess.
-    """
-    before, after = saved.numel() // rows, live.size()[0] // rows
-    parts = saved.view(before, rows)
-    if before % after == 0:
-        parts = parts.view(after, before // after, rows).mean(1)
-    elif after % before == 0:
-        parts = parts.repeat_interleave(after // before, dim=0)
+    answer: list[Any] = [None]
+    if run.runtime.is_main:  # one rank looks, so that all take the same
+        answer[0] = [(path, problem_of(path)) for path in reversed(checkpoints(folder))]
+    dist.broadcast_object_list(answer)
+    found: list[tuple[Path, str | None]] = answer[0]
+    if not found:
+        return None
+    skipped = []
+    for path, problem in found:
+        if problem is None:
+            break
+        skipped.append(f"{path}: {problem}")
     else:
-        parts = parts.mean(0, keepdim=True).expand(after, rows)
-    flat = parts.reshape(-1)
-    if not isinstance(live, ShardedTensor):  # data-parallel: every rank has all of it
-        live.copy_(flat)
-        return
-    for shard in live.local_shards():
-        (start,), (count,) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-        shard.tensor.copy_(flat[start : start + count].view(shard.tensor.shape))
+        raise InputError(
+            "\n".join([*skipped, "no checkpoint is whole: remove the run to start anew"]),
+            shared=True,
+        )
+    state = load_checkpoint(path, run)
+    best = best_of(folder, state)
+    if state.best_step and dict(found).get(best, "missing") is not None:
+        skipped.append(f"{best}: the best checkpoint is not whole; the next evaluation is the best")
+        state.best_step, state.best_auc = 0, None
+    if run.runtime.is_main:
+        tell([*(f"skipped {line}" for line in skipped), f"resumed from {path}"])
+    return state
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Prints lines for the user."""
+    for line in lines:
+        print(line, file=sys.stderr)

@@ -366,6 +366,14 @@ class TrainConfig(Section):
         default=3, ge=1, description="Evaluations without improvement before stopping."
     )
     checkpoint_every: int = Field(default=80, ge=1, description="Steps between checkpoints.")
+    checkpoint_async: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy in host memory.",
+    )
+    keep_checkpoints: int = Field(default=1, ge=1, description="Newest checkpoints that are kept.")
+    keep_best: int = Field(
+        default=1, ge=1, description="Checkpoints of the best evaluations that are kept as well."
+    )
     log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
     continue_from: str | None = Field(
         default=None,
@@ -505,6 +513,28 @@ def load_section(model: type[Kind], path: Path | None, overrides: list[str] | No
 def save_config(config: BaseModel, path: Path) -> None:
     """Writes the resolved configuration as YAML, every field included."""
     path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], sections: tuple[str, ...] | None = None
+) -> list[str]:
+    """Says in which fields two configurations differ, as "section.field: old, now new".
+
+    Args:
+        old: One, as a tree.
+        new: The other.
+        sections: Compare only these; None: all.
+    """
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if before == after or (sections is not None and key not in sections):
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [f"{key}.{line}" for line in differences(before, after)]
+        else:
+            found.append(f"{key}: {before}, now {after}")
+    return found
 
 
 def _fields_at(location: tuple[Any, ...], model: type[Section]) -> list[str]:

@@ -86,10 +86,14 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_096 + rank)
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `action` on every rank; bad input found by any is raised on all of them.
 
     Without this the rank that finds it leaves and the others wait until their timeout.
+
+    Args:
+        action: What to run.
+        group: The process group to agree over; None: the default one.
 
     Raises:
         InputError: With the message of the lowest rank that failed; `shared` is set, so that one rank
@@ -102,7 +106,7 @@ def together(action: Callable[[], T]) -> T:
     except InputError as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem, group=group)
     found = [(rank, text) for rank, text in enumerate(problems) if text]
     if found:
         rank, text = found[0]

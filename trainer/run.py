@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-import yaml
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -19,6 +18,7 @@ from embeddings.replicated import train_replicated_tables
 from embeddings.sharding import (
     Placement,
     PlanError,
+    TablePlan,
     check_placement,
     describe_plan,
     format_plan,
@@ -29,7 +29,7 @@ from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
 from llm_knowledge.store import KnowledgeStore
-from trainer.config import RunConfig, save_config
+from trainer.config import RunConfig, differences, load_config, save_config
 from trainer.continuation import Continuation, copy_vocabularies, note_data
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
 from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
@@ -48,6 +48,7 @@ class Run:
     dataset: DatasetInfo
     encoder: RowEncoder
     fingerprints: dict[str, str]
+    tables: list[TablePlan]
     model: DistributedModelParallel
     optimizer: torch.optim.Optimizer
     pipeline: TrainPipelineSparseDist
@@ -203,15 +204,36 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
             raise InputError(
                 f"{folder}: a run is already there; pass --resume, remove it, or choose another output"
             )
-        elif yaml.safe_load(saved.read_text(encoding="utf-8")) != config.model_dump():
-            raise InputError(
-                f"{saved}: differs from the configuration to resume; choose another output"
-            )
         else:
+            _resume_config(saved, config)
             note_data(config, folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the run directory ({error.strerror})") from error
     return folder
+
+
+# What a run may change when it is resumed: none of it shows in the result.
+CHANGEABLE = (
+    "tables.sharding", "hardware", "train.checkpoint_every", "train.checkpoint_async",
+    "train.keep_checkpoints", "train.keep_best", "train.log_every", "train.timeout_seconds",
+)  # fmt: skip
+
+
+def _resume_config(saved: Path, config: RunConfig) -> None:
+    """Checks that a run is resumed with its own configuration, and saves what may change of it.
+
+    Raises:
+        InputError: If anything else differs.
+    """
+    changed = differences(load_config(saved).model_dump(), config.model_dump())
+    if wrong := [line for line in changed if not line.startswith(CHANGEABLE)]:
+        raise InputError(
+            f"{saved}: differs from the configuration to resume ({'; '.join(wrong)}); change it back, or "
+            "choose another output"
+        )
+    if changed:
+        save_config(config, saved.with_name(".config.yaml.partial"))
+        os.replace(saved.with_name(".config.yaml.partial"), saved)
 
 
 def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
@@ -266,8 +288,8 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         plan = plan_sharding(model, model.tables, placements(config), batch_size, group)
     except PlanError as error:
         raise InputError(f"tables.sharding: {error}", shared=True) from error
+    tables = describe_plan(plan, model.tables, group.ranks)
     if runtime.is_main:
-        tables = describe_plan(plan, model.tables, group.ranks)
         lines = [format_plan(tables)]
         if group_size is not None:
             copies = runtime.world_size // group.ranks
@@ -308,6 +330,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         dataset=dataset,
         encoder=encoder,
         fingerprints={level: store.fingerprint for level, store in stores.items()},
+        tables=tables,
         model=sharded,
         optimizer=optimizer,
         pipeline=TrainPipelineSparseDist(

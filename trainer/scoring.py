@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_knowledge.errors import InputError
-from trainer.checkpoint import checkpoints, load_checkpoint, read_state
+from trainer.checkpoint import best_of, checkpoints, load_checkpoint, problem_of, read_state
 from trainer.config import load_config
 from trainer.data.loader import EventStream
 from trainer.distributed import distributed, together
@@ -139,13 +139,11 @@ def predict(folder: Path, split: str, overrides: list[str] | None = None) -> Pat
     config = load_config(folder / "config.yaml", overrides)
     with distributed(config.train.timeout_seconds) as runtime:
         run = build(config, runtime, folder, open_inputs(config, runtime))
-        found = checkpoints(folder / "checkpoints")
-        if not found:
+        saved = folder / "checkpoints"
+        whole = [path for path in checkpoints(saved) if problem_of(path) is None]
+        if not whole:
             raise InputError(
                 f"{folder}: no checkpoint to score with; train the run, or --resume it"
             )
-        best = read_state(found[-1]).best_step
-        load_checkpoint(
-            folder / "checkpoints" / f"step-{best:08d}", run.model, run.optimizer, run.fingerprints
-        )
+        load_checkpoint(best_of(saved, read_state(whole[-1])), run)
         return write_predictions(run, split)

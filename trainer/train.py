@@ -9,7 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from trainer.checkpoint import LoopState, checkpoints, load_checkpoint, save_checkpoint
+from trainer.checkpoint import LoopState, best_of, load_checkpoint, restore_newest
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
 from trainer.continuation import Continuation, find_continuation
 from trainer.data.batch import Batch
@@ -46,8 +47,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         if runtime.is_main:
             print((folder / "plan.txt").read_text(), file=sys.stderr)
         state = fit(run, since)
-        best = folder / "checkpoints" / f"step-{state.best_step:08d}"
-        load_checkpoint(best, run.model, run.optimizer, run.fingerprints)
+        load_checkpoint(best_of(folder / "checkpoints", state), run)
         write_predictions(run, "test")
         if runtime.is_main:
             summary = {
@@ -68,11 +68,10 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
     events = run.stream(list(run.config.data.train_splits), shuffle=True, since=since)
     valid = run.stream(["valid"], shuffle=False)
     total = options.epochs * events.steps
-    state = LoopState(fingerprints=run.fingerprints)
-    if found := checkpoints(folder):
-        state = load_checkpoint(found[-1], run.model, run.optimizer, run.fingerprints)
-    elif since is not None:
-        load_checkpoint(since.checkpoint, run.model, run.optimizer, run.fingerprints)
+    found = restore_newest(run, folder)
+    if found is None and since is not None:
+        load_checkpoint(since.checkpoint, run)
+    state = found or LoopState()
 
     bar = tqdm(
         total=total, initial=state.step, unit="step", desc=run.config.name, leave=False,
@@ -82,6 +81,7 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
         RunLog(run.folder, run.runtime, state.step) as log,
         bar,
         events.feed(state.step, total) as feed,
+        CheckpointWriter(run, folder) as writer,
     ):
         while not state.finished:
             # The pipeline reads ahead, so it is drained before anything else may happen.
@@ -97,7 +97,7 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
                 patient = state.evaluations_without_gain < options.patience
                 state.finished = state.step == total or not patient
             if improved or state.finished or state.step % options.checkpoint_every == 0:
-                save_checkpoint(folder, run.model, run.optimizer, state, run.runtime.is_main)
+                writer.save(state)
     return state
 
 
@@ -105,6 +105,7 @@ def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch
     """Measures the valid split; returns whether it is the best so far."""
     auc, logloss = measure(run, valid)
     log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss)
+    state.auc = auc
     if run.runtime.is_main and not sys.stderr.isatty():  # no bar: a log gets lines
         shown = "undefined" if auc is None else f"{auc:.4f}"
         print(
@@ -137,10 +138,11 @@ def _train_steps(
         rates = set_learning_rates(run, state.step, total)
         predictions = run.pipeline.progress(batches)
         state.step += 1
+        state.epoch, state.auc = state.step // per_epoch, None
         log.add(predictions)
         bar.update()
         if state.step % run.config.train.log_every == 0 or state.step == stop:
-            log.flush(state.step, state.step // per_epoch, rates, bar, feed)
+            log.flush(state.step, state.epoch, rates, bar, feed)
 
 
 def _next(step: int, every: int) -> int:

@@ -1,0 +1,78 @@
+"""Two ranks of which one cannot write: run as a program, it prints what each rank was told.
+
+Rank 1 fails in the second of two asynchronous writes.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
+
+from llm_knowledge.errors import InputError
+from tests.training_data import make_config, make_inputs
+from trainer.checkpoint import LoopState, checkpoints, problem_of
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.distributed import distributed
+from trainer.run import build, open_inputs, prepare_folder
+
+
+def rank_main(rank: int, root: Path) -> None:
+    """One rank: trains, writes, and tells what it saw."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    store = dist.FileStore(str(root / "rendezvous"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    config = make_config(root / "in/data", None, root / "run", train__checkpoint_async=True)
+    told = ""
+    with distributed(30) as runtime:
+        opened = open_inputs(config, runtime)
+        run = build(config, runtime, prepare_folder(config, runtime, resume=False), opened)
+        folder = run.folder / "checkpoints"
+        run.model.train()
+        batches = iter(run.stream(["train"], shuffle=True).batches())
+        with CheckpointWriter(run, folder) as writer:
+            run.pipeline.progress(batches)
+            writer.save(LoopState(step=1))
+            writer.wait()
+            if rank == 1:
+                FileSystemWriter.write_data = full  # type: ignore[method-assign]
+            writer.save(LoopState(step=2))
+            run.pipeline.progress(batches)
+            try:
+                writer.save(LoopState(step=3))
+            except InputError as error:
+                told = str(error)
+        dist.barrier()
+        whole = [path.name for path in checkpoints(folder) if problem_of(path) is None]
+    (root / f"{rank}.json").write_text(json.dumps({"told": told, "whole": whole}))
+
+
+def full(*_: Any, **__: Any) -> None:
+    """A disk without space."""
+    raise OSError(28, "No space left on device")
+
+
+def main(root: Path) -> None:
+    """Forks the ranks and prints what both were told."""
+    torch.set_num_threads(1)
+    make_inputs(root / "in")
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank_main, args=(rank, root)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        if process.exitcode != 0:
+            for other in ranks:
+                other.kill()
+            raise SystemExit("a rank failed or hung")
+    print(json.dumps([json.loads((root / f"{rank}.json").read_text()) for rank in range(2)]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
