@@ -63,6 +63,11 @@ class Vocabulary:
         self._keys = SortedKeys(ids)
         self.rows = len(ids) + 1
 
+    @property
+    def keys(self) -> pa.Array:
+        """The ids of rows 1 and up, sorted."""
+        return self._keys.keys
+
     def lookup(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """See `IdMap.lookup`; unknown ids go to `UNKNOWN_ROW`."""
         return self._keys.positions(ids) + 1

@@ -374,6 +374,11 @@ class TrainConfig(Section):
     keep_best: int = Field(
         default=1, ge=1, description="Checkpoints of the best evaluations that are kept as well."
     )
+    start_from: str | None = Field(
+        default=None,
+        description="Run (its best checkpoint) or checkpoint that a new run starts from; rows follow "
+        "their ids, what is new starts fresh. `--resume` is something else: it continues one run.",
+    )
     log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
     continue_from: str | None = Field(
         default=None,
@@ -386,6 +391,14 @@ class TrainConfig(Section):
     timeout_seconds: int = Field(
         default=600, ge=1, description="A collective that waits longer fails."
     )
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "TrainConfig":
+        if self.start_from is not None and self.continue_from is not None:
+            raise ValueError(
+                "start_from and continue_from: a run begins in one way, set one of them"
+            )
+        return self
 
 
 class RunConfig(Section):

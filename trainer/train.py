@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from trainer.checkpoint import LoopState, best_of, load_checkpoint, restore_newest
+from trainer.checkpoint import LoopState, best_of, checkpoints, load_checkpoint, restore_newest
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
 from trainer.continuation import Continuation, find_continuation
@@ -22,6 +22,7 @@ from trainer.log import RunLog
 from trainer.run import Run, build, open_inputs, prepare_folder
 from trainer.schedule import set_learning_rates
 from trainer.scoring import measure, write_predictions
+from trainer.warm_start import find_start, warm_start
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
@@ -42,6 +43,9 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         check_hosts(Path(config.output), config.model_dump())
         inputs = together(lambda: open_inputs(config, runtime))
         since = together(lambda: find_continuation(config, inputs.dataset))
+        start = config.train.start_from
+        if start is not None and not checkpoints(Path(config.output) / "checkpoints"):
+            together(lambda: find_start(Path(start)))
         folder = together(lambda: prepare_folder(config, runtime, resume))
         run = build(config, runtime, folder, inputs)
         if runtime.is_main:
@@ -71,6 +75,8 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
     found = restore_newest(run, folder)
     if found is None and since is not None:
         load_checkpoint(since.checkpoint, run)
+    elif found is None and options.start_from is not None:
+        warm_start(run, Path(options.start_from))
     state = found or LoopState()
 
     bar = tqdm(
