@@ -1,4 +1,4 @@
-"""Which data a run was trained on, and a run that goes on from another one on the rows since."""
+"""What a run was trained on and with; a run that goes on from another one on the rows since."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm_knowledge.errors import InputError
 from trainer.checkpoint import checkpoints, read_state
-from trainer.config import RunConfig
+from trainer.config import RunConfig, differences, load_config, save_config
 from trainer.data.append import fingerprint, new_training_rows
 from trainer.data.dataset import DatasetInfo, split_files
 
@@ -82,3 +82,27 @@ def copy_vocabularies(config: RunConfig, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
             partial.rename(folder / "ids")
+
+
+# What a run may change when it is resumed: none of it shows in the result.
+CHANGEABLE = (
+    "tables.sharding", "hardware", "train.checkpoint_every", "train.checkpoint_async",
+    "train.keep_checkpoints", "train.keep_best", "train.log_every", "train.timeout_seconds",
+)  # fmt: skip
+
+
+def resume_config(saved: Path, config: RunConfig) -> None:
+    """Checks that a run is resumed with its own configuration, and saves what may change of it.
+
+    Raises:
+        InputError: If anything else differs.
+    """
+    changed = differences(load_config(saved).model_dump(), config.model_dump())
+    if wrong := [line for line in changed if not line.startswith(CHANGEABLE)]:
+        raise InputError(
+            f"{saved}: differs from the configuration to resume ({'; '.join(wrong)}); change it back, or "
+            "choose another output"
+        )
+    if changed:
+        save_config(config, saved.with_name(".config.yaml.partial"))
+        os.replace(saved.with_name(".config.yaml.partial"), saved)

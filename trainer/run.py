@@ -29,8 +29,8 @@ from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
 from llm_knowledge.store import KnowledgeStore
-from trainer.config import RunConfig, differences, load_config, save_config
-from trainer.continuation import Continuation, copy_vocabularies, note_data
+from trainer.config import RunConfig, save_config
+from trainer.continuation import Continuation, copy_vocabularies, note_data, resume_config
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
 from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
 from trainer.distributed import Runtime, together
@@ -205,35 +205,11 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
                 f"{folder}: a run is already there; pass --resume, remove it, or choose another output"
             )
         else:
-            _resume_config(saved, config)
+            resume_config(saved, config)
             note_data(config, folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the run directory ({error.strerror})") from error
     return folder
-
-
-# What a run may change when it is resumed: none of it shows in the result.
-CHANGEABLE = (
-    "tables.sharding", "hardware", "train.checkpoint_every", "train.checkpoint_async",
-    "train.keep_checkpoints", "train.keep_best", "train.log_every", "train.timeout_seconds",
-)  # fmt: skip
-
-
-def _resume_config(saved: Path, config: RunConfig) -> None:
-    """Checks that a run is resumed with its own configuration, and saves what may change of it.
-
-    Raises:
-        InputError: If anything else differs.
-    """
-    changed = differences(load_config(saved).model_dump(), config.model_dump())
-    if wrong := [line for line in changed if not line.startswith(CHANGEABLE)]:
-        raise InputError(
-            f"{saved}: differs from the configuration to resume ({'; '.join(wrong)}); change it back, or "
-            "choose another output"
-        )
-    if changed:
-        save_config(config, saved.with_name(".config.yaml.partial"))
-        os.replace(saved.with_name(".config.yaml.partial"), saved)
 
 
 def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
