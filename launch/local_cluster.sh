@@ -112,7 +112,7 @@ SelectTypeParameters=CR_CPU_Memory
 # torchx submits a job of N hosts as N components, which only the backfill scheduler starts.
 SchedulerParameters=bf_interval=1,bf_continue,sched_interval=2
 SlurmdParameters=config_overrides
-SlurmdTimeout=5
+SlurmdTimeout=10
 KillWait=5
 JobRequeue=1
 ReturnToService=2
