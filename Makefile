@@ -9,12 +9,14 @@ TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALLED := $(VENV)/.installed-$(PROFILE)
 
+SPARK := $(if $(shell command -v java),$(VENV)/.installed-spark)
+
 .PHONY: quickstart test lint setup clean
 
 quickstart: setup
 	$(VENV)/bin/llm4msr quickstart --out $(OUT)
 
-test: setup lint
+test: setup $(SPARK) lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 lint: setup
@@ -34,6 +36,10 @@ $(INSTALLED): requirements/common.txt requirements/$(PROFILE).txt requirements/n
 	$(PIP) --no-deps --no-build-isolation --editable .
 	$(VENV)/bin/python -c 'import embeddings'
 	@rm -f $(VENV)/.installed-* && touch $@
+
+$(VENV)/.installed-spark: requirements/spark.txt $(INSTALLED)
+	$(PIP) -r requirements/spark.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

@@ -42,6 +42,7 @@ setup(
         "launch": ["torchx==0.7.0"],
         # Newer clients need an urllib3 that torchx does not take.
         "kubernetes": ["torchx==0.7.0", "kubernetes<32"],
+        "spark": ["pyspark>=4.0"],
         "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
     entry_points={

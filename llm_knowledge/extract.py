@@ -59,6 +59,9 @@ class ExtractConfig:
     chunk: int | None = None
     per_scenario: int = 8
     total: int = 24
+    min_interactions: int = 1
+    engine: str = "duckdb"
+    spark_master: str | None = None
     memory_limit: str = "2GB"
     timeout_minutes: float = 360.0
     progress: bool = True
@@ -109,7 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--per-scenario", type=int, default=8, help="liked and disliked items of each scenario")
     add("--total", type=int, default=24, help="liked and disliked items over all scenarios")
-    add("--memory-limit", default="2GB", help="of the database that builds the profiles")
+    add("--min-interactions", type=int, default=1,
+        help="users with fewer events get no prompt, the model a default vector; default: 1")  # fmt: skip
+    add("--engine", choices=("duckdb", "spark"), default="duckdb",
+        help="what builds the profiles: embedded, or Spark (requirements/spark.txt, Java)")  # fmt: skip
+    add("--spark-master", metavar="URL", help="of the Spark cluster; default: local mode")
+    add("--memory-limit", default="2GB", help="of the engine that builds the profiles")
     add("--timeout-minutes", type=float, default=360.0, help="how long workers wait for each other")
     add("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
@@ -129,7 +137,7 @@ def check(config: ExtractConfig) -> None:
     from llm_knowledge.profiles import Dataset
     from llm_knowledge.prompts import load_template
 
-    for name in ("chunk", "per_scenario", "total", "timeout_minutes"):
+    for name in ("chunk", "per_scenario", "total", "min_interactions", "timeout_minutes"):
         if (value := getattr(config, name)) is not None and value <= 0:
             raise InputError(f"--{name.replace('_', '-')}: must be positive")
     if config.level == "all" and config.template:

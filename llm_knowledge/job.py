@@ -104,6 +104,7 @@ class Job:
         about = [self.dataset.fingerprint(level)]
         if level == "user":
             about += [str(config.per_scenario), str(config.total)]
+            about += [str(config.min_interactions)] if config.min_interactions > 1 else []
         return Manifest(
             level=level,  # type: ignore[arg-type]
             complete=False,
@@ -119,8 +120,7 @@ class Job:
             key_type=self.dataset.key_types[level],  # type: ignore[arg-type]
             rows=0, cutoff=Cutoff(kind="per_key" if level == "user" else "none"),
             input_fingerprint=fingerprint_of(about), normalized=encoder.normalize,
-            profile=ProfileInfo(per_scenario=config.per_scenario, total=config.total)
-            if level == "user" else None,
+            profile=_profile_info(config),
             versions=_versions(),
         )  # fmt: skip
 
@@ -154,8 +154,7 @@ class Job:
             with open_part(self.profiles) as old:
                 if (old.schema_arrow.metadata or {}).get(JOB_KEY) == job.encode():
                     return
-        options = ProfileOptions(self.config.per_scenario, self.config.total,
-                                 memory_limit=self.config.memory_limit)  # fmt: skip
+        options = profile_options(self.config)
         rows = self._chunk()
         temporary = self.config.out / f".profiles.{os.getpid()}.tmp"
         writer = None
@@ -251,6 +250,22 @@ class Job:
         verify(out, manifest)
         write_manifest(out, manifest)
         self.profiles.unlink()
+
+
+def profile_options(config: ExtractConfig) -> ProfileOptions:
+    """What the profiles of an extraction are made with."""
+    return ProfileOptions(
+        config.per_scenario, config.total, min_interactions=config.min_interactions,
+        engine=config.engine, spark_master=config.spark_master, memory_limit=config.memory_limit)  # fmt: skip
+
+
+def _profile_info(config: ExtractConfig) -> ProfileInfo | None:
+    if config.level != "user":
+        return None
+    at_least = config.min_interactions if config.min_interactions > 1 else None
+    return ProfileInfo(
+        per_scenario=config.per_scenario, total=config.total, min_interactions=at_least
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -76,6 +76,7 @@ class ProfileInfo(_Strict):
 
     per_scenario: int
     total: int
+    min_interactions: int | None = _optional()
 
 
 class Compression(_Strict):

@@ -1,17 +1,19 @@
-"""What is known of a user, a scenario and an item, by DuckDB from a prepared dataset.
+"""What is known of a user, a scenario and an item, by DuckDB or Spark from a prepared dataset.
 
-Only the ``profile`` split and the catalogue are read: no event of the train, valid or test split
-can reach a prompt. Every profile is one row (key, cutoff, data), ``data`` being JSON for
-``prompts``. Results are deterministic: every order has a total tie-break. The log is never looped
-over in Python, and DuckDB spills to disk, so memory does not grow with the log.
+Only the ``profile`` split and the catalogue are read, and for a dated profile the events of the
+``train`` split up to its cut-off: no event of the valid or test split can reach a prompt. Every
+profile is one row (key, cutoff, data), ``data`` being JSON for ``prompts``. Results are
+deterministic: every order has a total tie-break. The log is never looped over in Python, and memory
+does not grow with it, see ``engines``; the queries are in ``profile_queries``.
 
-Cut-offs: a user's is the time of the user's newest profile event. An item's is null, since only the
-catalogue is read. A scenario's profile is made of aggregates over all users of the profile window
-and of category names, never of item titles. Under a global time split its cut-off is the newest
-profile event. Under a per-user split no such time exists, because one user's profile window may
-reach past another user's first training event; the cut-off is null then. That is acceptable
-because no single event can be read off a share of categories over all users, and the events that
-are aggregated are never scored themselves.
+Cut-offs: of dated profiles it is the date asked for. Without one, a user's is the time of the
+user's newest profile event. An item's is null, since only the catalogue is read. A scenario's
+profile is made of aggregates over all users of the profile window and of category names, never of
+item titles. Under a global time split its cut-off is the newest profile event. Under a per-user
+split no such time exists, because one user's profile window may reach past another user's first
+training event; the cut-off is null then. That is acceptable because no single event can be read off
+a share of categories over all users, and the events that are aggregated are never scored
+themselves.
 """
 
 from __future__ import annotations
@@ -24,10 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.profile_queries import (
+    ACTIVITY,
+    MOST_EVENTS,
+    PAIRS,
+    category_query,
+    correlation,
+    item_query,
+    user_query,
+)
 
 if TYPE_CHECKING:
-    import duckdb
     import pyarrow as pa
+
+    from llm_knowledge.engines import Engine
 
 WHOLE_FILE_HASH_BYTES = 64 << 20
 
@@ -75,10 +87,15 @@ class Dataset:
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: field {error} is missing or has a wrong type") from error
 
-    def files(self, level: str) -> list[Path]:
-        """The Parquet files that a level's profiles are made of, in a fixed order."""
+    def files(self, level: str, cutoff: int | None = None) -> list[Path]:
+        """The Parquet files that a level's profiles are made of, in a fixed order: items, events.
+
+        With a cut-off, events of the training window may enter as well: those up to it. Events of
+        the valid and test splits never do.
+        """
         # "introduction": the first events of users who are held out of training.
-        folders = [] if level == "item" else [self.path / "profile", self.path / "introduction"]
+        splits = ["profile", "introduction", *([] if cutoff is None else ["train"])]
+        folders = [] if level == "item" else [self.path / split for split in splits]
         parts = [file for folder in folders for file in sorted(folder.glob("part-*.parquet"))]
         if level != "item" and not parts:
             raise InputError(f"{self.path / 'profile'}: no part-*.parquet; the profile split is "
@@ -88,7 +105,7 @@ class Dataset:
             raise InputError(f"{items}: not found; prepare the data again")
         return [items, *parts]
 
-    def fingerprint(self, level: str) -> str:
+    def fingerprint(self, level: str, cutoff: int | None = None) -> str:
         """Hash of all that a level's profiles depend on in this dataset.
 
         Files above 64 MiB enter with their size and their last MiB, which holds the Parquet footer.
@@ -97,7 +114,7 @@ class Dataset:
         named = [self.raw["positive_name"], self.raw["negative_name"]] if level != "item" else []
         about = [self.raw["scenarios"], *named] if level != "item" else []
         digest.update(json.dumps(about, sort_keys=True).encode())
-        for file in self.files(level):
+        for file in self.files(level, cutoff):
             size = file.stat().st_size
             digest.update(f"\0{file.name}\0{size}\0".encode())
             with file.open("rb") as handle:
@@ -115,6 +132,10 @@ class ProfileOptions:
     per_scenario: int = 8  # items per scenario, liked and disliked each
     total: int = 24  # items over all scenarios, liked and disliked each
     categories: int = 6  # category names in a scenario's lists
+    min_interactions: int = 1  # users with fewer events have no profile
+    cutoff: int | None = None  # newest second that enters; None: the whole profile window
+    engine: str = "duckdb"
+    spark_master: str | None = None
     memory_limit: str = "2GB"
     threads: int | None = None
 
@@ -137,37 +158,52 @@ def profile_batches(
     Raises:
         InputError: a file or column is missing or damaged.
     """
-    import duckdb
     import pyarrow as pa
+
+    from llm_knowledge.engines import open_engine
 
     key_type = pa.int64() if dataset.key_types[level] == "int64" else pa.string()
     schema = pa.schema([("key", key_type), ("cutoff", pa.int64()), ("data", pa.string())])
-    files = dataset.files(level)
-    with duckdb.connect() as database:
-        database.execute("SET memory_limit = $m", {"m": options.memory_limit})
-        database.execute("SET temp_directory = $d", {"d": str(scratch)})
-        if options.threads:
-            database.execute("SET threads = $n", {"n": options.threads})
+    files = dataset.files(level, options.cutoff)
+    engine = open_engine(options.engine, scratch, options.memory_limit, options.threads,
+                         options.spark_master)  # fmt: skip
+    with engine:
         try:
+            engine.open(files[0], files[1:], options.cutoff)
             if level == "scenario":
-                yield from _scenario_batches(database, dataset, options, schema, rows)
+                yield from _scenario_batches(engine, dataset, options, schema, rows)
                 return
-            parameters: dict[str, Any] = {"items": str(files[0])}
-            query = ITEM_QUERY
+            query = item_query(engine.dialect)
             if level == "user":
-                query = USER_QUERY
-                parameters |= {
-                    "events": [str(file) for file in files[1:]],
-                    "negatives": dataset.negative_name is not None,
-                    "per_scenario": options.per_scenario,
-                    "total": options.total,
-                }
-            reader = database.execute(query, parameters).to_arrow_reader(max(2048, rows))
-            yield from _rebatch((batch.cast(schema) for batch in reader), rows)
-        except duckdb.Error as error:
+                query = user_query(
+                    engine.dialect, options.per_scenario, options.total,
+                    dataset.negative_name is not None, options.min_interactions, options.cutoff)  # fmt: skip
+            found = False
+            stream = engine.stream(query, rows, by_user=level == "user")
+            for batch in _rebatch((_cast(batch, schema) for batch in stream), rows):
+                found = True
+                yield batch
+            if level == "user" and not found:
+                raise _nobody(dataset, options, engine.fetch(MOST_EVENTS)[0][0] or 0)
+        except engine.errors as error:
             names = ", ".join(sorted({str(file.parent) for file in files}))
             text = str(error).splitlines()[0]
             raise InputError(f"{names}: the {level} profiles cannot be read: {text}") from error
+
+
+def _nobody(dataset: Dataset, options: ProfileOptions, most: int) -> InputError:
+    until = "" if options.cutoff is None else f" up to the cut-off {options.cutoff}"
+    if not most:
+        return InputError(f"{dataset.path}: no event{until}: no user has a profile")
+    return InputError(f"--min-interactions: no user has {options.min_interactions} events{until} in "
+                      f"{dataset.path}; the most that one has is {most}")  # fmt: skip
+
+
+def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    columns = [batch[name].cast(schema.field(name).type) for name in schema.names]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _rebatch(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
@@ -186,76 +222,8 @@ def _rebatch(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Record
         yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
 
 
-# An item without a title is named by its categories; one without either is left out of the lists.
-# An item met twice in a scenario counts once, with its newest label.
-USER_QUERY = """
-WITH events AS (
-  SELECT user_id, scenario_id, item_id,
-         max({'timestamp': timestamp, 'label': label}) AS last
-  FROM read_parquet($events) GROUP BY ALL
-), cut AS (
-  SELECT user_id, max(last.timestamp) AS cutoff FROM events GROUP BY user_id
-), named AS (
-  SELECT e.user_id, e.scenario_id, e.item_id, e.last.timestamp AS timestamp, e.last.label AS label,
-         CASE WHEN trim(coalesce(i.title, '')) <> '' THEN left(i.title, 1000)
-              ELSE left(array_to_string(i.categories, ', '), 1000) END AS text
-  FROM events e JOIN read_parquet($items) i USING (item_id)
-), per_scenario AS (
-  SELECT *, row_number() OVER (PARTITION BY user_id, scenario_id, label
-                               ORDER BY timestamp DESC, item_id) AS place
-  FROM named WHERE text <> '' AND (label = 1 OR $negatives)
-), newest AS (
-  SELECT *, row_number() OVER (PARTITION BY user_id, label
-                               ORDER BY timestamp DESC, item_id, scenario_id) AS position
-  FROM per_scenario WHERE place <= $per_scenario
-), lists AS (
-  SELECT user_id, to_json(list({'scenario': scenario_id, 'liked': label = 1, 'title': text}
-         ORDER BY timestamp DESC, item_id, scenario_id)) AS items
-  FROM newest WHERE position <= $total GROUP BY user_id
-)
-SELECT user_id AS key, cutoff,
-       '{"items":' || coalesce(CAST(items AS VARCHAR), '[]') || '}' AS data
-FROM cut LEFT JOIN lists USING (user_id) ORDER BY key
-"""
-
-ITEM_QUERY = """
-SELECT item_id AS key, CAST(NULL AS BIGINT) AS cutoff,
-       CAST(to_json({'title': left(coalesce(title, ''), 1000), 'categories': coalesce(categories,
-       [])})
-            AS VARCHAR) AS data
-FROM read_parquet($items) ORDER BY key
-"""
-
-# --------------------------------------------------------------------------------- scenario
-# profiles
-
-_ACTIVITY = """
-SELECT scenario_id, count(*) AS events, count(DISTINCT user_id) AS users,
-       count(DISTINCT item_id) AS items, avg(label) AS rate, max(timestamp) AS newest
-FROM read_parquet($events) GROUP BY scenario_id
-"""
-# How often each category is liked: events of label 1 (every event where negatives mean nothing).
-_CATEGORIES = """
-WITH liked AS (
-  SELECT e.scenario_id, unnest(list_distinct(i.categories)) AS category
-  FROM read_parquet($events) e JOIN read_parquet($items) i USING (item_id) WHERE e.label = 1
-)
-SELECT scenario_id, category, count(*) AS liked FROM liked
-WHERE trim(category) <> '' GROUP BY ALL ORDER BY scenario_id, liked DESC, category
-"""
-# For every ordered pair of scenarios: common users, and whether who likes much here likes much
-# there.
-_PAIRS = """
-WITH tastes AS (
-  SELECT user_id, scenario_id, avg(label) AS rate FROM read_parquet($events) GROUP BY ALL
-)
-SELECT a.scenario_id, b.scenario_id, count(*) AS common, corr(a.rate, b.rate) AS agreement
-FROM tastes a JOIN tastes b USING (user_id) WHERE a.scenario_id <> b.scenario_id GROUP BY ALL
-"""
-
-
 def _scenario_batches(
-    database: duckdb.DuckDBPyConnection,
+    engine: Engine,
     dataset: Dataset,
     options: ProfileOptions,
     schema: pa.Schema,
@@ -263,20 +231,19 @@ def _scenario_batches(
 ) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    files = [str(file) for file in dataset.files("scenario")]
-    both = {"events": files[1:], "items": files[0]}
-    events = {"events": files[1:]}
-    activity = {row[0]: row[1:] for row in database.execute(_ACTIVITY, events).fetchall()}
+    activity = {row[0]: row[1:] for row in engine.fetch(ACTIVITY)}
     liked: dict[Any, dict[str, int]] = {}
-    for scenario, category, count in database.execute(_CATEGORIES, both).fetchall():
+    for scenario, category, count in engine.fetch(category_query(engine.dialect)):
         liked.setdefault(scenario, {})[category] = count
-    pairs = {row[:2]: row[2:] for row in database.execute(_PAIRS, events).fetchall()}
+    pairs = {row[:2]: (row[2], correlation(*row[2:])) for row in engine.fetch(PAIRS)}
     unknown = [scenario for scenario in activity if scenario not in dataset.scenarios]
     if unknown:
         raise InputError(f"{dataset.path / 'profile'}: scenario_id {unknown[0]!r} is not in "
                          f"dataset.json ({list(dataset.scenarios)})")  # fmt: skip
-    cutoff = None
-    if dataset.split_rule == "global_time":
+    if not activity:
+        raise _nobody(dataset, options, 0)
+    cutoff = options.cutoff
+    if cutoff is None and dataset.split_rule == "global_time":
         cutoff = max(row[4] for row in activity.values())
     keys = sorted(dataset.scenarios)
     data = [json.dumps(_scenario_data(key, dataset, options, activity, liked, pairs),

@@ -204,10 +204,11 @@ def _parts(
     old: KnowledgeStore, job: Job, out: Path, wanted: Manifest, forget: set[Any], done: Refreshed
 ) -> Iterator[Part]:
     """Write the parts: chunks wait until enough prompts have changed, then go together."""
-    from llm_knowledge.profiles import ProfileOptions, profile_batches
+    from llm_knowledge.job import profile_options
+    from llm_knowledge.profiles import profile_batches
 
     config = job.config
-    options = ProfileOptions(config.per_scenario, config.total, memory_limit=config.memory_limit)
+    options = profile_options(config)
     seen, index, unmet = np.zeros(len(old), bool), 0, set(forget)
     waiting: list[tuple[int, _Chunk]] = []
     with tempfile.TemporaryDirectory(dir=out, prefix=".spill.") as scratch:

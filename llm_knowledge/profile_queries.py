@@ -1,0 +1,166 @@
+"""What is known of a user, a scenario and an item: one definition in SQL for DuckDB and for Spark.
+
+Every query reads the views ``events`` (user_id, item_id, scenario_id, timestamp, label) and ``items``
+(item_id, title, categories). What the two engines spell differently is the ``Dialect``; both give the
+same rows, text and order: strings are ordered by their UTF-8 bytes, every order is total, and no
+aggregate depends on the order of its input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_TITLE = 1000  # characters of a title or a list of categories that reach a profile
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How an engine spells what SQL leaves open."""
+
+    name: str
+    explode: str  # list -> rows
+    join_texts: str  # (list, separator) -> text, nulls left out
+    without_nulls: str  # list as {list}
+    empty_list: str
+
+    def struct(self, **fields: str) -> str:
+        """A record of named expressions."""
+        if self.name == "duckdb":
+            return "{" + ", ".join(f"'{name}': {value}" for name, value in fields.items()) + "}"
+        return "named_struct(" + ", ".join(f"'{n}', {value}" for n, value in fields.items()) + ")"
+
+    def ordered_list(self, value: str, *order: str) -> str:
+        """Aggregate: the values of a group, ascending by ``order``."""
+        if self.name == "duckdb":
+            return f"list({value} ORDER BY {', '.join(order)})"
+        keys = {f"k{place}": key for place, key in enumerate(order)}
+        rows = self.struct(**keys, value=value)
+        return f"transform(array_sort(collect_list({rows})), entry -> entry.value)"
+
+
+DUCKDB = Dialect(
+    "duckdb", "unnest", "array_to_string", "[c FOR c IN {list} IF c IS NOT NULL]", "[]"
+)
+SPARK = Dialect("spark", "explode", "array_join", "filter({list}, c -> c IS NOT NULL)", "array()")
+
+
+def _readable(text: str) -> str:
+    """Text in one piece, empty where a reader would see nothing (spaces, control characters)."""
+    start = f"substring({text}, 1, {MAX_TITLE})"
+    return (f"CASE WHEN regexp_replace({start}, '^[\\p{{Z}}\\p{{Cc}}\\p{{Cf}}\\p{{Co}}]+', '') = '' "
+            f"THEN '' ELSE {start} END")  # fmt: skip
+
+
+def user_query(
+    dialect: Dialect,
+    per_scenario: int,
+    total: int,
+    negatives: bool,
+    at_least: int,
+    cutoff: int | None,
+) -> str:
+    """Rows (key, cutoff, data), by key: each user's newest items, most recent first.
+
+    An item without a title is named by its categories; one without either is left out of the lists. An
+    item met twice in a scenario counts once, with its newest label (the liked one of two at the same
+    time). Ties in time go by item, then by scenario.
+
+    Args:
+        dialect: of the engine.
+        per_scenario: liked items of each scenario, and as many disliked ones.
+        total: liked items over all scenarios, and as many disliked ones.
+        negatives: whether label 0 means disliked; without, those items are left out.
+        at_least: users with fewer events have no row.
+        cutoff: the row's cut-off; None: the user's newest event.
+    """
+    shown = dialect.struct(scenario="scenario_id", liked="label = 1", title="text")
+    newest = "max(newest)" if cutoff is None else f"CAST({cutoff} AS BIGINT)"
+    items = dialect.ordered_list(shown, "-newest", "item_id", "scenario_id")
+    wanted = "" if negatives else "AND label = 1"
+    return f"""
+WITH met AS (
+  SELECT user_id, scenario_id, item_id, count(*) AS times, max(timestamp) AS newest,
+         max(2 * timestamp + label) - 2 * max(timestamp) AS label
+  FROM events GROUP BY user_id, scenario_id, item_id
+), enough AS (
+  SELECT user_id, {newest} AS cutoff FROM met GROUP BY user_id HAVING sum(times) >= {at_least}
+), named AS (
+  SELECT m.user_id, m.scenario_id, m.item_id, m.newest, m.label,
+         CASE WHEN i.title_text <> '' THEN i.title_text ELSE i.category_text END AS text
+  FROM met m JOIN enough e ON m.user_id = e.user_id JOIN (
+    SELECT item_id, {_readable("coalesce(title, '')")} AS title_text,
+           {_readable(f"coalesce({dialect.join_texts}(categories, ', '), '')")} AS category_text
+    FROM items
+  ) i ON m.item_id = i.item_id
+), per_scenario AS (
+  SELECT *, row_number() OVER (PARTITION BY user_id, scenario_id, label
+                               ORDER BY newest DESC, item_id) AS place
+  FROM named WHERE text <> '' {wanted}
+), recent AS (
+  SELECT *, row_number() OVER (PARTITION BY user_id, label
+                               ORDER BY newest DESC, item_id, scenario_id) AS position
+  FROM per_scenario WHERE place <= {per_scenario}
+), lists AS (
+  SELECT user_id, {items} AS items FROM recent WHERE position <= {total} GROUP BY user_id
+)
+SELECT e.user_id AS key, e.cutoff AS cutoff,
+       '{{"items":' || coalesce(CAST(to_json(l.items) AS STRING), '[]') || '}}' AS data
+FROM enough e LEFT JOIN lists l ON e.user_id = l.user_id ORDER BY key
+"""
+
+
+def item_query(dialect: Dialect) -> str:
+    """Rows (key, cutoff null, data), by key: title and categories."""
+    categories = dialect.without_nulls.format(list="categories")
+    shown = dialect.struct(
+        title=f"substring(coalesce(title, ''), 1, {MAX_TITLE})",
+        categories=f"coalesce({categories}, {dialect.empty_list})",
+    )
+    return f"""
+SELECT item_id AS key, CAST(NULL AS BIGINT) AS cutoff, CAST(to_json({shown}) AS STRING) AS data
+FROM items ORDER BY key
+"""
+
+
+# The largest number of events that a user has.
+MOST_EVENTS = "SELECT max(n) FROM (SELECT count(*) AS n FROM events GROUP BY user_id) AS counts"
+
+# Per scenario: events, users, items, rate of label 1, newest event.
+ACTIVITY = """
+SELECT scenario_id, count(*) AS events, count(DISTINCT user_id) AS users,
+       count(DISTINCT item_id) AS items, avg(label) AS rate, max(timestamp) AS newest
+FROM events GROUP BY scenario_id
+"""
+
+
+def category_query(dialect: Dialect) -> str:
+    """How often each category is liked: events of label 1 (all, where negatives mean nothing)."""
+    return f"""
+WITH liked AS (
+  SELECT e.scenario_id, {dialect.explode}(array_distinct(i.categories)) AS category
+  FROM events e JOIN items i ON e.item_id = i.item_id WHERE e.label = 1
+)
+SELECT scenario_id, category, count(*) AS liked FROM liked
+WHERE {_readable("category")} <> '' GROUP BY scenario_id, category
+ORDER BY scenario_id, liked DESC, category
+"""
+
+
+# For every ordered pair of scenarios: common users, and whether who likes much here likes much there.
+# A user's rate is in ten-thousandths, so that sums are whole numbers and do not depend on their order.
+PAIRS = """
+WITH tastes AS (
+  SELECT user_id, scenario_id, CAST(floor(10000 * avg(label)) AS BIGINT) AS rate
+  FROM events GROUP BY user_id, scenario_id
+)
+SELECT a.scenario_id, b.scenario_id, count(*) AS common, sum(a.rate) AS x, sum(b.rate) AS y,
+       sum(a.rate * a.rate) AS xx, sum(b.rate * b.rate) AS yy, sum(a.rate * b.rate) AS xy
+FROM tastes a JOIN tastes b ON a.user_id = b.user_id
+WHERE a.scenario_id <> b.scenario_id GROUP BY a.scenario_id, b.scenario_id
+"""
+
+
+def correlation(count: int, x: int, y: int, xx: int, yy: int, xy: int) -> float | None:
+    """Pearson's correlation from whole-number sums; None where one side does not vary."""
+    spread = (count * xx - x * x) * (count * yy - y * y)
+    return (count * xy - x * y) / spread**0.5 if spread > 0 else None
