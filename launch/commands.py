@@ -108,19 +108,25 @@ def inspect(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def verify_stores(options: argparse.Namespace, words: list[str]) -> int | None:
     """Checks stores."""
+    from llm_knowledge.dated import DatedStores, store_paths
     from llm_knowledge.store import verify
 
-    for store in options.stores:
-        verify(store)
-        print(f"{store}: every check passed")
+    for given in options.stores:
+        for store in store_paths(given):
+            verify(store)
+            print(f"{store}: every check passed")
+        DatedStores.open(given)  # those of one directory belong together
     return None
 
 
 def shuffle_store(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes a control store."""
+    from llm_knowledge.dated import store_paths
     from llm_knowledge.writer import shuffled_store
 
-    shuffled_store(options.store, options.out, options.seed, options.control)
+    for store in store_paths(options.store):
+        out = options.out if store == options.store else options.out / store.name
+        shuffled_store(store, out, options.seed, options.control)
     print(f"{options.out}: {options.control} control of {options.store}")
     return None
 

@@ -93,6 +93,10 @@ def extractions(config: RunConfig, arguments: str = "") -> list[ExtractConfig]:
     from llm_knowledge.extract import add_arguments, config_from
 
     stores = {level: getattr(config.knowledge, level) for level in LEVELS}
+    for level, path in stores.items():
+        if isinstance(path, list):
+            raise InputError(f"knowledge.{level}: a list names stores that exist; name the directory that "
+                             f"the dated stores are to lie in")  # fmt: skip
     wanted = {level: Path(path) for level, path in stores.items() if path is not None}
     parser = argparse.ArgumentParser(prog="--extract", exit_on_error=False, add_help=False)
     add_arguments(parser)

@@ -14,12 +14,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from llm_knowledge.dated import DatedStores, store_paths
 from llm_knowledge.errors import InputError
 from llm_knowledge.manifest import Compression, DType, Manifest, Part, file_checksum
-from llm_knowledge.store import KnowledgeStore, verify
+from llm_knowledge.store import PROJECTION, KnowledgeStore, check_projection, verify
 from llm_knowledge.writer import new_directory, write_manifest, write_part
 
-PROJECTION = "projection.safetensors"
 BLOCK_BYTES = 64 << 20  # float32 rows that are in memory at a time
 SAMPLE_ROWS, NEIGHBOURS = 2000, 10
 
@@ -32,13 +32,32 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         InputError: see ``compress``.
     """
-    done = compress(options.store, options.out, options.dim, options.method, options.dtype)
+    paths = store_paths(options.store)
+    if paths == [options.store]:
+        _say(
+            options.out,
+            compress(options.store, options.out, options.dim, options.method, options.dtype),
+        )
+        return 0
+    # One space for all dates: the projection is fitted on the oldest, which knows no later event.
+    first: Path | None = None
+    for store in DatedStores.open(options.store).stores:
+        out = options.out / store.path.name
+        if first is None:
+            done = compress(store.path, out, options.dim, options.method, options.dtype)
+        else:
+            done = recompress(store.path, first, out)
+        first = first or out
+        _say(out, done)
+    return 0
+
+
+def _say(out: Path, done: Manifest) -> None:
     lost = done.compression
     assert lost is not None
-    print(f"{options.out}: {lost.source_dim} -> {done.dim} dimensions, {done.dtype}; retained variance "
+    print(f"{out}: {lost.source_dim} -> {done.dim} dimensions, {done.dtype}; retained variance "
           f"{lost.retained_variance:.4f}, overlap of the {NEIGHBOURS} nearest "
           f"{lost.neighbour_overlap:.3f}, cosine error {lost.cosine_error:.2e}")  # fmt: skip
-    return 0
 
 
 @dataclass(frozen=True)
@@ -136,10 +155,8 @@ def recompress(path: str | Path, like: str | Path, out: str | Path) -> Manifest:
     if lost.method == "pca":
         from safetensors.numpy import load_file
 
-        file = Path(like) / PROJECTION
-        if not file.is_file() or file_checksum(file) != lost.projection:
-            raise InputError(f"{file}: is missing or changed; compress the store again")
-        saved = load_file(file)
+        check_projection(Path(like), about)
+        saved = load_file(Path(like) / PROJECTION)
         mean, basis = saved["mean"], saved["basis"]
     projection = Projection(
         lost.method, about.dim, lost.retained_variance, mean, basis, about.normalized

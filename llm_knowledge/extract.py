@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +61,8 @@ class ExtractConfig:
     per_scenario: int = 8
     total: int = 24
     min_interactions: int = 1
+    cutoffs: Sequence[str] = ()  # several dated stores, see ``dated.cutoff_times``
+    cutoff: int | None = None  # of one dated store, seconds
     engine: str = "duckdb"
     spark_master: str | None = None
     memory_limit: str = "2GB"
@@ -114,6 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--total", type=int, default=24, help="liked and disliked items over all scenarios")
     add("--min-interactions", type=int, default=1,
         help="users with fewer events get no prompt, the model a default vector; default: 1")  # fmt: skip
+    add("--cutoffs", nargs="+", default=[], metavar="TIME",
+        help="one dated store per cut-off, side by side in --out: seconds, dates (what happened before "
+             "that day enters), or 'day' for every day of the training window")  # fmt: skip
     add("--engine", choices=("duckdb", "spark"), default="duckdb",
         help="what builds the profiles: embedded, or Spark (requirements/spark.txt, Java)")  # fmt: skip
     add("--spark-master", metavar="URL", help="of the Spark cluster; default: local mode")
@@ -124,7 +130,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> ExtractConfig:
     """The configuration that the options of ``add_arguments`` describe."""
-    return ExtractConfig(**{name: getattr(args, name) for name in ExtractConfig.__annotations__})
+    names = [name for name in ExtractConfig.__annotations__ if hasattr(args, name)]
+    return ExtractConfig(**{name: getattr(args, name) for name in names})
 
 
 def check(config: ExtractConfig) -> None:
@@ -143,10 +150,10 @@ def check(config: ExtractConfig) -> None:
     if config.level == "all" and config.template:
         raise InputError("--template: belongs to one level; extract the levels one by one")
     dataset = Dataset.open(config.data)
-    for level, _ in _levels(config):
-        dataset.files(level)
+    for one in _jobs(config):
+        dataset.files(one.level, one.cutoff)
         if config.template:
-            load_template(config.template, level)
+            load_template(config.template, one.level)
     if config.model is None or Path(config.model).is_dir():
         from llm_knowledge.encoder import read_json
 
@@ -174,15 +181,33 @@ def extract(config: ExtractConfig) -> Path:
     with connect(timedelta(minutes=config.timeout_minutes)) as workers:
         lead(workers, "check", lambda: check(config))
         encoder = Encoder(**{name: getattr(config, name) for name in ENCODER_FIELDS})
-        for level, out in _levels(config):
-            Job(replace(config, level=level, out=out), encoder, workers).run()
+        for one in _jobs(config):
+            Job(one, encoder, workers).run()
     return config.out
 
 
-def _levels(config: ExtractConfig) -> list[tuple[str, Path]]:
+def _jobs(config: ExtractConfig) -> list[ExtractConfig]:
+    """One configuration per store; items come from the catalogue alone and have no date."""
+    from llm_knowledge.dated import cutoff_times
+    from llm_knowledge.profiles import Dataset
+
+    jobs = [config]
     if config.level == "all":
-        return [(level, config.out / level) for level in LEVELS]
-    return [(config.level, config.out)]
+        jobs = [replace(config, level=level, out=config.out / level) for level in LEVELS]
+    if not config.cutoffs:
+        return jobs
+    if config.level == "item":
+        raise InputError("--cutoffs: items are known from the catalogue alone, which has no date")
+    times = cutoff_times(config.cutoffs, Dataset.open(config.data))
+    dated = []
+    for job in jobs:
+        if job.level == "item":
+            dated.append(replace(job, cutoffs=()))
+            continue
+        for time in times:
+            out = job.out / f"cutoff-{time}"
+            dated.append(replace(job, cutoffs=(), cutoff=time, out=out))
+    return dated
 
 
 def main(args: argparse.Namespace) -> int:

@@ -79,9 +79,15 @@ class Job:
             self.dataset.negative_name, encoder.count_tokens, encoder.max_tokens)  # fmt: skip
         self.profiles = config.out / "profiles.parquet"
 
+    @property
+    def stage(self) -> str:
+        """Names this store among all that the workers make together."""
+        cutoff = self.config.cutoff
+        return self.config.level if cutoff is None else f"{self.config.level}@{cutoff}"
+
     def run(self) -> None:
         """Lead (rank 0) or follow, until the store is complete."""
-        stage, leader = self.config.level, self.workers.rank == 0
+        stage, leader = self.stage, self.workers.rank == 0
         with ExitStack() as held:
 
             def prepare() -> list[int] | None:
@@ -101,7 +107,11 @@ class Job:
     def _manifest(self) -> Manifest:
         """The manifest before any part exists: it says what is being made."""
         config, encoder, level = self.config, self.encoder, self.config.level
-        about = [self.dataset.fingerprint(level)]
+        about = [self.dataset.fingerprint(level, config.cutoff)]
+        about += [] if config.cutoff is None else [f"cutoff {config.cutoff}"]
+        cutoff = Cutoff(kind="per_key" if level == "user" else "none")
+        if config.cutoff is not None:
+            cutoff = Cutoff(kind="global", value=config.cutoff)
         if level == "user":
             about += [str(config.per_scenario), str(config.total)]
             about += [str(config.min_interactions)] if config.min_interactions > 1 else []
@@ -118,7 +128,7 @@ class Job:
             pooling=encoder.pooling, layer=encoder.layer, dim=encoder.dim,
             dtype=config.store_dtype,  # type: ignore[arg-type]
             key_type=self.dataset.key_types[level],  # type: ignore[arg-type]
-            rows=0, cutoff=Cutoff(kind="per_key" if level == "user" else "none"),
+            rows=0, cutoff=cutoff,
             input_fingerprint=fingerprint_of(about), normalized=encoder.normalize,
             profile=_profile_info(config),
             versions=_versions(),
@@ -183,7 +193,7 @@ class Job:
 
     def _work(self, missing: list[int]) -> None:
         """Claim chunks until none is left. Rank 0 shows the progress of all workers."""
-        stage, count = self.config.level, self.workers.count
+        stage, count = self.stage, self.workers.count
 
         def claim() -> int:
             return count(f"{stage}/next", 1) - 1
@@ -256,15 +266,19 @@ def profile_options(config: ExtractConfig) -> ProfileOptions:
     """What the profiles of an extraction are made with."""
     return ProfileOptions(
         config.per_scenario, config.total, min_interactions=config.min_interactions,
+        cutoff=config.cutoff,
         engine=config.engine, spark_master=config.spark_master, memory_limit=config.memory_limit)  # fmt: skip
 
 
 def _profile_info(config: ExtractConfig) -> ProfileInfo | None:
-    if config.level != "user":
+    if config.level == "item" or (config.level == "scenario" and config.cutoff is None):
         return None
     at_least = config.min_interactions if config.min_interactions > 1 else None
     return ProfileInfo(
-        per_scenario=config.per_scenario, total=config.total, min_interactions=at_least
+        per_scenario=config.per_scenario,
+        total=config.total,
+        min_interactions=at_least,
+        cutoff=config.cutoff,
     )
 
 

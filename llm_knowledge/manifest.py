@@ -77,6 +77,7 @@ class ProfileInfo(_Strict):
     per_scenario: int
     total: int
     min_interactions: int | None = _optional()
+    cutoff: int | None = _optional()
 
 
 class Compression(_Strict):

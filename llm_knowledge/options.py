@@ -27,6 +27,8 @@ def add_refresh_arguments(parser: argparse.ArgumentParser) -> None:
     add("--remove-file", type=Path, help="text file with one key to forget per line")
     add("--child", nargs=2, type=Path, action="append", default=[], metavar=("OLD", "NEW"),
         help="compressed child of the store, and the directory of its successor")  # fmt: skip
+    add("--cutoff", type=int, metavar="SECONDS",
+        help="newest event that enters, for a dated successor; default: as the store was made")  # fmt: skip
     add("--model", help="as for extract: the model that made the store; default: the packaged one")
     add("--template", help="as for extract, for a store of a template of your own")
     add("--trust-remote-code", action="store_true", help="run Python code that a model brings")

@@ -75,8 +75,9 @@ def main(options: argparse.Namespace) -> int:
             ) from error
         remove += [line.strip() for line in lines if line.strip()]
     names = ("model", "template", "trust_remote_code", "device", "batch_tokens", "memory_limit")
+    dated = {} if options.cutoff is None else {"cutoff": options.cutoff}
     done = refresh(options.store, options.data, options.out, remove, options.child,
-                   **{name: getattr(options, name) for name in names})  # fmt: skip
+                   **{name: getattr(options, name) for name in names}, **dated)  # fmt: skip
     print(f"{options.out}: {done}")
     if remove:
         old = [str(options.store), *(str(child) for child, _ in options.child)]
@@ -106,7 +107,8 @@ def refresh(
         children: (compressed store, new directory): compressed again from the refreshed store, by
             the same projection, so that removed keys are gone there too.
         options: fields of ``ExtractConfig`` that name the model again: model, template,
-            trust_remote_code, device, batch_tokens, memory_limit, prefix_reuse.
+            trust_remote_code, device, batch_tokens, memory_limit, prefix_reuse; and cutoff, for a
+            dated successor.
 
     Raises:
         InputError: the store is incomplete or compressed, was made by another model or template, a

@@ -30,6 +30,8 @@ from llm_knowledge.manifest import (
     read_manifest,
 )
 
+PROJECTION = "projection.safetensors"  # mean and basis of a store compressed by PCA
+
 
 def open_part(file: Path) -> pq.ParquetFile:
     """Open a part; a missing or broken file is an InputError that names it."""
@@ -100,6 +102,9 @@ class KnowledgeStore:
         if not manifest.complete and not allow_incomplete:
             raise InputError(f"{path}: the store is incomplete; run the same `knowledge extract` "
                              f"again, it continues where it stopped")  # fmt: skip
+        if manifest.complete and not manifest.parts:
+            raise InputError(f"{path / 'manifest.json'}: parts: there is none, a complete store has rows; "
+                             f"extract again")  # fmt: skip
         if manifest.complete and sum(part.rows for part in manifest.parts) != manifest.rows:
             raise InputError(f"{path / 'manifest.json'}: rows: {manifest.rows}, but the parts have "
                              f"{sum(part.rows for part in manifest.parts)}")  # fmt: skip
@@ -273,6 +278,7 @@ def verify(path: str | Path, manifest: Manifest | None = None) -> None:
         if checksum != part.checksum:
             raise InputError(f"{file}: its bytes changed: checksum {checksum}, the manifest says "
                              f"{part.checksum}; delete the part and extract again")  # fmt: skip
+    check_projection(path, manifest)
     store = KnowledgeStore.open(path, manifest=manifest)
     previous: int | str | None = None
     for index, part in enumerate(manifest.parts):
@@ -284,6 +290,24 @@ def verify(path: str | Path, manifest: Manifest | None = None) -> None:
                              f"{part.key_max!r} in the manifest")  # fmt: skip
         _check_vectors(file, table, manifest)
         _check_cutoffs(file, table["cutoff"], manifest)
+
+
+def check_projection(path: Path, manifest: Manifest) -> None:
+    """The projection file of a store compressed by PCA is the one that made its vectors.
+
+    Raises:
+        InputError: it is missing or changed.
+    """
+    compression = manifest.compression
+    if compression is None or compression.method != "pca":
+        return
+    file = path / PROJECTION
+    if not file.is_file():
+        raise InputError(f"{file}: is missing; compress the store again")
+    checksum = file_checksum(file)
+    if checksum != compression.projection:
+        raise InputError(f"{file}: its bytes changed: checksum {checksum}, the manifest says "
+                         f"{compression.projection}; compress the store again")  # fmt: skip
 
 
 def _check_keys(file: Path, column: pa.ChunkedArray, previous: int | str | None) -> int | str:

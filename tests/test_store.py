@@ -1,4 +1,5 @@
 import io
+import json
 import os
 
 import numpy as np
@@ -94,6 +95,99 @@ def test_narrow_read_touches_only_its_row_group(tmp_path, monkeypatch):
     assert asked == [[2]]
     np.testing.assert_allclose(store.read_vectors(45, 65), vectors[45:65], atol=2e-3)
     assert asked[1:] == [[4], [0], [1]]
+
+
+def test_narrow_read_takes_the_bytes_of_its_row_groups_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_knowledge.writer.ROW_GROUP_BYTES", 16_384)  # 1,024 rows of 16 bytes
+    vectors = make(tmp_path / "s", rows=8_192, rows_per_part=4_096, dtype="float16")
+    taken = []
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            data = super().read(size)
+            taken.append(len(data))
+            return data
+
+    monkeypatch.setattr("llm_knowledge.store.open_part",
+                        lambda file: pq.ParquetFile(Counting(file), pre_buffer=False))  # fmt: skip
+    store = KnowledgeStore.open(tmp_path / "s")
+    for index in range(2):
+        store._handle(index)  # footers
+    for start, stop, groups in ((1_100, 1_101, 1), (1_000, 1_100, 2), (3_000, 5_000, 3)):
+        taken.clear()
+        np.testing.assert_allclose(store.read_vectors(start, stop), vectors[start:stop], atol=2e-3)
+        column = store._handle(0).metadata.row_group(0).column(1)
+        assert column.path_in_schema == "vector"
+        assert 0 < sum(taken) <= 1.1 * groups * column.total_compressed_size
+    assert 10 * sum(taken) < 8 * (tmp_path / "s" / "part-00000.parquet").stat().st_size
+
+
+EDITS = {
+    "another model": {"model": {"name": "another"}},
+    "another template": {"template": {"hash": "1"}},
+    "another pooling": {"pooling": "last"},
+    "another layer": {"layer": -2},
+    "another level": {"level": "item"},
+    "a smaller dim": {"dim": 4},
+    "another dtype": {"dtype": "float32"},
+    "keys as text": {"key_type": "string"},
+    "normalized": {"normalized": True},
+    "a note": {"note": "shuffled control, seed 0"},
+    "parents": {"parents": ["f"]},
+    "another input": {"input_fingerprint": "g"},
+    "more rows": {"rows": 12},
+    "no parts": {"rows": 0, "parts": []},
+    "fewer parts": {"parts": slice(0, 2)},
+    "parts turned round": {"parts": slice(None, None, -1)},
+    "a cut-off for all": {"cutoff": {"kind": "global", "value": 5}},
+    "an unknown field": {"comment": "looks better"},
+    "a word for a number": {"rows": "ten"},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_verify_finds_what_was_edited_by_hand(tmp_path, edit):
+    make(tmp_path / "s")
+    file = tmp_path / "s" / "manifest.json"
+    about = json.loads(file.read_text())
+    for name, value in EDITS[edit].items():
+        if isinstance(value, slice):
+            about[name] = about[name][value]
+        else:
+            about[name] = {**about[name], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"manifest\.json: |part-0000\d\.parquet: "):
+        verify(tmp_path / "s")
+
+
+@pytest.mark.parametrize("field", ["file", "rows", "key_min", "key_max", "checksum"])
+def test_verify_finds_a_part_edited_by_hand(tmp_path, field):
+    make(tmp_path / "s")
+    file = tmp_path / "s" / "manifest.json"
+    about = json.loads(file.read_text())
+    changed = {
+        "file": "part-00002.parquet",
+        "rows": 5,
+        "key_min": 41,
+        "key_max": 71,
+        "checksum": "x",
+    }
+    about["parts"][1][field] = changed[field]
+    file.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"manifest\.json: |part-0000\d\.parquet: "):
+        verify(tmp_path / "s")
+
+
+def test_parts_of_two_stores_do_not_mix(tmp_path):
+    make(tmp_path / "s")
+    make(tmp_path / "t", input_fingerprint="of another log")
+    (tmp_path / "s" / "part-00001.parquet").write_bytes(
+        (tmp_path / "t" / "part-00001.parquet").read_bytes()
+    )
+    with pytest.raises(InputError, match=r"part-00001\.parquet: .*checksum"):
+        verify(tmp_path / "s")
+    with pytest.raises(InputError, match=r"part-00001\.parquet: row 0: made by another model"):
+        KnowledgeStore.open(tmp_path / "s")
 
 
 def test_fingerprint_follows_the_vectors_not_the_versions(tmp_path):

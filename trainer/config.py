@@ -93,11 +93,20 @@ class DataConfig(Section):
     )
 
 
+Stores = str | Annotated[list[str], Field(min_length=1)]
+
+
 class KnowledgeConfig(Section):
     """Knowledge stores joined by key; null leaves a level out."""
 
-    user: str | None = Field(default=None, description="Store with one vector per user.")
-    scenario: str | None = Field(default=None, description="Store with one vector per scenario.")
+    user: Stores | None = Field(
+        default=None,
+        description="Store with one vector per user; or a directory of dated stores, or a list of them: "
+        "an event joins the newest whose cut-off lies before it.",
+    )
+    scenario: Stores | None = Field(
+        default=None, description="Store with one vector per scenario; or dated ones, as for users."
+    )
     item: str | None = Field(default=None, description="Store with one vector per item.")
 
 

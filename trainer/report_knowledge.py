@@ -27,15 +27,15 @@ RULES = ("largest improvement", "median", "largest loss")
 
 
 def open_store(run: Run, level: str) -> KnowledgeStore | None:
-    """Opens the store of one level that a run used; None when it used none or it is gone."""
-    from llm_knowledge.store import KnowledgeStore
+    """Opens the store of one level that a run used, the newest of dated ones; None if it is gone."""
+    from llm_knowledge.dated import DatedStores
 
-    path = (run.config.get("knowledge") or {}).get(level)
-    if not path:
-        return None
-    for place in (Path(path), run.path / path):
-        if (place / "manifest.json").is_file():
-            return KnowledgeStore.open(place)
+    paths = (run.config.get("knowledge") or {}).get(level) or []
+    paths = [paths] if isinstance(paths, str) else paths
+    for places in (list(map(Path, paths)), [run.path / path for path in paths]):
+        inside = [[place / "manifest.json", *place.glob("*/manifest.json")] for place in places]
+        if places and all(any(file.is_file() for file in files) for files in inside):
+            return DatedStores.open(places).stores[-1]
     return None
 
 

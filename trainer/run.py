@@ -27,8 +27,8 @@ from embeddings.sharding import (
 )
 from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
+from llm_knowledge.dated import DatedStores
 from llm_knowledge.errors import InputError
-from llm_knowledge.store import KnowledgeStore
 from trainer.config import RunConfig, save_config
 from trainer.continuation import Continuation, copy_vocabularies, note_data, resume_config
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
@@ -98,16 +98,17 @@ class Inputs:
     """What a run reads."""
 
     dataset: DatasetInfo
-    stores: dict[str, KnowledgeStore]
+    stores: dict[str, DatedStores]
 
 
-def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, KnowledgeStore]:
+def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, DatedStores]:
     """Opens the configured stores and checks that they can be joined with the dataset.
 
     Raises:
-        InputError: If a store is of another level or its keys are of another type.
+        InputError: If a store is of another level or its keys are of another type, or dated stores do
+            not belong together.
     """
-    stores: dict[str, KnowledgeStore] = {}
+    stores: dict[str, DatedStores] = {}
     key_types = {
         "user": dataset.user_id_type,
         "item": dataset.item_id_type,
@@ -117,18 +118,18 @@ def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, KnowledgeS
         path = getattr(config.knowledge, level)
         if path is None:
             continue
-        store = KnowledgeStore.open(Path(path))
-        if store.manifest.level != level:
-            raise InputError(
-                f"knowledge.{level}: {path} is a store of level {store.manifest.level}"
-            )
-        if store.manifest.key_type != key_type:
-            raise InputError(
-                f"knowledge.{level}: {path} has {store.manifest.key_type} keys, the dataset's {level} ids "
-                f"are {key_type}"
-            )
-        store.keys()  # reads and checks them
-        stores[level] = store
+        stores[level] = DatedStores.open(path)
+        for store in stores[level].stores:
+            if store.manifest.level != level:
+                raise InputError(
+                    f"knowledge.{level}: {store.path} is a store of level {store.manifest.level}"
+                )
+            if store.manifest.key_type != key_type:
+                raise InputError(
+                    f"knowledge.{level}: {store.path} has {store.manifest.key_type} keys, the dataset's "
+                    f"{level} ids are {key_type}"
+                )
+            store.keys()  # reads and checks them
     return stores
 
 
@@ -317,7 +318,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
 
 def make_shapes(
     dataset: DatasetInfo,
-    stores: dict[str, KnowledgeStore],
+    stores: dict[str, DatedStores],
     rows: dict[str, int],
     label_weights: tuple[float, ...],
 ) -> Shapes:
@@ -331,7 +332,7 @@ def make_shapes(
         user_vectors=_shape(stores.get("user")),
         item_vectors=_shape(stores.get("item")),
         scenario_vectors=torch.from_numpy(
-            scenario_store.read_vectors(0, scenario_store.manifest.rows).astype(np.float32)
+            scenario_store.read_vectors(0, len(scenario_store)).astype(np.float32)
         )
         if scenario_store
         else None,
@@ -362,13 +363,13 @@ def _table_optimizer(config: RunConfig) -> TableOptimizer:
     return TableOptimizer(tables.optimizer, tables.learning_rate, tables.weight_decay, betas)
 
 
-def _shape(store: KnowledgeStore | None) -> tuple[int, int] | None:
-    return (store.manifest.rows, store.manifest.dim) if store else None
+def _shape(store: DatedStores | None) -> tuple[int, int] | None:
+    return (len(store), store.dim) if store is not None else None
 
 
 def _row_encoder(
     dataset: DatasetInfo,
-    stores: dict[str, KnowledgeStore],
+    stores: dict[str, DatedStores],
     ids: dict[str, IdMap],
     extra_labels: tuple[str, ...],
 ) -> RowEncoder:
@@ -380,7 +381,7 @@ def _row_encoder(
         scenarios=SortedKeys(pa.array(scenario_ids[order].tolist())),
         scenario_order=order.astype(np.int64),
         history_length=dataset.history_length,
-        joins={level: KnowledgeJoin(store) for level, store in stores.items()},
+        joins={level: KnowledgeJoin(*dated.stores) for level, dated in stores.items()},
         extra_labels=extra_labels,
     )
 

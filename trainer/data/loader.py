@@ -41,21 +41,36 @@ class Joinable(Protocol):
 
 
 class KnowledgeJoin:
-    """Point-in-time join: (key, event time) to the store's row, -1 where none is eligible.
+    """Point-in-time join: (key, event time) to the row of a vector, -1 where none is eligible.
 
-    A vector is eligible for an event only if every event behind it lies strictly before.
+    A vector is eligible for an event only if every event behind it lies strictly before. Of several
+    stores, given oldest first, the newest eligible vector of the key is taken; rows count on from one
+    store to the next.
     """
 
-    def __init__(self, store: Joinable) -> None:
-        self._keys = SortedKeys(pa.array(store.keys()))
-        self._cutoffs = store.cutoffs()
+    def __init__(self, *stores: Joinable) -> None:
+        # Newest first: row offset, keys, cut-offs, the oldest cut-off.
+        self._stores: list[tuple[int, SortedKeys, np.ndarray, int]] = []
+        offset = 0
+        for store in stores:
+            cutoffs = store.cutoffs()
+            if len(cutoffs):
+                keys = SortedKeys(pa.array(store.keys()))
+                self._stores.insert(0, (offset, keys, cutoffs, int(cutoffs.min())))
+            offset += len(cutoffs)
 
     def rows(self, keys: pa.ChunkedArray, timestamps: np.ndarray) -> np.ndarray:
-        """Returns store rows, int64, same length as `keys`."""
-        rows = self._keys.positions(keys)
-        if len(self._cutoffs) == 0:
-            return rows
-        return np.where((rows >= 0) & (timestamps > self._cutoffs[rows]), rows, -1)
+        """Returns rows, int64, same length as `keys`."""
+        found = np.full(len(keys), -1, dtype=np.int64)
+        for offset, own, cutoffs, oldest in self._stores:
+            # What no newer store has answered and this one may.
+            asked = np.flatnonzero((found < 0) & (timestamps > oldest))
+            if len(asked) == 0:
+                continue
+            rows = own.positions(keys if len(asked) == len(keys) else keys.take(pa.array(asked)))
+            eligible = (rows >= 0) & (timestamps[asked] > cutoffs[rows])
+            found[asked[eligible]] = offset + rows[eligible]
+        return found
 
 
 @dataclass(frozen=True)
