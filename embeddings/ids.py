@@ -92,23 +92,43 @@ class HashedIds:
 
     def lookup(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """See `IdMap.lookup`; row 0 stays the row for unknown ids and is never hit by a hash."""
-        if isinstance(ids, pa.ChunkedArray):
-            ids = ids.combine_chunks()
-        if pa.types.is_integer(ids.type):
-            mixed = _mix64(
-                ids.to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64), self._salt
-            )
-        else:
-            encoded = ids.dictionary_encode()  # each distinct string is hashed once
-            digests = [
-                hashlib.blake2b(
-                    value.encode(), digest_size=8, salt=self._salt.to_bytes(8, "little")
-                ).digest()
-                for value in encoded.dictionary.to_pylist()
-            ]
-            table = np.frombuffer(b"".join(digests), dtype="<u8")
-            mixed = table[encoded.indices.to_numpy(zero_copy_only=False)]
-        return (mixed % np.uint64(self.rows - 1)).astype(np.int64) + 1
+        return (hash_ids(ids, self._salt) % np.uint64(self.rows - 1)).astype(np.int64) + 1
+
+
+class HashedKeys:
+    """Ids as well-mixed 64-bit keys, which a zero-collision table gives rows to while training.
+
+    Integers keep their identity: the mix is a bijection. Strings become the first 64 bits of a BLAKE2b
+    digest; among n of them a pair shares a key with a chance of about n² / 2^65.
+    """
+
+    def __init__(self, rows: int, salt: int = 0) -> None:
+        self.rows, self._salt = rows, salt
+
+    def lookup(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Maps ids (int64 or string, no nulls) to keys (int64, any bit pattern, same length)."""
+        return hash_ids(ids, self._salt).view(np.int64)
+
+
+def hash_ids(ids: pa.Array | pa.ChunkedArray, salt: int = 0) -> np.ndarray:
+    """Hashes ids (int64 or string, no nulls) to uint64; every input bit reaches every output bit.
+
+    Raises:
+        TypeError: If the ids are neither integers nor strings.
+    """
+    if isinstance(ids, pa.ChunkedArray):
+        ids = ids.combine_chunks()
+    if pa.types.is_integer(ids.type):
+        return _mix64(ids.to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64), salt)
+    if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+        raise TypeError(f"ids are {ids.type}; int64 or string is needed")
+    encoded = ids.dictionary_encode()  # each distinct string is hashed once
+    digests = [
+        hashlib.blake2b(value.encode(), digest_size=8, salt=salt.to_bytes(8, "little")).digest()
+        for value in encoded.dictionary.to_pylist()
+    ]
+    table = np.frombuffer(b"".join(digests), dtype="<u8")
+    return table[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
 def _mix64(values: np.ndarray, salt: int) -> np.ndarray:

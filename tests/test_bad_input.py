@@ -93,6 +93,10 @@ RAW_LOGS: dict[str, tuple[Callable[[dict], object], tuple[str, ...]]] = {
     "renamed column": (rename, ("log.parquet", "'user_id'", "did you mean 'usr_id'")),
     "missing column": (lambda log: log.pop("label"), ("log.parquet", "'label'", "missing")),
     "wrong type": (to_text, ("log.parquet", "'timestamp'", "string", "int64")),
+    "user ids of a wrong type": (
+        lambda log: log.update(user_id=[float(value) for value in log["user_id"]]),
+        ("log.parquet", "'user_id'", "float", "int64 or string"),
+    ),
     "NaN label": (nan_label, ("log.parquet", "'label'", "row 4 ", "NaN")),
     "label 2": (cell("label", 5, 2), ("log.parquet", "'label'", "row 6 ", "(2)")),
     "null user": (cell("user_id", 0, None), ("log.parquet", "'user_id'", "row 1 ", "null")),
@@ -168,6 +172,11 @@ DATASETS: dict[str, tuple[str, Change, tuple[str, ...]]] = {
         "train",
         with_column("user_id", lambda v: v, pa.float64()),
         ("'user_id'", "double", "int64"),
+    ),
+    "item ids of a wrong type": (
+        "valid",
+        with_column("item_id", lambda v: [float(x) for x in v], pa.float64()),
+        ("'item_id'", "double", "int64"),
     ),
     "NaN label": (
         "train",

@@ -183,6 +183,8 @@ def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
         raise InputError(f"{error}{words}") from error
     state = read_state(checkpoint)
     set_update_count(run.model, state.table_updates)
+    if run.model.module.row_owners is not None:
+        run.model.module.row_owners.rebuild()
     return state
 
 

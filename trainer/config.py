@@ -126,17 +126,57 @@ class ScheduleConfig(Section):
     )
 
 
+class ZeroCollisionConfig(Section):
+    """Rows that are given to ids while training: no two ids share one.
+
+    Row 0 of a table stands for all ids without a row of their own.
+    """
+
+    user_rows: int | None = Field(
+        default=None,
+        ge=2,
+        description="Rows of the user table; rounded up to a multiple of data.streams.",
+    )
+    item_rows: int | None = Field(
+        default=None, ge=2, description="Rows of the item table; likewise."
+    )
+    eviction: Literal["lfu", "lru", "distance_lfu", "ttl"] = Field(
+        default="lru",
+        description="Whose row is taken where new ids find none. lfu: the least often seen; lru: not "
+        "seen for longest; distance_lfu: least count / (steps since seen + 1) ^ distance_decay; ttl: "
+        "nobody's before time_to_live.",
+    )
+    admission: int = Field(
+        default=1, ge=1, le=255, description="Occurrences before an id gets a row."
+    )
+    time_to_live: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps after which an id that was not seen loses its row, whatever the eviction.",
+    )
+    eviction_interval: int = Field(default=1, ge=1, description="Steps between evictions.")
+    distance_decay: float = Field(default=1.0, gt=0, description="Exponent of distance_lfu.")
+
+    @model_validator(mode="after")
+    def _ttl_needs_a_time(self) -> "ZeroCollisionConfig":
+        if self.eviction == "ttl" and self.time_to_live is None:
+            raise ValueError("eviction = ttl needs time_to_live")
+        return self
+
+
 class TablesConfig(Section):
     """Sharded id tables."""
 
     dim: int = Field(
         default=16, ge=4, multiple_of=4, description="Width of user, item and scenario embeddings."
     )
-    ids: Literal["vocabulary", "hash"] = Field(
+    ids: Literal["vocabulary", "hash", "zero_collision"] = Field(
         default="vocabulary",
-        description="vocabulary: one row per id seen in training; hash: `hash_rows` rows for all ids.",
+        description="vocabulary: one row per id seen in training; hash: `hash_rows` rows for all ids; "
+        "zero_collision: a fixed number of rows, given to ids while training and taken back.",
     )
     hash_rows: int | None = Field(default=None, ge=2, description="Rows per table when ids = hash.")
+    zero_collision: ZeroCollisionConfig = ZeroCollisionConfig()
     optimizer: Literal[
         "sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"
     ] = Field(
@@ -184,6 +224,29 @@ class TablesConfig(Section):
     def _hash_needs_rows(self) -> "TablesConfig":
         if (self.ids == "hash") != (self.hash_rows is not None):
             raise ValueError("hash_rows belongs to ids = hash: set both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _zero_collision_has_rows_to_give(self) -> "TablesConfig":
+        options, wanted = self.zero_collision, self.ids == "zero_collision"
+        if wanted and (options.user_rows is None or options.item_rows is None):
+            raise ValueError(
+                "ids = zero_collision needs zero_collision.user_rows and zero_collision.item_rows"
+            )
+        if not wanted and options != ZeroCollisionConfig():
+            raise ValueError(f"zero_collision would be ignored by ids = {self.ids}: remove it")
+        for table in ("user", "item") if wanted else ():
+            kind = self.sharding.get(table, "row_wise")
+            if kind not in ("row_wise", "table_wise", "column_wise"):
+                raise ValueError(
+                    f"sharding.{table}: {kind} is not possible where rows change hands; use row_wise, "
+                    "table_wise or column_wise"
+                )
+            if (kernel := self.kernels.get(table, "fused")) not in ("fused", "uvm"):
+                raise ValueError(
+                    f"kernels.{table}: {kernel} keeps copies of rows, which would outlive a change of "
+                    "hands; use fused or uvm"
+                )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from embeddings.ids import HashedIds, IdMap, SortedKeys, Vocabulary
+from embeddings.ids import IdMap, SortedKeys
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
 from embeddings.replica_groups import ReplicaGroups, check_groups
 from embeddings.replicated import train_replicated_tables
@@ -31,11 +32,13 @@ from llm_knowledge.dated import DatedStores
 from llm_knowledge.errors import InputError
 from trainer.config import RunConfig, save_config
 from trainer.continuation import Continuation, copy_vocabularies, note_data, resume_config
+from trainer.data.batch import Batch
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
 from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
 from trainer.distributed import Runtime, together
 from trainer.hardware import this_cluster
 from trainer.models.llm4msr import LLM4MSR, Shapes
+from trainer.row_ids import IdUse, id_maps, zero_collision_tables
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Run:
     model: DistributedModelParallel
     optimizer: torch.optim.Optimizer
     pipeline: TrainPipelineSparseDist
+    id_use: IdUse = field(default_factory=IdUse)
 
     def stream(
         self, splits: list[str], shuffle: bool, since: Continuation | None = None
@@ -92,6 +96,31 @@ class Run:
 
         return together(opened)
 
+    def give_rows(self, batches: Iterator[Batch], learn: bool) -> Iterator[Batch]:
+        """Gives ids their rows on a batch's way to the pipeline; all ranks together.
+
+        Args:
+            batches: What is to be fed, and no more: rows are given to the ids of a batch when it is read.
+            learn: Whether ids are counted, admitted and evicted: in training.
+        """
+        owners = self.model.module.row_owners
+        for batch in batches:
+            if owners is None:
+                self.id_use.count(batch.ids)
+                yield batch
+                continue
+            ids, fresh = owners.remap(batch.ids, learn)
+            if self.runtime.device.type == "cuda":  # from page-locked memory copies overlap
+                ids, fresh = ids.pin_memory(), fresh.pin_memory()
+            yield replace(batch, ids=ids, fresh=fresh)
+
+    def report_ids(self, scored: bool) -> dict[str, float]:
+        """Numbers of the id tables since the last report; all ranks together, on the host."""
+        owners = self.model.module.row_owners
+        if owners is not None:
+            return owners.report(scored)
+        return self.id_use.report() if self.config.tables.ids == "vocabulary" and scored else {}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -131,55 +160,6 @@ def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, DatedStore
                 )
             store.keys()  # reads and checks them
     return stores
-
-
-def _id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMap]:
-    """Builds the id maps of the run on rank 0, unless they are there, and reads them on all ranks."""
-    tables = config.tables
-    if tables.ids == "hash":
-        assert tables.hash_rows is not None
-        return {
-            level: HashedIds(tables.hash_rows, salt) for salt, level in enumerate(("user", "item"))
-        }
-    paths = {level: folder / "ids" / f"{level}.parquet" for level in ("user", "item")}
-
-    def write() -> None:
-        for level, path in paths.items():
-            if runtime.is_main and not path.exists():
-                ids = Vocabulary(_distinct_ids(config, f"{level}_id"))
-                try:
-                    path.parent.mkdir(exist_ok=True)
-                    ids.save(path)
-                except OSError as error:
-                    raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-    together(write)
-    return {level: Vocabulary.load(path) for level, path in paths.items()}
-
-
-def _distinct_ids(config: RunConfig, column: str) -> pa.Array:
-    import duckdb
-
-    files = [
-        str(file)
-        for split in config.data.train_splits
-        for file in split_files(Path(config.data.path), split)
-    ]
-    # The column's name is a constant of this module.
-    query = f"SELECT DISTINCT {column} AS id FROM read_parquet($files) ORDER BY id"
-    with duckdb.connect() as connection:
-        try:
-            found = connection.execute(query, {"files": files}).to_arrow_table()
-        except duckdb.Error:
-            for file in files:  # which one is it?
-                try:
-                    connection.execute(query, {"files": [file]}).fetchall()
-                except duckdb.Error as error:
-                    raise InputError(
-                        f"{file}: column {column} cannot be read ({error}); prepare the data again"
-                    ) from error
-            raise
-    return found["id"].combine_chunks()
 
 
 def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
@@ -249,13 +229,14 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
 def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> Run:
     """Builds and shards the model, loads this rank's knowledge rows."""
     train, dataset, stores = config.train, inputs.dataset, inputs.stores
-    ids = _id_maps(config, folder, runtime)
+    ids = id_maps(config, folder, runtime)
     encoder = _row_encoder(dataset, stores, ids, tuple(f"label_{n}" for n in config.data.labels))
 
     rows = {level: one.rows for level, one in ids.items()}
     shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
     torch.manual_seed(train.seed)
-    model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
+    owners = zero_collision_tables(config, ids)
+    model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std, owners)
     fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
     cluster = this_cluster(config.hardware, runtime, config.tables.key_value_directory)
@@ -288,6 +269,8 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         sharded = ReplicaGroups(
             model, plan, runtime.device, group_size, cluster.ranks_per_host, "knowledge."
         )
+    if owners is not None:
+        owners.bind(sharded)
     if model.knowledge is not None:
         collection = sharded.module.knowledge.collection
         readers = {

@@ -32,8 +32,9 @@ def score(run: Run, events: EventStream) -> Iterator[Predictions]:
     """
     run.model.eval()
     with torch.no_grad(), events.feed(0, events.steps) as feed:
+        batches = run.give_rows(feed, learn=False)
         for _ in range(events.steps):
-            yield run.pipeline.progress(feed)
+            yield run.pipeline.progress(batches)
         together(feed.check)
 
 

@@ -19,6 +19,7 @@ from trainer.data.prefetch import Feed
 from trainer.distributed import distributed, seed_step, together
 from trainer.hosts import check_hosts
 from trainer.log import RunLog
+from trainer.row_ids import collision_rates
 from trainer.run import Run, build, open_inputs, prepare_folder
 from trainer.schedule import set_learning_rates
 from trainer.scoring import measure, write_predictions
@@ -53,6 +54,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         state = fit(run, since)
         load_checkpoint(best_of(folder / "checkpoints", state), run)
         write_predictions(run, "test")
+        ids = run.report_ids(scored=False) | run.report_ids(scored=True)
         if runtime.is_main:
             summary = {
                 "steps": state.step,
@@ -60,6 +62,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                 "valid_auc": state.best_auc,
                 "wall_seconds": round(time.perf_counter() - began, 2),
                 "world_size": runtime.world_size,
+                "ids": ids | collision_rates(config),
             }
             (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         dist.barrier()
@@ -110,7 +113,8 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
 def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch: int) -> bool:
     """Measures the valid split; returns whether it is the best so far."""
     auc, logloss = measure(run, valid)
-    log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss)
+    ids = run.report_ids(scored=True)
+    log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss, **ids)
     state.auc = auc
     if run.runtime.is_main and not sys.stderr.isatty():  # no bar: a log gets lines
         shown = "undefined" if auc is None else f"{auc:.4f}"
@@ -138,7 +142,7 @@ def _train_steps(
 ) -> None:
     run.model.train()
     per_epoch = total // run.config.train.epochs
-    batches = itertools.islice(feed, stop - state.step)
+    batches = run.give_rows(itertools.islice(feed, stop - state.step), learn=True)
     while state.step < stop:
         seed_step(run.config.train.seed, run.runtime.rank, state.step)
         rates = set_learning_rates(run, state.step, total)
@@ -148,6 +152,7 @@ def _train_steps(
         log.add(predictions)
         bar.update()
         if state.step % run.config.train.log_every == 0 or state.step == stop:
+            rates |= run.report_ids(scored=False)
             log.flush(state.step, state.epoch, rates, bar, feed)
 
 

@@ -118,6 +118,8 @@ def warm_start(run: Run, source: Path) -> Carried:
     with reading(checkpoint):
         dcp.load(chosen, checkpoint_id=checkpoint)
     follow(checkpoint, planned)
+    if run.model.module.row_owners is not None:
+        run.model.module.row_owners.rebuild()
     carried.fresh += [name for name in dense if name not in chosen]
     carried.left += sorted(saved.keys() - names_on_all_ranks(live))
     if run.runtime.is_main:
@@ -179,10 +181,18 @@ def _old_rows(run: Run, checkpoint: Path, description: dict[str, Any], table: st
             f"{kind['hash_rows']}, the configuration {now.ids} with {now.hash_rows}; they must be the "
             "same, or rows would go to other ids"
         )
-    if now.ids not in ("vocabulary", "hash"):
+    if now.ids == "zero_collision":
+        streams = description["config"]["data"]["streams"]
+        same = streams == run.config.data.streams
+        if not same or kind["zero_collision"] != now.zero_collision.model_dump():
+            raise InputError(
+                f"train.start_from: {checkpoint} has another tables.zero_collision or data.streams; "
+                "both must be the same, or rows would go to other ids"
+            )
+    elif now.ids not in ("vocabulary", "hash"):
         raise InputError(
-            f"train.start_from: rows cannot be carried over with tables.ids {now.ids}; use vocabulary or "
-            "hash"
+            f"train.start_from: rows cannot be carried over with tables.ids {now.ids}; use vocabulary, "
+            "hash or zero_collision"
         )
     ids: IdMap = {"user": run.encoder.users, "item": run.encoder.items}[table]
     if not isinstance(ids, Vocabulary):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
+from embeddings.remap import ZeroCollisionTables
 from embeddings.tables import FrozenTables, SparseFeatures, Table
 from trainer.config import MetaConfig, ModelConfig
 from trainer.data.batch import Batch
@@ -269,7 +270,14 @@ class LLM4MSR(nn.Module):
     Without `config.meta.enabled` this is the plain backbone. `tables` lists all tables.
     """
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, dim: int, init_std: float) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        shapes: Shapes,
+        dim: int,
+        init_std: float,
+        row_owners: ZeroCollisionTables | None = None,
+    ) -> None:
         super().__init__()
         ids = [
             Table("user", shapes.user_rows, dim, ("user",)),
@@ -288,12 +296,15 @@ class LLM4MSR(nn.Module):
             if shape
         ]
         self.tables = [*ids, *frozen]
+        self.row_owners = row_owners
         self.sparse = SparseFeatures(pooled=ids[:1], sequences=ids[1:], init_std=init_std)
         self.knowledge = FrozenTables(frozen) if frozen else None
         self.dense = DenseModel(config, shapes, dim)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
         """Joins ids and knowledge by key, then predicts."""
+        if self.row_owners is not None:
+            self.row_owners(batch.fresh)
         pooled, sequences = self.sparse(batch.ids)
         vectors = self.knowledge(batch.knowledge) if self.knowledge is not None else None
         return self.dense(pooled, sequences, vectors, batch)
