@@ -102,12 +102,12 @@ class HashedKeys:
     digest; among n of them a pair shares a key with a chance of about n² / 2^65.
     """
 
-    def __init__(self, rows: int, salt: int = 0) -> None:
-        self.rows, self._salt = rows, salt
+    def __init__(self, rows: int, salt: int = 0, bits: int = 64) -> None:
+        self.rows, self._salt, self._dropped = rows, salt, np.uint64(64 - bits)
 
     def lookup(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Maps ids (int64 or string, no nulls) to keys (int64, any bit pattern, same length)."""
-        return hash_ids(ids, self._salt).view(np.int64)
+        """Maps ids (int64 or string, no nulls) to keys (int64, the upper `bits` bits, same length)."""
+        return (hash_ids(ids, self._salt) >> self._dropped).view(np.int64)
 
 
 def hash_ids(ids: pa.Array | pa.ChunkedArray, salt: int = 0) -> np.ndarray:

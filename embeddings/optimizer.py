@@ -100,7 +100,9 @@ def fuse_optimizer(parameters: Iterable[nn.Parameter], optimizer: TableOptimizer
         optimizer: The update rule.
     """
     apply_optimizer_in_backward(
-        TABLE_OPTIMIZERS[optimizer.name], parameters, optimizer.kernel_options()
+        TABLE_OPTIMIZERS[optimizer.name],
+        [one for one in parameters if one.is_floating_point()],  # a table of ids is none
+        optimizer.kernel_options(),
     )
 
 

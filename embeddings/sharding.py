@@ -23,6 +23,7 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
+from embeddings.hash_zch import hash_zch_sharders
 from embeddings.one_rank import skip_distribution
 from embeddings.tables import Table
 
@@ -190,7 +191,8 @@ class TablePlan:
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
     """Returns the sharders of this project, one per collection kind."""
-    return [PooledSharder(), EmbeddingCollectionSharder()]  # type: ignore[list-item]
+    pooled, sequences = PooledSharder(), EmbeddingCollectionSharder()
+    return [pooled, sequences, *hash_zch_sharders(pooled, sequences)]  # type: ignore[list-item]
 
 
 def check_placement(table: str, sequence: bool, placement: Placement, device: str) -> None:

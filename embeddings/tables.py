@@ -17,6 +17,8 @@ from torchrec import (
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from embeddings.hash_zch import HashZch, with_hash_zch
+
 
 @dataclass(frozen=True)
 class Table:
@@ -114,14 +116,25 @@ def collections(tables: list[Table]) -> nn.Module:
 class SparseFeatures(nn.Module):
     """The trainable tables of a model: pooled features and sequence features in one forward."""
 
-    def __init__(self, pooled: list[Table], sequences: list[Table], init_std: float) -> None:
+    def __init__(
+        self,
+        pooled: list[Table],
+        sequences: list[Table],
+        init_std: float,
+        hash_zch: HashZch | None = None,
+    ) -> None:
         super().__init__()
-        self.pooled = pooled_collection(pooled, init_std)
-        self.sequences = sequence_collection(sequences, init_std)
+        self.pooled: nn.Module = pooled_collection(pooled, init_std)
+        self.sequences: nn.Module = sequence_collection(sequences, init_std)
+        self._remapped = hash_zch is not None
+        if hash_zch is not None:
+            self.pooled = with_hash_zch(pooled_collection(pooled, init_std), hash_zch)
+            self.sequences = with_hash_zch(sequence_collection(sequences, init_std), hash_zch)
 
     def forward(self, ids: KeyedJaggedTensor) -> tuple[KeyedTensor, dict[str, JaggedTensor]]:
         """Looks up rows; both results are awaitables under sharding, so communication overlaps."""
-        return self.pooled(ids), self.sequences(ids)
+        pooled, sequences = self.pooled(ids), self.sequences(ids)
+        return (pooled[0], sequences[0]) if self._remapped else (pooled, sequences)
 
 
 class FrozenTables(nn.Module):

@@ -40,6 +40,22 @@ def test_file_then_overrides_then_saved_whole(tmp_path: Path) -> None:
         (["train.epochs=0"], r"train\.epochs: .*greater than or equal to 1.*0"),
         (["train.learning_rate=fast"], r"train\.learning_rate"),
         (["model.backbone=cgc"], r"model\.backbone: .*'shared_bottom', .*'star'.*'cgc'"),
+        (
+            ["tables.ids=zero_collision"],
+            r"tables: ids = zero_collision needs zero_collision.user_rows",
+        ),
+        (
+            ["tables.zero_collision.admission=2"],
+            r"tables: zero_collision would be ignored by ids = vocabulary",
+        ),
+        (
+            [
+                "tables.ids=zero_collision",
+                "tables.zero_collision={user_rows: 9, item_rows: 9}",
+                "hardware.sharding_group_size=2",
+            ],
+            r"sharding_group_size: groups would give the same row to different ids",
+        ),
         (["tables.ids=hash"], r"tables: hash_rows belongs to ids = hash"),
         (["tables.optimizer=adamw"], r"tables\.optimizer: .*rowwise_adagrad.*'adamw'"),
         (["tables.dim=10"], r"tables\.dim: .*multiple of 4"),

@@ -156,6 +156,12 @@ class ZeroCollisionConfig(Section):
     )
     eviction_interval: int = Field(default=1, ge=1, description="Steps between evictions.")
     distance_decay: float = Field(default=1.0, gt=0, description="Exponent of distance_lfu.")
+    hours: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of ids = hash_zch only, which takes from here nothing else but the rows: hours by "
+        "the clock that an unseen id keeps its row; null for ever, a full table then takes no new id.",
+    )
 
     @model_validator(mode="after")
     def _ttl_needs_a_time(self) -> "ZeroCollisionConfig":
@@ -170,10 +176,11 @@ class TablesConfig(Section):
     dim: int = Field(
         default=16, ge=4, multiple_of=4, description="Width of user, item and scenario embeddings."
     )
-    ids: Literal["vocabulary", "hash", "zero_collision"] = Field(
+    ids: Literal["vocabulary", "hash", "zero_collision", "hash_zch"] = Field(
         default="vocabulary",
         description="vocabulary: one row per id seen in training; hash: `hash_rows` rows for all ids; "
-        "zero_collision: a fixed number of rows, given to ids while training and taken back.",
+        "zero_collision: a fixed number of rows, given to ids while training and taken back; "
+        "hash_zch: the same by torchrec's CUDA kernel, not measured.",
     )
     hash_rows: int | None = Field(default=None, ge=2, description="Rows per table when ids = hash.")
     zero_collision: ZeroCollisionConfig = ZeroCollisionConfig()
@@ -228,15 +235,29 @@ class TablesConfig(Section):
 
     @model_validator(mode="after")
     def _zero_collision_has_rows_to_give(self) -> "TablesConfig":
-        options, wanted = self.zero_collision, self.ids == "zero_collision"
+        options, wanted = self.zero_collision, self.ids in ("zero_collision", "hash_zch")
+        if self.ids == "hash_zch":
+            for name, value in options.model_dump(
+                exclude={"user_rows", "item_rows", "hours"}
+            ).items():
+                if value != ZeroCollisionConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"zero_collision.{name} would be ignored by hash_zch: remove it"
+                    )
+        if self.ids == "zero_collision" and options.hours is not None:
+            raise ValueError("zero_collision.hours belongs to hash_zch; use time_to_live, in steps")
         if wanted and (options.user_rows is None or options.item_rows is None):
             raise ValueError(
-                "ids = zero_collision needs zero_collision.user_rows and zero_collision.item_rows"
+                f"ids = {self.ids} needs zero_collision.user_rows and zero_collision.item_rows"
             )
         if not wanted and options != ZeroCollisionConfig():
             raise ValueError(f"zero_collision would be ignored by ids = {self.ids}: remove it")
         for table in ("user", "item") if wanted else ():
             kind = self.sharding.get(table, "row_wise")
+            if self.ids == "hash_zch" and kind != "row_wise":
+                raise ValueError(
+                    f"sharding.{table}: {kind} is not possible with hash_zch; use row_wise"
+                )
             if kind not in ("row_wise", "table_wise", "column_wise"):
                 raise ValueError(
                     f"sharding.{table}: {kind} is not possible where rows change hands; use row_wise, "
@@ -486,6 +507,15 @@ class RunConfig(Section):
     hardware: HardwareConfig = HardwareConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _rows_are_given_once(self) -> "RunConfig":
+        if self.tables.ids in ("zero_collision", "hash_zch") and self.hardware.sharding_group_size:
+            raise ValueError(
+                "hardware.sharding_group_size: groups would give the same row to different ids; set it to "
+                "null, or tables.ids to vocabulary or hash"
+            )
+        return self
 
     @model_validator(mode="after")
     def _knowledge_where_it_is_needed(self) -> "RunConfig":

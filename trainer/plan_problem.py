@@ -192,6 +192,7 @@ def problem_of_config(
     """
     from trainer.data.dataset import validate_dataset
     from trainer.models.llm4msr import LLM4MSR
+    from trainer.row_ids import given_rows
     from trainer.run import make_shapes, open_stores, placements
 
     config: RunConfig = load_config(path, overrides)
@@ -200,6 +201,8 @@ def problem_of_config(
     rows = {"user": dataset.users + 1, "item": dataset.items + 1}  # one row for unknown ids
     if config.tables.hash_rows is not None:
         rows = dict.fromkeys(rows, config.tables.hash_rows)
+    if config.tables.ids in ("zero_collision", "hash_zch"):
+        rows = given_rows(config)
     shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     hardware = absent_cluster(_with_memory(config.hardware, hbm_gib), cluster)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.hash_zch import HashZch
 from embeddings.ids import UNKNOWN_ROW, HashedIds, HashedKeys, IdMap, Vocabulary
 from embeddings.remap import ZeroCollisionTables
 from embeddings.zero_collision import ZeroCollision
@@ -26,12 +27,12 @@ def id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMa
         return {
             level: HashedIds(tables.hash_rows, salt) for salt, level in enumerate(("user", "item"))
         }
-    if tables.ids == "zero_collision":
-        streams = config.data.streams
-        rows = (tables.zero_collision.user_rows or 0, tables.zero_collision.item_rows or 0)
+    if tables.ids in ("zero_collision", "hash_zch"):
+        bits = 64 if tables.ids == "zero_collision" else 62  # the latter's kernel takes no sign
+        rows = given_rows(config)
         return {
-            level: HashedKeys(max(-(-wanted // streams), 2) * streams, salt)
-            for salt, (level, wanted) in enumerate(zip(("user", "item"), rows, strict=True))
+            level: HashedKeys(rows[level], salt, bits)
+            for salt, level in enumerate(("user", "item"))
         }
     paths = {level: folder / "ids" / f"{level}.parquet" for level in ("user", "item")}
 
@@ -47,6 +48,13 @@ def id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMa
 
     together(write)
     return {level: Vocabulary.load(path) for level, path in paths.items()}
+
+
+def given_rows(config: RunConfig) -> dict[str, int]:
+    """Rows of the tables whose rows are given to ids: whole buckets of two or more."""
+    chosen, streams = config.tables.zero_collision, config.data.streams
+    wanted = {"user": chosen.user_rows or 0, "item": chosen.item_rows or 0}
+    return {level: max(-(-rows // streams), 2) * streams for level, rows in wanted.items()}
 
 
 def zero_collision_tables(config: RunConfig, ids: dict[str, IdMap]) -> ZeroCollisionTables | None:
@@ -70,6 +78,26 @@ def zero_collision_tables(config: RunConfig, ids: dict[str, IdMap]) -> ZeroColli
         for level in FEATURES
     }
     return ZeroCollisionTables(options, FEATURES, config.tables.init_std, config.train.seed)
+
+
+def hash_zch(config: RunConfig) -> HashZch | None:
+    """Options of torchrec's hash-based tables, or None where the run has others."""
+    if config.tables.ids != "hash_zch":
+        return None
+    return HashZch(config.data.streams, config.tables.zero_collision.hours)
+
+
+def check_device(config: RunConfig, device: str) -> None:
+    """Refuses ids that a device's kernels cannot map.
+
+    Raises:
+        InputError: With what to use instead.
+    """
+    if config.tables.ids == "hash_zch" and device != "cuda":
+        raise InputError(
+            "tables.ids: hash_zch runs on CUDA only, its kernel on a CPU finds ids but takes no new ones; "
+            "use zero_collision, which runs everywhere"
+        )
 
 
 def collision_rates(config: RunConfig) -> dict[str, float]:

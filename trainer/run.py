@@ -38,7 +38,7 @@ from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_sh
 from trainer.distributed import Runtime, together
 from trainer.hardware import this_cluster
 from trainer.models.llm4msr import LLM4MSR, Shapes
-from trainer.row_ids import IdUse, id_maps, zero_collision_tables
+from trainer.row_ids import IdUse, check_device, hash_zch, id_maps, zero_collision_tables
 
 
 @dataclass
@@ -215,6 +215,7 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
             )
     except ValueError as error:
         raise InputError(str(error)) from error
+    check_device(config, runtime.device.type)
     dataset = validate_dataset(Path(config.data.path))
     for name in config.data.labels:
         if name not in dataset.extra_labels:
@@ -236,7 +237,9 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
     torch.manual_seed(train.seed)
     owners = zero_collision_tables(config, ids)
-    model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std, owners)
+    model = LLM4MSR(
+        config.model, shapes, config.tables.dim, config.tables.init_std, owners, hash_zch(config)
+    )
     fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
     cluster = this_cluster(config.hardware, runtime, config.tables.key_value_directory)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
+from embeddings.hash_zch import HashZch
 from embeddings.remap import ZeroCollisionTables
 from embeddings.tables import FrozenTables, SparseFeatures, Table
 from trainer.config import MetaConfig, ModelConfig
@@ -277,6 +278,7 @@ class LLM4MSR(nn.Module):
         dim: int,
         init_std: float,
         row_owners: ZeroCollisionTables | None = None,
+        hash_zch: HashZch | None = None,
     ) -> None:
         super().__init__()
         ids = [
@@ -297,7 +299,9 @@ class LLM4MSR(nn.Module):
         ]
         self.tables = [*ids, *frozen]
         self.row_owners = row_owners
-        self.sparse = SparseFeatures(pooled=ids[:1], sequences=ids[1:], init_std=init_std)
+        self.sparse = SparseFeatures(
+            pooled=ids[:1], sequences=ids[1:], init_std=init_std, hash_zch=hash_zch
+        )
         self.knowledge = FrozenTables(frozen) if frozen else None
         self.dense = DenseModel(config, shapes, dim)
 
