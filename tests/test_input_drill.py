@@ -13,6 +13,25 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
+def test_memory_stays_flat_over_a_file_larger_than_the_allowance(tmp_path: Path) -> None:
+    """A small copy of the benchmark: the allowance is half of the file."""
+    words = f"--folder {tmp_path} --out {tmp_path / 'result.json'} --events 100000"
+    words += " --buffer 2048 --group 8192 --gigabytes 0.25 --allowance 120"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.loader_memory", *words.split()],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["file_bytes"] > 1.9 * result["allowance_mb"] * 2**20
+    assert result["peak_mb"]["at the end"] - result["peak_mb"]["after a tenth"] < 24, result[
+        "peak_mb"
+    ]
+    assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("drill")
