@@ -270,7 +270,8 @@ def make_planner(
 
     Args:
         tables: All tables of the model.
-        placements: Table name to what is wanted of it; tables that are not named are row-wise.
+        placements: Table name to what is wanted of it; tables that are not named are row-wise, or
+            table-wise if they have fewer rows than there are ranks.
         batch_size: Samples per rank and step; the planner's own default (512) is never used.
         hardware: Of the cluster.
         search_seconds: Stop the search after so long. What spreads all tables alike is tried first, so
@@ -284,11 +285,30 @@ def make_planner(
         topology=hardware.topology(),
         batch_size=batch_size,
         constraints={
-            table.name: _constraint(table, placements.get(table.name, Placement()), hardware)
+            table.name: _constraint(table, _placement(table, placements, hardware.ranks), hardware)
             for table in tables
         },
         storage_reservation=FixedPercentageStorageReservation(hardware.reserved),
     )
+
+
+def _placement(table: Table, placements: Mapping[str, Placement], ranks: int) -> Placement:
+    """What is wanted of a table; a smaller one than there are ranks cannot be cut by rows.
+
+    Raises:
+        PlanError: If that is wanted all the same: the kernels fail on a rank without rows.
+    """
+    wanted = placements.get(table.name)
+    if table.rows >= ranks:
+        return wanted or Placement()
+    if wanted is None:
+        return Placement(sharding="table_wise")
+    if wanted.sharding in ("row_wise", "table_row_wise", "grid_shard"):
+        raise PlanError(
+            f"table {table.name} has {table.rows} rows, fewer than {ranks} ranks: {wanted.sharding} would "
+            "leave a rank without rows; use table_wise"
+        )
+    return wanted
 
 
 def plan_sharding(
@@ -310,13 +330,11 @@ def plan_sharding(
         raise PlanError(f"there is no table {unknown[0]}; known: {', '.join(names)}")
     found: list[ShardingPlan | str | None] = [None]
     if dist.get_rank() == 0:
-        planner = make_planner(tables, placements, batch_size, hardware)
         try:
+            planner = make_planner(tables, placements, batch_size, hardware)
             found[0] = planner.plan(model, sharders())
-        except (
-            PlannerError
-        ) as error:  # told to all: a rank that raises alone leaves the others waiting
-            found[0] = str(error)
+        except (PlannerError, PlanError) as error:
+            found[0] = str(error)  # told to all: a rank that raises alone leaves the others waiting
     dist.broadcast_object_list(found)
     plan = found[0]
     if not isinstance(plan, ShardingPlan):

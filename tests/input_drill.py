@@ -205,12 +205,14 @@ def killed_and_resumed(root: Path) -> dict[str, Any]:
 
 def fewer_rows_than_streams(root: Path) -> list[int]:
     """4 ranks, 3 rows: two streams and more have none; returns rows trained per epoch."""
-    options = {"tables__ids": "hash", "tables__hash_rows": 50}  # each rank owns rows of the tables
-    config = configuration(dataset(root / "few", rows=3), root / "few-run", **options)
+    # The tables, too, have fewer rows than there are ranks.
+    config = configuration(dataset(root / "few", rows=3), root / "few-run")
     ends = finish(start(4, config, "few"), root, "few")
     assert {end["ended"] for end in ends} == {"done"}
     lines = (root / "few-run/metrics.jsonl").read_text().splitlines()
     assert len(lines) == EPOCHS + 1
+    plan = json.loads((root / "few-run/plan.json").read_text())
+    assert {table["sharding"] for table in plan if table["rows"] < 4} == {"table_wise"}, plan
     return [len(rows) for rows in trained(root, "few", 0, 1000).values()]
 
 

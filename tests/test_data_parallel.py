@@ -264,3 +264,16 @@ def test_the_planner_chooses_replicas_where_they_can_be(
     assert [one.sharding for one in plan] == [sharding]
     if sharding == "data_parallel":
         assert plan[0].bytes_per_rank == [100 * 16 * 4] * 8
+
+
+def test_a_table_smaller_than_the_ranks_is_not_cut_by_rows() -> None:
+    tables = [Table("tiny", 3, 8, ("f",)), Table("large", 40, 8, ("g",))]
+    gib = 2**30
+    hardware = Hardware(1, 4, "cpu", 0, 64 * gib, 3e12, 3e11, 4e11, 5e9, 0.1)
+    model = collections(tables)
+    fuse_optimizer(model.parameters(), TableOptimizer("sgd", 0.1))
+    plan = make_planner(tables, {}, 16, hardware).plan(model, sharders())
+    found = {one.table: one.sharding for one in describe_plan(plan, tables, 4)}
+    assert found == {"tiny": "table_wise", "large": "row_wise"}
+    with pytest.raises(PlanError, match=r"tiny has 3 rows, fewer than 4 ranks.*use table_wise"):
+        make_planner(tables, {"tiny": Placement("row_wise")}, 16, hardware)
