@@ -3,12 +3,13 @@
 `launch/local_cluster.sh` makes them; where it cannot, the drills are skipped with its reason.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,63 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     finally:
         cluster("slurm", "down")
         del os.environ["LLM4MSR_CLUSTER"]
+
+
+@pytest.mark.slurm
+def test_slurm_runs_a_job_and_runs_it_again_after_a_node_was_lost(
+    slurm: dict[str, str], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def run(*words: str, fine: bool = True) -> str:
+        done = subprocess.run(
+            words, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=60
+        )
+        assert not fine or done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def wait(condition: Callable[[], object], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            logs = [f"{file}:\n{file.read_text()}" for file in tmp_path.glob("slurm-*")]
+            controller = Path(slurm["SLURM_CONF"]).parent / "log/slurmctld.log"
+            state = [run("squeue", "-a"), run("sinfo"), controller.read_text()]
+            assert time.monotonic() < end, "\n".join([*logs, *state])
+            time.sleep(0.3)
+
+    out = tmp_path / "run"
+    config = make_config(
+        *inputs, out, train__epochs=30, train__eval_every=60, train__checkpoint_every=20
+    )
+    file = write_config(config, tmp_path / "c.yaml")
+    words = ["--scheduler", "slurm", "--cfg", "partition=main", "-j", "2x2"]
+    llm4msr = (sys.executable, "-m", "launch")
+    submitted = run(*llm4msr, "launch", "train", *words, "--", "--config", str(file))
+    [handle] = re.findall(r"submitted (slurm://\S+)", submitted)
+    number = handle.rpartition("/")[2]
+
+    wait(lambda: list(out.glob("checkpoints/step-*")), 240)
+    assert "State: RUNNING" in run("torchx", "status", handle)
+    subprocess.run([SCRIPT, "slurm", "fail", "node2"], check=True)
+    assert not (out / "summary.json").exists()
+    wait(lambda: "NODE_FAIL" in run("sacct", "-D", "-n", "-j", number, "-o", "state"), 90)
+    wait(lambda: run("squeue", "-a", "-h", "-t", "PD").count("train-") == 2, 60)  # requeued
+    subprocess.run([SCRIPT, "slurm", "mend", "node2"], check=True)
+
+    def hastened() -> bool:
+        """Slurm holds a requeued job back for two minutes; its administrator does not."""
+        if run("squeue", "-a", "-h", "-t", "PD").count("BeginTime"):
+            for component in (number, f"{number}+1"):
+                run("scontrol", "update", f"JobId={component}", "StartTime=now", fine=False)
+            time.sleep(2)
+        return run("squeue", "-a", "-h", "-t", "R").count("train-") == 2
+
+    wait(hastened, 90)
+    wait((out / "summary.json").exists, 240)
+    wait(lambda: "SUCCEEDED" in run("torchx", "status", handle), 60)
+    assert "Restarts=1" in run("scontrol", "show", "job", number)
+    log = "".join(run("torchx", "log", f"{handle}/train/{host}") for host in (0, 1))
+    assert "tiny: step 300, epoch 30: valid AUC" in log
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 301))
 
 
 @pytest.mark.slurm
