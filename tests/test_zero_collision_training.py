@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from embeddings.zero_collision import EVICTIONS
+from launch.cli import main
 from llm_knowledge.errors import InputError
 from tests.test_train import ENVIRONMENT, ROOT, lines
-from tests.training_data import make_config, make_inputs
+from tests.training_data import make_config, make_inputs, write_config
 from tests.zero_collision_matrix import whole
 from trainer.data.batch import Batch
 from trainer.distributed import distributed
@@ -207,3 +208,11 @@ def test_a_new_run_starts_with_the_rows_of_another(data: Path, tmp_path: Path) -
     options["tables__zero_collision"] = "{user_rows: 32, item_rows: 24}"
     with pytest.raises(InputError, match=r"start_from: .* another tables.zero_collision"):
         train(make_config(data, None, tmp_path / "third", **options))
+
+
+def test_the_profilers_measure_rows_and_not_keys(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    config = write_config(make_config(*inputs, tmp_path / "run", **SMALL), tmp_path / "run.yaml")
+    for what in ("train", "embeddings"):
+        words = ["profile", what, "--config", str(config), "--rounds", "2", "--warmup", "1"]
+        assert main(words) == 0

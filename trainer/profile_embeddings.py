@@ -202,7 +202,8 @@ def configured_subjects(run: Any) -> list[Any]:
         module.register_forward_pre_hook(lambda _, args, name=name: caught[name].append(args[0]))
         for name, module in modules.items()
     ]
-    batches = run.stream(list(run.config.data.train_splits), shuffle=True).batches()
+    events = run.stream(list(run.config.data.train_splits), shuffle=True)
+    batches = run.give_rows(events.batches(), learn=True)
     run.model.eval()
     with torch.no_grad():
         for batch in itertools.islice(batches, BATCHES):

@@ -54,7 +54,8 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
     needed = warmup + rounds + (SEGMENTS + 1) * rounds + 2
     clock = Clock(device)
     run.model.train()
-    with events.feed(0, needed) as feed:
+    with events.feed(0, needed) as source:
+        feed = run.give_rows(source, learn=True)
         own: list[dict[str, float]] = []
         for at in range(warmup + rounds):
             timings = SerialStep(run, clock)(feed)
@@ -62,8 +63,7 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
                 own.append(timings)
         held = list(itertools.islice(feed, rounds))
         segments = pipelined(run, feed, held, rounds, clock)
-        if feed.problem is not None:
-            raise feed.problem
+        source.check()
         if trace is not None:
             write_trace(run, iter(held[:2]), trace)
     slowest = [
