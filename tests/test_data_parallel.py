@@ -1,15 +1,12 @@
 """Data-parallel tables learn what sharded ones learn, and what a device cannot do is refused."""
 
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
 from embeddings.replica_groups import check_groups
@@ -24,17 +21,11 @@ from embeddings.sharding import (
 )
 from embeddings.tables import Table, collections
 from llm_knowledge.errors import InputError
+from tests.replicated_steps import RANKS, RULES
 from tests.training_data import make_config, make_inputs
-from trainer.checkpoint import LoopState, load_checkpoint
-from trainer.checkpoint_writer import CheckpointWriter
-from trainer.config import RunConfig
-from trainer.data.batch import Batch
-from trainer.distributed import distributed
-from trainer.run import Run, build, open_inputs
 from trainer.train import train
 
-RULES = ("sgd", "adagrad", "rowwise_adagrad")
-RANKS = 2
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -42,102 +33,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_inputs(tmp_path_factory.mktemp("data-parallel"))
 
 
-def user_table(run: Run) -> np.ndarray:
-    """The whole user table on every rank."""
-    weight = run.model.state_dict()["sparse.pooled.embedding_bags.user.weight"]
-    if isinstance(weight, torch.Tensor) and not hasattr(weight, "local_shards"):
-        return weight.detach().numpy().copy()
-    pieces: list[Any] = [None] * dist.get_world_size()
-    own = [(s.metadata.shard_offsets, s.tensor.detach().numpy()) for s in weight.local_shards()]
-    dist.all_gather_object(pieces, own)
-    whole = np.full(tuple(weight.size()), np.nan, dtype=np.float32)
-    for (row, column), piece in (one for part in pieces for one in part):
-        whole[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
-    return whole
-
-
-def configuration(root: Path, kind: str, rule: str) -> RunConfig:
-    return make_config(
-        root / "data",
-        root / "knowledge",
-        root / "run",
-        tables__sharding=f"{{user: {kind}, user_knowledge: {kind}}}",
-        tables__optimizer=rule,
-        tables__dim=8,
-        model__dropout=0.0,
-        model__meta__noise=0.0,
-        model__meta__dropout=0.0,
-    )
-
-
-def steps(run: Run, batches: list[Batch]) -> np.ndarray:
-    """The user table after training on some batches."""
-    run.model.train()
-    source = iter(batches)
-    for _ in batches:
-        run.pipeline.progress(source)
-    return user_table(run)
-
-
-def rank_main(rank: int, root: Path, out: Path) -> None:
-    """Steps of one rank: row_wise, its checkpoint continued data_parallel, that one's sharded again."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(out / "rendezvous"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    tables: dict[str, np.ndarray] = {}
-    with distributed(30) as runtime:
-        for rule in RULES:
-
-            def start(kind: str, rule: str = rule) -> Run:
-                config = configuration(root, kind, rule)
-                folder = out / f"{rule}-{kind}"
-                folder.mkdir(exist_ok=True)
-                return build(config, runtime, folder, open_inputs(config, runtime))
-
-            def save(run: Run, step: int) -> Path:
-                CheckpointWriter(run, run.folder).save(LoopState(step=step, best_step=step))
-                return run.folder / f"step-{step:08d}"
-
-            sharded = start("row_wise")
-            batches = list(sharded.stream(["train"], shuffle=True).batches())[:6]
-            steps(sharded, batches[:2])
-            after_two = save(sharded, 2)
-            tables[f"{rule} row_wise 4"] = steps(sharded, batches[2:4])
-            tables[f"{rule} row_wise 6"] = steps(sharded, batches[4:6])
-
-            replicated = start("data_parallel")
-            load_checkpoint(after_two, replicated)
-            tables[f"{rule} data_parallel 4"] = steps(replicated, batches[2:4])
-            after_four = save(replicated, 4)
-            tables[f"{rule} data_parallel 6"] = steps(replicated, batches[4:6])
-
-            for kind in ("row_wise", "column_wise"):
-                again = start(kind)
-                load_checkpoint(after_four, again)
-                tables[f"{rule} {kind} again 4"] = user_table(again)
-                tables[f"{rule} {kind} again 6"] = steps(again, batches[4:6])
-    np.savez(out / f"rank-{rank}.npz", **tables)
-
-
 @pytest.mark.distributed
 def test_sharded_and_replicated_tables_learn_the_same(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Same rows after the same steps, with every rule, through checkpoints in both directions."""
-    context = multiprocessing.get_context("fork")
-    root = inputs[0].parent
-    ranks = [
-        context.Process(target=rank_main, args=(rank, root, tmp_path)) for rank in range(RANKS)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        if process.exitcode != 0:
-            for other in ranks:
-                other.kill()
-            pytest.fail("a rank failed or hung")
+    command = [sys.executable, "-m", "tests.replicated_steps", inputs[0].parent, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
     first, second = (np.load(tmp_path / f"rank-{rank}.npz") for rank in range(RANKS))
     for rule in RULES:
         for name in (name for name in first.files if name.startswith(f"{rule} ")):

@@ -66,11 +66,12 @@ def _leak(data: Path, stores: Path, out: Path) -> None:
         for part in sorted((data / split).glob("part-*.parquet")):
             os.link(part, copy / "profile" / f"part-{number:05d}.parquet")
             number += 1
-    command(
-        "knowledge", "extract", "--data", str(copy), "--level", "user",
-        "--out", str(stores / "leaking"),
-    )  # fmt: skip
-    found = KnowledgeStore.open(stores / "leaking" / "user")
+    if not (stores / "leaking" / "manifest.json").exists():
+        command(
+            "knowledge", "extract", "--data", str(copy), "--level", "user",
+            "--out", str(stores / "leaking"),
+        )  # fmt: skip
+    found = KnowledgeStore.open(stores / "leaking")
     rows = found.manifest.rows
     text = found.read_text(np.arange(rows))
     write_store(
