@@ -4,7 +4,7 @@ Each size runs in a process of its own, so that its peak of resident memory is i
 out: what is measured is everything that stands before it. Tokens are counted by the tokenizer of the
 packaged encoder, the default of `knowledge extract`.
 
-Example: python -m benchmarks.profiles --sizes 278000 1110000 --out benchmarks/results/profiles.json
+Example: python -m benchmarks.profiles --sizes 250000 1000000 --out benchmarks/results/profiles.json
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
         "--sizes",
         type=int,
         nargs="+",
-        default=[278_000, 1_110_000],
+        default=[250_000, 1_000_000],
         help="users drawn; nine in ten have a profile",
     )
     parser.add_argument(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("duckdb", "spark")
 # Events that are grouped at a time: bounds DuckDB's memory, the aggregates of a bucket included.
-BUCKET_EVENTS = 1_000_000
+BUCKET_EVENTS = 250_000
 COLUMNS = "user_id, item_id, scenario_id, timestamp, label"
 
 

@@ -188,6 +188,9 @@ def profile_batches(
         except engine.errors as error:
             names = ", ".join(sorted({str(file.parent) for file in files}))
             text = str(error).splitlines()[0]
+            if "Out of Memory" in text:
+                raise InputError(f"--memory-limit {options.memory_limit}: not enough for the {level} "
+                                 f"profiles ({text}); raise it") from error  # fmt: skip
             raise InputError(f"{names}: the {level} profiles cannot be read: {text}") from error
 
 
