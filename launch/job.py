@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from trainer.config import Section, load_section
+from trainer.config import load_section
+from trainer.config_tables import Section
 
 
 class Machine(Section):

@@ -23,7 +23,8 @@ from tests.test_model import DIM, SCENARIOS, inputs, logits, shapes
 from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState, load_checkpoint
 from trainer.checkpoint_writer import CheckpointWriter
-from trainer.config import MetaConfig, ModelConfig, RunConfig
+from trainer.config import RunConfig
+from trainer.config_model import MetaConfig, ModelConfig
 from trainer.distributed import distributed
 from trainer.models import BACKBONES
 from trainer.models.layers import SCENARIO

@@ -16,7 +16,8 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from launch.cli import _parser
-from trainer.config import RunConfig, Section, load_config
+from trainer.config import RunConfig, load_config
+from trainer.config_tables import Section
 from trainer.data.dataset import SPLITS
 from trainer.data.prepare import prepare_parquet
 from trainer.models.llm4msr import BACKBONES

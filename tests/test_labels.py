@@ -72,7 +72,7 @@ def test_every_label_is_learned_and_measured(data: Path, tmp_path: Path, backbon
 
 def test_weights_scale_the_loss_of_each_label() -> None:
     from tests.test_model import ROWS, inputs, shapes
-    from trainer.config import ModelConfig
+    from trainer.config_model import ModelConfig
     from trainer.models.llm4msr import DenseModel
 
     pooled, sequences, vectors, batch = inputs()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from trainer.config import Backbone, MetaConfig, ModelConfig
+from trainer.config_model import Backbone, MetaConfig, ModelConfig
 from trainer.data.batch import Batch
 from trainer.models.llm4msr import BACKBONES, DenseModel, Predictions, Shapes
 from trainer.models.meta import (

@@ -13,7 +13,7 @@ from embeddings.optimizer import TableOptimizer
 from llm_knowledge.errors import InputError
 from tests.test_train import lines
 from tests.training_data import make_config, make_inputs
-from trainer.config import ScheduleConfig
+from trainer.config_tables import ScheduleConfig
 from trainer.log import RunLog
 from trainer.run import Run, build
 from trainer.schedule import share_of_peak

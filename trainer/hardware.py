@@ -8,7 +8,7 @@ import torch
 
 from embeddings.sharding import Hardware
 from llm_knowledge.errors import InputError
-from trainer.config import HardwareConfig
+from trainer.config_tables import HardwareConfig
 from trainer.distributed import Runtime
 
 GIB = 2**30

@@ -12,15 +12,8 @@ from embeddings.replica_groups import check_groups
 from embeddings.sharding import Hardware, Placement, PlanError
 from embeddings.tables import Table
 from llm_knowledge.errors import InputError
-from trainer.config import (
-    HardwareConfig,
-    Kernel,
-    RunConfig,
-    Section,
-    Sharding,
-    load_config,
-    parse_overrides,
-)
+from trainer.config import RunConfig, load_config, parse_overrides
+from trainer.config_tables import HardwareConfig, Kernel, Section, Sharding
 from trainer.hardware import Cluster, absent_cluster
 
 

@@ -129,7 +129,7 @@ def publish(options: argparse.Namespace, report: dict[str, Any], text_of: Any, p
 def profile_sweep(options: argparse.Namespace, how: Any, runtime: Any) -> dict[str, Any]:
     """Measures made-up tables."""
     from embeddings.profile import profile_cells, sweep
-    from trainer.config import HardwareConfig
+    from trainer.config_tables import HardwareConfig
     from trainer.hardware import this_cluster
 
     axes = (

@@ -3,7 +3,7 @@
 import math
 
 from embeddings.optimizer import set_table_learning_rate
-from trainer.config import ScheduleConfig
+from trainer.config_tables import ScheduleConfig
 from trainer.run import Run
 
 

@@ -10,7 +10,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 from embeddings.hash_zch import HashZch
 from embeddings.remap import ZeroCollisionTables
 from embeddings.tables import FrozenTables, SparseFeatures, Table
-from trainer.config import MetaConfig, ModelConfig
+from trainer.config_model import MetaConfig, ModelConfig
 from trainer.data.batch import Batch
 from trainer.models import BACKBONES
 from trainer.models.meta import (

@@ -1,0 +1,127 @@
+"""Configuration of the model: the backbone, and the meta networks that are put on it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config_tables import Section
+
+Backbone = Literal[
+    "shared_bottom",
+    "mmoe",
+    "ple",
+    "star",
+    "aitm",
+    "sar_net",
+    "m2m",
+    "ada_sparse",
+    "adapt_dhm",
+    "epnet",
+    "ppnet",
+    "pepnet",
+    "hamur",
+    "m3oe",
+    "hinet",
+    "dnn",
+    "dcnv2",
+    "deepfm",
+]
+
+
+class MetaConfig(Section):
+    """Hierarchical meta networks: how knowledge becomes layers.
+
+    `form = residual` starts as the plain backbone; `form = linear` is the paper's linear generator.
+    """
+
+    enabled: bool = Field(default=False, description="Put meta layers on the backbone.")
+    form: Literal["residual", "linear"] = Field(
+        default="residual",
+        description="residual: h + W(z)h + b(z) with zero-initialised W, b; linear: act(W(z)h + b(z)).",
+    )
+    kind: Literal["low_rank", "core", "gate"] = Field(
+        default="low_rank",
+        description="low_rank: W(z) is a sum of `rank` matrices; core: a generated core_width x core_width "
+        "matrix between two shared ones, for wide layers; gate: a generated diagonal on a shared matrix.",
+    )
+    core_width: int = Field(default=16, ge=1, description="Width of the core of kind = core.")
+    rank: int = Field(
+        default=8, ge=1, description="Width of z, the bottleneck that every vector passes."
+    )
+    adapter_hidden: int | None = Field(
+        default=None,
+        ge=1,
+        description="Hidden width between a vector and z; null projects directly.",
+    )
+    user_layers: int = Field(default=1, ge=0, description="User-level meta layers at the bottom.")
+    scenario_layers: int = Field(
+        default=1, ge=0, description="Scenario-level meta layers in parallel."
+    )
+    scenario_width: int = Field(default=32, ge=1, description="Width of the parallel branch.")
+    fusion: Literal["sum", "concat", "gate"] = Field(
+        default="sum",
+        description="How the parallel branch meets the backbone. sum: of logits; concat: a small network "
+        "of the branch and the backbone's logits, added; gate: the branch also scales these logits.",
+    )
+    alignment: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of a loss that draws z of a user to z of the scenarios with positive events.",
+    )
+    noise: float = Field(
+        default=0.1, ge=0, description="Length of noise on user vectors, their own being 1."
+    )
+    dropout: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Share of vectors replaced by the default while training.",
+    )
+    item_knowledge: Literal["none", "input", "match"] = Field(
+        default="none",
+        description="input: item vectors enter the bottom input; match: also their match with user vectors.",
+    )
+    match_width: int = Field(
+        default=16, ge=1, description="Width of the projections that are matched."
+    )
+    match_layers: list[Literal["user", "scenario"]] = Field(
+        default=[],
+        max_length=2,
+        description="Levels that generate a meta layer on the match.",
+    )
+    inputs: list[Literal["user", "scenario"]] = Field(
+        default=[],
+        max_length=2,
+        description="Levels whose vectors also enter the bottom input, projected onto the embedding of "
+        "the user or scenario: knowledge as a plain feature, without a generated layer.",
+    )
+    strategy: Literal["auto", "fused", "grouped", "reference"] = Field(
+        default="auto", description="Implementation of the meta-layer op."
+    )
+
+    def reads(self, level: Literal["user", "scenario"]) -> bool:
+        """Whether a generated layer or the alignment reads the code of this level."""
+        layers = self.user_layers if level == "user" else self.scenario_layers
+        return layers > 0 or level in self.match_layers or self.alignment > 0
+
+    @model_validator(mode="after")
+    def _match_layers_need_the_match(self) -> "MetaConfig":
+        if self.match_layers and self.item_knowledge != "match":
+            raise ValueError(
+                "match_layers act on the match: set item_knowledge to match, or match_layers to []"
+            )
+        for field in ("match_layers", "inputs"):
+            if len(set(getattr(self, field))) < len(getattr(self, field)):
+                raise ValueError(f"{field}: name a level once")
+        return self
+
+
+class ModelConfig(Section):
+    """The backbone, and what is put on it."""
+
+    backbone: Backbone = Field(default="star", description="Multi-scenario backbone.")
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[64, 32], min_length=1, description="Widths of the backbone's layers."
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout in the backbone.")
+    meta: MetaConfig = MetaConfig()
