@@ -10,10 +10,12 @@ def run_workers(module: str, arguments: list[str], processes: int) -> int:
     """Runs `python -m module arguments…` as `processes` ranks.
 
     Returns:
-        0, or the exit code of the rank that failed first (so that 2 still means bad input).
+        0, or the exit code of the rank that failed first (so that 2 still means bad input); 128 and
+        the signal's number if one ended this process.
     """
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -35,4 +37,6 @@ def run_workers(module: str, arguments: list[str], processes: int) -> int:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         return max(error.get_first_failure()[1].exitcode, 1)
+    except SignalException as error:  # its ranks have got the signal, too, and have ended
+        return 128 + error.sigval
     return 0

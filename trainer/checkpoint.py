@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from embeddings.versions import versions
 from llm_knowledge.errors import InputError
 from trainer.checkpoint_state import load_state
 from trainer.config import differences
+from trainer.distributed import tell
 
 if TYPE_CHECKING:  # which imports this module
     from trainer.run import Run
@@ -220,11 +219,6 @@ def restore_newest(run: Run, folder: Path) -> LoopState | None:
         skipped.append(f"{best}: the best checkpoint is not whole; the next evaluation is the best")
         state.best_step, state.best_auc = 0, None
     if run.runtime.is_main:
-        tell([*(f"skipped {line}" for line in skipped), f"resumed from {path}"])
+        for line in [*(f"skipped {line}" for line in skipped), f"resumed from {path}"]:
+            tell(line)
     return state
-
-
-def tell(lines: Iterable[str]) -> None:
-    """Prints lines for the user."""
-    for line in lines:
-        print(line, file=sys.stderr)

@@ -120,6 +120,18 @@ class TrainConfig(Section):
     timeout_seconds: int = Field(
         default=600, ge=1, description="A collective that waits longer fails."
     )
+    hang_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Without a batch for so long, stacks of all ranks are written and those that hold up "
+        "the others are named; null: half of timeout_seconds.",
+    )
+    grace_seconds: float = Field(
+        default=25.0,
+        gt=0,
+        description="After SIGTERM, log_every steps and a checkpoint have this long; then the rank ends "
+        "without. torchrun kills after 30 s, see its --shutdown-timeout.",
+    )
 
     @model_validator(mode="after")
     def _one_beginning(self) -> "TrainConfig":

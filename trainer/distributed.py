@@ -1,7 +1,11 @@
 """Processes, devices and seeds; the only reader of the launcher's environment."""
 
+import ctypes
 import os
+import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +46,10 @@ def distributed(timeout_seconds: int) -> Iterator[Runtime]:
         InputError: More ranks than GPUs on this host, or the ranks cannot meet.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
+    # What was called last is kept, for the report of a rank that stands still.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
     use_gpu = torch.cuda.is_available()
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -79,6 +87,28 @@ def distributed(timeout_seconds: int) -> Iterator[Runtime]:
     finally:
         if owner:
             dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Lets the kernel send SIGTERM when the launcher's agent dies.
+
+    Its ranks lead sessions of their own, so that nothing else would end them: they would go on beside
+    those that a new agent starts.
+    """
+    parent = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return  # not Linux
+    if os.getppid() != parent:  # it died before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tell(text: str) -> None:
+    """Prints a line for the user: time, rank of all ranks, text."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    now = time.strftime("%Y-%m-%dT%H:%M:%S")
+    print(f"{now} [{rank}/{world}] {text}", file=sys.stderr, flush=True)
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:

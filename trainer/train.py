@@ -4,6 +4,8 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from trainer.continuation import Continuation, find_continuation
 from trainer.data.batch import Batch
 from trainer.data.loader import EventStream
 from trainer.data.prefetch import Feed
-from trainer.distributed import distributed, seed_step, together
+from trainer.distributed import distributed, seed_step, tell, together
 from trainer.hosts import check_hosts
 from trainer.log import RunLog
 from trainer.row_ids import collision_rates
@@ -24,6 +26,7 @@ from trainer.run import Run, build, open_inputs, prepare_folder
 from trainer.schedule import set_learning_rates
 from trainer.scoring import measure, write_predictions
 from trainer.warm_start import find_start, warm_start
+from trainer.watch import Preempted, Watch
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
@@ -70,7 +73,11 @@ def train(config: RunConfig, resume: bool = False) -> Path:
 
 
 def fit(run: Run, since: Continuation | None = None) -> LoopState:
-    """Runs the loop until the last epoch or until the valid split stops improving."""
+    """Runs the loop until the last epoch or until the valid split stops improving.
+
+    Raises:
+        Preempted: The job was told to end, and a checkpoint of its last step is written.
+    """
     options, folder = run.config.train, run.folder / "checkpoints"
     events = run.stream(list(run.config.data.train_splits), shuffle=True, since=since)
     valid = run.stream(["valid"], shuffle=False)
@@ -86,12 +93,16 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
         total=total, initial=state.step, unit="step", desc=run.config.name, leave=False,
         disable=not run.runtime.is_main or not sys.stderr.isatty(),
     )  # fmt: skip
+    hang_seconds = options.hang_seconds or options.timeout_seconds / 2
     with (
-        RunLog(run.folder, run.runtime, state.step) as log,
+        Watch(run.folder, run.runtime, hang_seconds, options.grace_seconds) as watch,
+        RunLog(run.folder, run.runtime, state.step, options.log_every) as log,
         bar,
         events.feed(state.step, total) as feed,
         CheckpointWriter(run, folder) as writer,
     ):
+        watch.follow(run.model)
+        loop = Loop(run, feed, log, bar, watch, total)
         while not state.finished:
             # The pipeline reads ahead, so it is drained before anything else may happen.
             stop = min(
@@ -99,14 +110,19 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
                 _next(state.step, options.checkpoint_every),
                 total,
             )
-            _train_steps(run, feed, state, stop, log, bar, total)
+            ended = loop.train(state, stop)
             improved = False
             if state.step % options.eval_every == 0 or state.step == total:
                 improved = _evaluate(run, valid, state, log, state.step // events.steps)
                 patient = state.evaluations_without_gain < options.patience
                 state.finished = state.step == total or not patient
-            if improved or state.finished or state.step % options.checkpoint_every == 0:
+            if improved or state.finished or ended or state.step % options.checkpoint_every == 0:
                 writer.save(state)
+            if ended and not state.finished:
+                writer.wait()
+                if run.runtime.is_main:
+                    tell(f"told to end: step {state.step} is saved; --resume goes on from there")
+                raise Preempted
     return state
 
 
@@ -118,11 +134,9 @@ def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch
     state.auc = auc
     if run.runtime.is_main and not sys.stderr.isatty():  # no bar: a log gets lines
         shown = "undefined" if auc is None else f"{auc:.4f}"
-        print(
+        tell(
             f"{run.config.name}: step {state.step}, epoch {epoch}: valid AUC {shown}, "
-            f"logloss {logloss:.4f}",
-            file=sys.stderr,
-            flush=True,
+            f"logloss {logloss:.4f}"
         )
     improved = auc is not None and (state.best_auc is None or auc > state.best_auc)
     state.evaluations_without_gain = 0 if improved else state.evaluations_without_gain + 1
@@ -131,29 +145,57 @@ def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch
     return improved
 
 
-def _train_steps(
-    run: Run,
-    feed: Feed[Batch],
-    state: LoopState,
-    stop: int,
-    log: RunLog,
-    bar: tqdm,
-    total: int,
-) -> None:
-    run.model.train()
-    per_epoch = total // run.config.train.epochs
-    batches = run.give_rows(itertools.islice(feed, stop - state.step), learn=True)
-    while state.step < stop:
-        seed_step(run.config.train.seed, run.runtime.rank, state.step)
-        rates = set_learning_rates(run, state.step, total)
-        predictions = run.pipeline.progress(batches)
-        state.step += 1
-        state.epoch, state.auc = state.step // per_epoch, None
-        log.add(predictions)
-        bar.update()
-        if state.step % run.config.train.log_every == 0 or state.step == stop:
-            rates |= run.report_ids(scored=False)
-            log.flush(state.step, state.epoch, rates, bar, feed)
+@dataclass
+class Loop:
+    """What training steps need."""
+
+    run: Run
+    feed: Feed[Batch]
+    log: RunLog
+    bar: tqdm
+    watch: Watch
+    total: int
+
+    def train(self, state: LoopState, stop: int) -> bool:
+        """Trains until step `stop`, or until all ranks have heard that one was told to end.
+
+        Returns:
+            Whether one was; no batch is then under way.
+        """
+        run, train = self.run, self.run.config.train
+        run.model.train()
+        per_epoch = self.total // train.epochs
+        ended = False
+
+        def read() -> Iterator[Batch]:
+            for batch in itertools.islice(self.feed, stop - state.step):
+                yield batch
+                if ended:  # what was read ahead is still trained
+                    return
+
+        batches = run.give_rows(read(), learn=True)
+        while state.step < stop:
+            seed_step(train.seed, run.runtime.rank, state.step)
+            rates = set_learning_rates(run, state.step, self.total)
+            try:
+                predictions = run.pipeline.progress(batches)
+            except StopIteration:
+                break
+            state.step += 1
+            state.epoch, state.auc = state.step // per_epoch, None
+            self.log.add(predictions)
+            self.bar.update()
+            if state.step % train.log_every == 0 or state.step == stop:
+                ended |= self._flush(state, rates)
+        if self.log.pending:
+            self._flush(state, rates)
+        return ended
+
+    def _flush(self, state: LoopState, rates: dict[str, float]) -> bool:
+        """Exchanges numbers with the other ranks; whether one of them was told to end."""
+        rates = rates | self.run.report_ids(scored=False)
+        self.log.flush(state.step, state.epoch, rates, self.bar, self.feed, self.watch)
+        return bool(self.log.window.ranks["told_to_end"].any())
 
 
 def _next(step: int, every: int) -> int:

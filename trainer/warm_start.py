@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embeddings.ids import IdMap, Vocabulary
 from llm_knowledge.errors import InputError
-from trainer.checkpoint import best_of, checkpoints, problem_of, read_description, read_state, tell
+from trainer.checkpoint import best_of, checkpoints, problem_of, read_description, read_state
 from trainer.checkpoint_state import (
     ACCUMULATOR_PREFIX,
     DENSE_OPTIMIZER_PREFIX,
@@ -31,6 +31,7 @@ from trainer.checkpoint_state import (
     routes,
     saved_tensors,
 )
+from trainer.distributed import tell
 from trainer.run import Run
 
 TABLES_PREFIX = f"{MODEL_PREFIX}sparse."
@@ -123,7 +124,8 @@ def warm_start(run: Run, source: Path) -> Carried:
     carried.fresh += [name for name in dense if name not in chosen]
     carried.left += sorted(saved.keys() - names_on_all_ranks(live))
     if run.runtime.is_main:
-        tell(carried.lines())
+        for line in carried.lines():
+            tell(line)
         (run.folder / "start_from.json").write_text(json.dumps(carried.__dict__, indent=1))
     return carried
 

@@ -2,6 +2,7 @@
 
 import atexit
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
@@ -105,6 +106,7 @@ class Feed(Generic[T]):
     ) -> None:
         self._items, self._left, self._nothing = items, count, nothing
         self.problem: InputError | None = None
+        self.waited = 0.0  # seconds, in all
 
     def __iter__(self) -> "Feed[T]":
         """Itself."""
@@ -116,10 +118,13 @@ class Feed(Generic[T]):
             raise StopIteration
         self._left -= 1
         if self.problem is None:
+            began = time.perf_counter()
             try:
                 return next(self._items)
             except InputError as error:
                 self.problem = error
+            finally:
+                self.waited += time.perf_counter() - began
         return self._nothing()
 
     def check(self) -> None:

@@ -1,0 +1,337 @@
+"""Drills of dying, preempted, stopped and starved ranks: run as a program, prints one JSON line.
+
+Ranks are forked from a process that has imported everything, so that a life costs a second.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
+
+import trainer.train
+from llm_knowledge.errors import InputError
+from tests.input_drill import dataset, note_rows
+from tests.training_data import make_config
+from trainer.checkpoint import checkpoints, problem_of, read_state
+from trainer.config import RunConfig
+from trainer.data.loader import RowEncoder
+
+KILLS = 20
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def rank_main(
+    rank: int, ranks: int, config: RunConfig, name: str, pause: float, prepare: Callable[[], None]
+) -> None:
+    """One rank of one life of a run; `prepare` breaks something on it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    root = Path(config.output).parent
+    errors = (root / f"{name}-{rank}.err").open("w")
+    os.dup2(errors.fileno(), 2)
+    store = dist.FileStore(str(root / f"rendezvous-{name}"), ranks)
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "100"
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    note_rows(root / f"{name}-{rank}.jsonl", pause, (-1, None))
+    prepare()
+    try:
+        trainer.train.train(config, resume=True)
+    except InputError as error:
+        (root / f"{name}-{rank}.refused").write_text(str(error))
+        sys.exit(2)
+
+
+def nothing() -> None:
+    """Breaks nothing."""
+
+
+class Life:
+    """The ranks of a run from their start to their end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        ranks: int = 2,
+        pause: float = 0.0,
+        prepare: dict[int, Callable[[], None]] | None = None,
+    ) -> None:
+        self.root, self.name, self.config = Path(config.output).parent, name, config
+        self.began = time.monotonic()
+        of_rank = prepare or {}
+        self.ranks: list[BaseProcess] = [
+            CONTEXT.Process(
+                target=rank_main,
+                args=(rank, ranks, config, name, pause, of_rank.get(rank, nothing)),
+            )
+            for rank in range(ranks)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def steps(self) -> dict[int, list[tuple[int, int]]]:
+        """Rows of every step that all ranks have begun, sorted."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        counts: dict[int, int] = {}
+        for file in self.root.glob(f"{self.name}-*.jsonl"):
+            for line in file.read_text().splitlines():
+                if line.endswith("}"):
+                    one = json.loads(line)
+                    found.setdefault(one["step"], []).extend(map(tuple, one["rows"]))
+                    counts[one["step"]] = counts.get(one["step"], 0) + 1
+        return {
+            step: sorted(rows) for step, rows in found.items() if counts[step] == len(self.ranks)
+        }
+
+    def wait_for_steps(self, count: int) -> None:
+        """Waits until so many steps have begun, or the life is over."""
+        end = time.monotonic() + 60
+        while len(self.steps()) < count and any(rank.is_alive() for rank in self.ranks):
+            assert time.monotonic() < end, f"{self.name}: {self.errors()}"
+            time.sleep(0.01)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Sends a signal to ranks."""
+        for rank in ranks:
+            pid = self.ranks[rank].pid
+            assert pid is not None
+            if self.ranks[rank].is_alive():
+                os.kill(pid, number)
+
+    def end(self, *codes: int) -> float:
+        """Waits for the end; every rank's exit code must be one of `codes`. Seconds that it took."""
+        began = time.monotonic()
+        for rank in self.ranks:
+            rank.join(60)
+        found = [rank.exitcode for rank in self.ranks]
+        for rank in self.ranks:
+            rank.kill()
+        if any(code not in codes for code in found):
+            raise SystemExit(f"{self.name}: ended with {found}\n{self.errors()}")
+        return time.monotonic() - began
+
+    def errors(self) -> str:
+        """What the ranks printed."""
+        files = sorted(self.root.glob(f"{self.name}-*.err"))
+        return "\n".join(file.read_text()[-3000:] for file in files)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step; every step must stand there once."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    assert len(dict(found)) == len(found), f"{run}: a step was trained twice"
+    return dict(found)
+
+
+class Drill:
+    """An undisturbed run, and what differs from it in a disturbed one."""
+
+    def __init__(self, root: Path, ranks: int = 2, **changes: object) -> None:
+        self.root, self.ranks = root, ranks
+        if not (root / "data").exists():
+            dataset(root / "data", rows=497)
+        self.changes: dict[str, object] = {
+            "data__train_splits": ["train"], "data__streams": 4, "data__shuffle_buffer": 40,
+            "data__workers": 2, "data__prefetch_batches": 2, "train__global_batch_size": 40,
+            "train__epochs": 8, "train__eval_every": 10, "train__checkpoint_every": 3,
+            "train__timeout_seconds": 30,
+        } | changes  # fmt: skip
+        self.name = f"whole-{ranks}-{len(changes)}"
+        whole = Life(self.config(self.name), f"{self.name}-life", ranks)
+        whole.end(0)
+        self.rows, self.losses = whole.steps(), losses(root / self.name)
+
+    def config(self, name: str, **changes: object) -> RunConfig:
+        """The configuration of a run of that name."""
+        return make_config(self.root / "data", None, self.root / name, **(self.changes | changes))
+
+    def wrong(self, name: str, lives: list[Life], rel: float = 1e-6) -> list[str]:
+        """What differs: rows of any step in any life, losses, steps left out."""
+        found = []
+        for life in lives:
+            found += [
+                f"{life.name}: other rows in step {step}"
+                for step, rows in life.steps().items()
+                if rows != self.rows[step]
+            ]
+        mine = losses(self.root / name)
+        if list(mine) != list(self.losses):
+            found.append(f"{name}: steps {sorted(mine.keys() ^ self.losses.keys())} differ")
+        found += [
+            f"{name}: loss of step {step} is {mine[step]}, undisturbed {loss}"
+            for step, loss in self.losses.items()
+            if step in mine and abs(mine[step] - loss) > rel * abs(loss)
+        ]
+        return found
+
+
+def random_kills(drill: Drill, seed: int) -> dict[str, Any]:
+    """Kills one rank or all at 20 random times of a run: starting, training, evaluating, writing."""
+    draw = random.Random(seed)
+    lives, began_at, recovery, survivors = [], [], [], []
+    for kill in range(KILLS):
+        config = drill.config("killed", train__checkpoint_async=draw.random() < 0.5)
+        life = Life(config, f"killed-{kill}")
+        lives.append(life)
+        if draw.random() < 0.2:
+            time.sleep(draw.uniform(0.05, 1.0))  # perhaps before the first step
+        else:
+            life.wait_for_steps(1)
+            recovery.append(time.monotonic() - life.began)
+            life.wait_for_steps(draw.randint(1, 9))
+            time.sleep(draw.uniform(0, 0.05))
+        victims = draw.choice([(0,), (1,), (0, 1)])
+        life.signal(signal.SIGKILL, *victims)
+        survivors.append(life.end(-9, 1, 2, 0))
+        began_at.append(min(life.steps(), default=None))
+        if all(rank.exitcode == 0 for rank in life.ranks):
+            raise SystemExit(f"seed {seed}: finished before kill {kill}")
+    last = Life(drill.config("killed"), "killed-last")
+    last.end(0)
+    return {
+        "seed": seed, "kills": KILLS, "began_at": began_at, "seconds_to_first_step": recovery,
+        "seconds_until_survivors_end": survivors, "wrong": drill.wrong("killed", [*lives, last]),
+    }  # fmt: skip
+
+
+def told_to_end(drill: Drill) -> dict[str, Any]:
+    """SIGTERM to one of two ranks: both save their last step and end so that they are started again."""
+    config = drill.config("told")
+    life = Life(config, "told-1", pause=0.02)
+    life.wait_for_steps(8)
+    life.signal(signal.SIGTERM, 1)
+    seconds = life.end(143)
+    newest = checkpoints(drill.root / "told/checkpoints")[-1]
+    assert problem_of(newest) is None
+    saved, trained = read_state(newest).step, max(life.steps()) + 1
+    again = Life(config, "told-2")
+    again.end(0)
+    return {
+        "seconds": seconds, "saved": saved, "trained": trained, "went_on": min(again.steps()),
+        "wrong": drill.wrong("told", [life, again]),
+    }  # fmt: skip
+
+
+def shrinks_and_grows(root: Path) -> dict[str, Any]:
+    """Four ranks are killed, two go on and are killed, four go on."""
+    drill = Drill(root, 4, train__epochs=4, model__dropout=0.0)  # masks are drawn per rank
+    lives = []
+    for at, (ranks, steps) in enumerate(((4, 14), (2, 14), (4, 1000))):
+        lives.append(Life(drill.config("elastic"), f"elastic-{at}", ranks, pause=0.01))
+        lives[-1].wait_for_steps(steps)
+        if at < 2:
+            lives[-1].signal(signal.SIGSTOP, *range(ranks))
+            lives[-1].signal(signal.SIGKILL, *range(ranks))
+        lives[-1].end(0 if at == 2 else -9)
+    positions = [min(life.steps()) for life in lives]
+    return {"positions": positions, "wrong": drill.wrong("elastic", lives, rel=1e-4)}
+
+
+def stopped_rank(drill: Drill) -> dict[str, Any]:
+    """SIGSTOP: the rank that stops answering is named; it goes on when it is let go on."""
+    life = Life(drill.config("stopped", train__hang_seconds=1.0), "stopped", pause=0.02)
+    life.wait_for_steps(8)
+    life.signal(signal.SIGSTOP, 1)
+    began, report = time.monotonic(), drill.root / "stopped/hang/report.txt"
+    while not report.exists():
+        assert time.monotonic() < began + 30, life.errors()
+        time.sleep(0.02)
+    seconds = time.monotonic() - began
+    time.sleep(0.1)
+    life.signal(signal.SIGCONT, 1)
+    life.end(0)
+    stacks = (drill.root / "stopped/hang/rank-0.txt").read_text()
+    return {
+        "seconds": seconds, "report": report.read_text(), "stacks": stacks,
+        "collectives": (drill.root / "stopped/hang/rank-0-fr_trace_json.json").stat().st_size,
+        "wrong": drill.wrong("stopped", [life]),
+    }  # fmt: skip
+
+
+def starved_rank(drill: Drill) -> dict[str, Any]:
+    """Rank 1's storage does not give its rows for a while."""
+
+    def starve() -> None:
+        encode, calls = RowEncoder.encode, [0]
+
+        def slow(self: RowEncoder, *arguments: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 9:
+                time.sleep(4)
+            return encode(self, *arguments, **named)
+
+        RowEncoder.encode = slow  # type: ignore[method-assign]
+
+    config = drill.config("starved", train__hang_seconds=1.0)
+    life = Life(config, "starved", prepare={1: starve})
+    life.end(0)
+    folder = drill.root / "starved/hang"
+    return {
+        "report": (folder / "report.txt").read_text(),
+        "stacks": [(folder / f"rank-{rank}.txt").read_text() for rank in (0, 1)],
+        "wrong": drill.wrong("starved", [life]),
+    }
+
+
+def bad_storage(drill: Drill) -> dict[str, Any]:
+    """Checkpoints are written slowly on rank 1, and then not at all: the disk is full."""
+    write, calls = FileSystemWriter.write_data, [0]
+
+    def troubled(self: FileSystemWriter, *arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            time.sleep(3)
+        if calls[0] == 4:
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments, **named)
+
+    def break_storage() -> None:
+        FileSystemWriter.write_data = troubled  # type: ignore[method-assign]
+
+    config = drill.config("storage", train__hang_seconds=1.0)
+    life = Life(config, "storage-1", prepare={1: break_storage})
+    life.end(2)
+    report = (drill.root / "storage/hang/report.txt").read_text()
+    refused = [(drill.root / f"storage-1-{rank}.refused").read_text() for rank in (0, 1)]
+    again = Life(config, "storage-2")
+    again.end(0)
+    return {
+        "report": report, "refused": refused, "went_on": min(again.steps()),
+        "wrong": drill.wrong("storage", [life, again]),
+    }  # fmt: skip
+
+
+def main(root: Path, seed: int) -> None:
+    """Runs every drill."""
+    torch.set_num_threads(1)
+    drill = Drill(root)
+    found, seconds = {}, {}
+    chosen = sys.argv[3:]
+    for name, act in {
+        "told": told_to_end, "stopped": stopped_rank, "starved": starved_rank,
+        "storage": bad_storage, "kills": lambda drill: random_kills(drill, seed),
+        "elastic": lambda drill: shrinks_and_grows(drill.root),
+    }.items():  # fmt: skip
+        if chosen and name not in chosen:
+            continue
+        began = time.monotonic()
+        found[name] = act(drill)
+        seconds[name] = round(time.monotonic() - began, 1)
+    print(json.dumps(found | {"seconds": seconds}))
+    shutil.rmtree(root / "data")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
