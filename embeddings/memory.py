@@ -120,6 +120,44 @@ def plan_memory(
     return total
 
 
+def moved_bytes(table: Table, plan: TablePlan, optimizer: str, batch: int) -> np.ndarray:
+    """Least bytes that every rank's memory moves for one sharded table in one step, float64 [ranks].
+
+    Ids and lengths are read where they come from and written where they go, and read by the lookup and
+    by the update; a row is read per id; vectors are written, read when they are sent and written where
+    they arrive, and their gradients as well; every row that was looked up is read and written with its
+    optimizer state, each id counted as a row of its own.
+
+    Args:
+        table: Its features and how many ids they have.
+        plan: Where its pieces lie, on two ranks or more.
+        optimizer: Key of `STATE_BYTES`.
+        batch: Samples per rank.
+
+    Raises:
+        ValueError: The table is data-parallel, which updates all of its rows instead.
+    """
+    if plan.sharding == "data_parallel":
+        raise ValueError(f"{table.name} is data-parallel: its rows do not travel")
+    ranks = len(plan.bytes_per_rank)
+    ids = table.ids_per_sample or (1.0,) * len(table.features)
+    per_value, per_row = STATE_BYTES[optimizer]
+    delivered = batch * (sum(ids) if table.sequence else len(ids)) * table.dim * VALUE_BYTES
+    given = batch * (len(ids) * LENGTH_BYTES + sum(ids) * ID_BYTES)
+    moved = np.full(ranks, given + delivered * (1 if table.frozen else 2))
+    for piece in plan.pieces:
+        looked_up = ranks * batch * sum(ids) * piece.rows / table.rows
+        received = ranks * batch * len(ids) * LENGTH_BYTES + looked_up * ID_BYTES
+        vectors = looked_up if table.sequence else ranks * batch * len(ids)
+        produced = vectors * piece.columns * VALUE_BYTES
+        row = piece.columns * table.bytes_per_value
+        moved[piece.rank] += 2 * received + looked_up * row + 2 * produced
+        if not table.frozen:
+            state = piece.columns * per_value + per_row
+            moved[piece.rank] += received + produced + 2 * looked_up * (row + state)
+    return moved
+
+
 def limits(hardware: Hardware) -> tuple[float, float]:
     """Bytes that tables may take per rank: (of the device's memory, of its share of the host's).
 

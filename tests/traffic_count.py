@@ -22,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.memory import BATCHES_IN_FLIGHT, plan_memory
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
 from embeddings.sharding import Hardware, Placement, describe_plan, plan_sharding, shard
 from embeddings.tables import FrozenTables, SparseFeatures, Table
@@ -81,8 +82,13 @@ def make_batch(tables: list[Table]) -> KeyedJaggedTensor:
 
 
 @contextmanager
-def counting(found: dict[str, np.ndarray], phase: list[str]) -> Iterator[None]:
-    """Adds what every collective is given to `found[stage][destination]`."""
+def counting(
+    found: dict[str, np.ndarray], phase: list[str], held: dict[str, int]
+) -> Iterator[None]:
+    """Adds what every collective is given to `found[stage][destination]`.
+
+    `held` gets bytes of received ids and lengths, and of vectors and gradients given and received.
+    """
 
     def add(stage: str, group: Any, sizes: list[float]) -> None:
         for position, size in enumerate(sizes):
@@ -96,6 +102,11 @@ def counting(found: dict[str, np.ndarray], phase: list[str]) -> Iterator[None]:
         def collective(*args: Any, **options: Any) -> Any:
             stage, given = sizes(*args, **options)
             add(stage, options.get("group"), given)
+            output, source = _tensors(*args, **options)
+            if stage == "input":
+                held["ids"] += output.nbytes
+            elif stage != "splits":
+                held["vectors"] += output.nbytes + source.nbytes
             return original(*args, **options)
 
         return mock.patch.object(dist, name, collective)
@@ -132,6 +143,12 @@ def counting(found: dict[str, np.ndarray], phase: list[str]) -> Iterator[None]:
         yield
 
 
+def _tensors(
+    output: torch.Tensor, input: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return output, input
+
+
 def count_case(kind: str, sharding: str) -> dict[str, Any]:
     """One step of one collection under one sharding."""
     model = Model(kind)
@@ -147,20 +164,24 @@ def count_case(kind: str, sharding: str) -> dict[str, Any]:
         for lookup in getattr(module, "_lookups", []):
             if isinstance(lookup, DistributedDataParallel):
                 lookup.register_comm_hook(None, _counting_hook(found))
-    phase = ["output"]
-    with counting(found, phase):
+    phase, held = ["output"], {"ids": 0, "vectors": 0}
+    with counting(found, phase, held):
         loss = sharded(make_batch(model.tables))
         phase[0] = "backward"
         if kind != "frozen":
             loss.backward()
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, {stage: row.tolist() for stage, row in found.items()})
+    held_by: list[Any] = [None] * RANKS
+    dist.all_gather_object(held_by, BATCHES_IN_FLIGHT * held["ids"] + held["vectors"])
     plans = describe_plan(plan, model.tables, RANKS)
+    memory = plan_memory(model.tables, plans, placements, "sgd", BATCH, RANKS)
     predicted = plan_traffic(model.tables, plans, BATCH, RANKS, HOSTS)
     splits = SPLITS_BYTES * (1 - np.eye(RANKS)) * (sharding != "data_parallel")
     return {
         "case": f"{kind} {sharding}",
         "counted": {stage: [rank[stage] for rank in everyone] for stage in STAGES},
+        "held": {"counted": held_by, "predicted": memory.activations.tolist()},
         "predicted": {stage: getattr(predicted, stage).tolist() for stage in STAGES[:-1]}
         | {"splits": splits.tolist()},
     }
