@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
+import trainer.run
 import trainer.train
 from llm_knowledge.errors import InputError
 from tests.input_drill import dataset, note_rows
@@ -27,6 +28,7 @@ from tests.training_data import make_config
 from trainer.checkpoint import checkpoints, problem_of, read_state
 from trainer.config import RunConfig
 from trainer.data.loader import RowEncoder
+from trainer.guard import incidents
 
 KILLS = 20
 CONTEXT = multiprocessing.get_context("fork")
@@ -313,6 +315,54 @@ def bad_storage(drill: Drill) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def poisoned(drill: Drill) -> dict[str, Any]:
+    """A batch of rank 1 without a finite loss, by policy; a rank that drifts apart from the other."""
+
+    def poison() -> None:
+        at_batch(7, lambda run, batch: batch.label.fill_(float("inf")))
+
+    def drift() -> None:
+        at_batch(7, lambda run, batch: next(run.model.module.dense.parameters()).data.add_(1e-6))
+
+    found: dict[str, Any] = {}
+    for name, broken, options in (
+        ("stop", poison, {}),
+        ("skip", poison, {"train__guard": "{non_finite: skip}"}),
+        ("rollback", poison, {"train__guard": "{non_finite: rollback}"}),
+        ("apart", drift, {}),
+    ):
+        config = drill.config(f"guard-{name}", train__epochs=2, **options)
+        life = Life(config, f"guard-{name}-life", prepare={1: broken})
+        life.end(2 if name in ("stop", "apart") else 0)
+        refused = [drill.root / f"{life.name}-{rank}.refused" for rank in (0, 1)]
+        found[name] = {
+            "refused": [file.read_text() for file in refused if file.exists()],
+            "incidents": incidents(drill.root / f"guard-{name}"),
+            "losses": losses(drill.root / f"guard-{name}"),
+            "saved": [one.name for one in checkpoints(drill.root / f"guard-{name}/checkpoints")],
+        }
+    return found | {"undisturbed": drill.losses}
+
+
+def at_batch(number: int, act: Callable[[trainer.run.Run, Any], object]) -> None:
+    """Lets something happen to this process before it trains its n-th batch, from 0."""
+    build, calls = trainer.train.build, [0]
+
+    def built(*arguments: Any) -> trainer.run.Run:
+        run = build(*arguments)
+
+        def before(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            if module.training:
+                if calls[0] == number:
+                    act(run, inputs[0])
+                calls[0] += 1
+
+        run.model.register_forward_pre_hook(before)
+        return run
+
+    trainer.train.build = built
+
+
 def main(root: Path, seed: int) -> None:
     """Runs every drill."""
     torch.set_num_threads(1)
@@ -321,7 +371,7 @@ def main(root: Path, seed: int) -> None:
     chosen = sys.argv[3:]
     for name, act in {
         "told": told_to_end, "stopped": stopped_rank, "starved": starved_rank,
-        "storage": bad_storage, "kills": lambda drill: random_kills(drill, seed),
+        "storage": bad_storage, "guard": poisoned, "kills": lambda drill: random_kills(drill, seed),
         "elastic": lambda drill: shrinks_and_grows(drill.root),
     }.items():  # fmt: skip
         if chosen and name not in chosen:

@@ -83,6 +83,30 @@ def test_slow_storage_is_named_and_a_full_disk_is_one_message(found: dict[str, A
     assert storage["wrong"] == []
 
 
+def test_a_poisoned_batch_is_stopped_skipped_or_rolled_back(found: dict[str, Any]) -> None:
+    guard, words = found["guard"], "step 8: loss is not finite in the batch of rank 1"
+    assert len(guard["stop"]["refused"]) == 2
+    assert all(words in text for text in guard["stop"]["refused"])
+    assert max(guard["stop"]["saved"]) == "step-00000006"  # none after it
+    for policy in ("skip", "rollback"):
+        (incident,) = guard[policy]["incidents"]
+        assert (incident["found"], incident["policy"]) == (words, policy)
+        assert incident["steps"] == [7]
+        losses = {int(step): loss for step, loss in guard[policy]["losses"].items()}
+        undisturbed = {int(step): loss for step, loss in guard["undisturbed"].items()}
+        assert list(losses) == [s for s in range(1, 27) if policy == "skip" or s != 8]
+        assert [losses[s] for s in range(1, 8)] == [undisturbed[s] for s in range(1, 8)]
+        after = [losses[s] for s in range(9, 27)]  # one batch less: close, not equal
+        assert after == pytest.approx([undisturbed[s] for s in range(9, 27)], rel=0.1)
+
+
+def test_ranks_that_drift_apart_are_found(found: dict[str, Any]) -> None:
+    apart = found["guard"]["apart"]
+    assert len(apart["refused"]) == 2
+    assert "step 8: dense parameters of rank 1 differ" in apart["refused"][0]
+    assert max(apart["saved"]) == "step-00000006"
+
+
 # ---------------------------------------------------------------- under torchrun
 
 

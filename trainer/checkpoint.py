@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class LoopState:
         evaluations_without_gain: Evaluations since then.
         finished: Whether training is over.
         table_updates: What `embeddings.optimizer.update_count` gives.
+        left_out: Steps, from 0, whose batches a rollback has left out.
     """
 
     step: int = 0
@@ -53,6 +54,7 @@ class LoopState:
     evaluations_without_gain: int = 0
     finished: bool = False
     table_updates: int = 0
+    left_out: list[int] = field(default_factory=list)
 
 
 def describe(run: Run, state: LoopState) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def read_state(checkpoint: Path) -> LoopState:
         InputError: If the checkpoint is not whole.
     """
     loop = read_description(checkpoint)["loop"]
-    known = {field.name for field in fields(LoopState)}
+    known = {one.name for one in fields(LoopState)}
     return LoopState(**{name: value for name, value in loop.items() if name in known})
 
 

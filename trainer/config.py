@@ -70,6 +70,29 @@ class KnowledgeConfig(Section):
     item: str | None = Field(default=None, description="Store with one vector per item.")
 
 
+class GuardConfig(Section):
+    """What is done about training that goes wrong; found every log_every steps, before any checkpoint."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = Field(
+        default="stop",
+        description="A loss or gradient that is not finite. skip: the dense update of the step, and what "
+        "the rank's batch sends to the tables, count as zero; rollback: go back to the newest checkpoint "
+        "and leave the step's batch out.",
+    )
+    spike_factor: float | None = Field(
+        default=None, gt=1, description="A loss that is so many times its running mean is a spike."
+    )
+    on_spike: Literal["report", "stop", "rollback"] = Field(
+        default="report", description="What is done about a spike."
+    )
+    damage: Literal["stop", "rollback"] = Field(
+        default="stop",
+        description="Tables or optimizer state that are not finite, or ranks whose dense parameters "
+        "differ.",
+    )
+    rollbacks: int = Field(default=3, ge=1, description="Rollbacks of one process, then it stops.")
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -120,6 +143,7 @@ class TrainConfig(Section):
     timeout_seconds: int = Field(
         default=600, ge=1, description="A collective that waits longer fails."
     )
+    guard: GuardConfig = GuardConfig()
     hang_seconds: float | None = Field(
         default=None,
         gt=0,

@@ -1,6 +1,7 @@
 """Numbers of a run: metrics.jsonl and TensorBoard, written by rank 0, gathered from all ranks."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from trainer.distributed import Runtime, together
 from trainer.models.llm4msr import Predictions
 from trainer.watch import Watch, memory_gib
 
-STEP = ("loss", "samples", "known", "gradient")  # of one step on one rank
+STEP = ("number", "loss", "samples", "known", "gradient")  # of one step on one rank
 RANK = ("no_input", "told_to_end", "trace", "checksum", "busy", "input", "memory_gib")
 STRAGGLES = 1.25  # times the median of what ranks need for themselves
 
@@ -32,8 +33,8 @@ class Window:
 
     Attributes:
         last: The number of the last of them, from 1.
-        steps: By name in `STEP`: [ranks, steps]. Loss and samples are sums; gradient is the norm over the
-            dense parameters.
+        steps: By name in `STEP`: [ranks, steps]. Numbers are from 0; loss and samples are sums; gradient
+            is the norm over the dense parameters.
         ranks: By name in `RANK`: [ranks].
     """
 
@@ -62,21 +63,29 @@ class RunLog:
             self._ranks_file = _reopen(folder / "ranks.jsonl", step)
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def add(self, predictions: Predictions, gradient: torch.Tensor | None = None) -> None:
-        """Adds one step with the norm of its gradient; no synchronisation."""
+    def add(
+        self, step: int, predictions: Predictions, gradient: torch.Tensor | None = None
+    ) -> None:
+        """Adds one step, counted from 0, with the norm of its gradient; no synchronisation."""
         loss = F.binary_cross_entropy_with_logits(
             predictions.logits, predictions.label, predictions.weight, reduction="sum"
         )
         known = (predictions.weight * predictions.has_knowledge).sum()
         norm = loss.new_zeros(()) if gradient is None else gradient
         row = torch.stack([loss, predictions.weight.sum(), known, norm])
-        self._of_steps[self._count] = row
+        self._of_steps[self._count, 0] = step
+        self._of_steps[self._count, 1:] = row
         self._count += 1
 
     @property
     def pending(self) -> int:
         """Steps since the last flush."""
         return self._count
+
+    @property
+    def full(self) -> bool:
+        """Whether a flush must come before the next step."""
+        return self._count == len(self._of_steps)
 
     def flush(
         self,
@@ -158,9 +167,15 @@ class RunLog:
     def write(self, kind: str, step: int, epoch: int, **numbers: float | None) -> None:
         """Writes one line on rank 0."""
         if self._file is not None and self._board is not None:
-            line: dict[str, Any] = {"step": step, "epoch": epoch, "kind": kind, **numbers}
+            known = {
+                name: value
+                if value is not None and math.isfinite(value)
+                else None  # JSON has no NaN
+                for name, value in numbers.items()
+            }
+            line: dict[str, Any] = {"step": step, "epoch": epoch, "kind": kind, **known}
             self._file.write(json.dumps(line) + "\n")
-            for name, value in numbers.items():
+            for name, value in known.items():
                 if value is not None:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
         # An evaluation's time is not the training's.

@@ -1,6 +1,5 @@
 """Training, top to bottom: build, loop, evaluate, save. One process or a thousand."""
 
-import itertools
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader import EventStream
 from trainer.data.prefetch import Feed
 from trainer.distributed import distributed, seed_step, tell, together
+from trainer.guard import Fault, Guard
 from trainer.hosts import check_hosts
 from trainer.log import RunLog
 from trainer.row_ids import collision_rates
@@ -96,34 +96,57 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
     hang_seconds = options.hang_seconds or options.timeout_seconds / 2
     with (
         Watch(run.folder, run.runtime, hang_seconds, options.grace_seconds) as watch,
-        RunLog(run.folder, run.runtime, state.step, options.log_every) as log,
+        Guard(run) as guard,
         bar,
-        events.feed(state.step, total) as feed,
         CheckpointWriter(run, folder) as writer,
     ):
         watch.follow(run.model)
-        loop = Loop(run, feed, log, bar, watch, total)
+        if found is None and guard.may_roll_back:
+            writer.save(state)
         while not state.finished:
-            # The pipeline reads ahead, so it is drained before anything else may happen.
-            stop = min(
-                _next(state.step, options.eval_every),
-                _next(state.step, options.checkpoint_every),
-                total,
-            )
-            ended = loop.train(state, stop)
-            improved = False
-            if state.step % options.eval_every == 0 or state.step == total:
-                improved = _evaluate(run, valid, state, log, state.step // events.steps)
-                patient = state.evaluations_without_gain < options.patience
-                state.finished = state.step == total or not patient
-            if improved or state.finished or ended or state.step % options.checkpoint_every == 0:
-                writer.save(state)
-            if ended and not state.finished:
+            with (
+                RunLog(run.folder, run.runtime, state.step, options.log_every) as log,
+                events.feed(state.step, total) as feed,
+            ):
+                fault = _go_on(Loop(run, feed, log, bar, watch, guard, total), valid, state, writer)
+            if fault is not None:
                 writer.wait()
-                if run.runtime.is_main:
-                    tell(f"told to end: step {state.step} is saved; --resume goes on from there")
-                raise Preempted
+                before, state = state, restore_newest(run, folder) or LoopState()
+                state.left_out = sorted({*before.left_out, *state.left_out, *fault.steps})
+                bar.update(state.step - bar.n)
     return state
+
+
+def _go_on(
+    loop: "Loop", valid: EventStream, state: LoopState, writer: CheckpointWriter
+) -> Fault | None:
+    """Trains, evaluates and saves until the run is finished, or a fault is to be rolled back."""
+    options, total = loop.run.config.train, loop.total
+    per_epoch = total // options.epochs
+    while not state.finished:
+        # The pipeline reads ahead, so it is drained before anything else may happen.
+        stop = min(
+            _next(state.step, options.eval_every),
+            _next(state.step, options.checkpoint_every),
+            total,
+        )
+        loop.train(state, stop)
+        if fault := loop.fault or loop.guard.check_state(state.step):
+            return fault
+        improved = False
+        if state.step % options.eval_every == 0 or state.step == total:
+            improved = _evaluate(loop.run, valid, state, loop.log, state.step // per_epoch)
+            patient = state.evaluations_without_gain < options.patience
+            state.finished = state.step == total or not patient
+        due = improved or state.finished or state.step % options.checkpoint_every == 0
+        if due or loop.ended:
+            writer.save(state)
+        if loop.ended and not state.finished:
+            writer.wait()
+            if loop.run.runtime.is_main:
+                tell(f"told to end: step {state.step} is saved; --resume goes on from there")
+            raise Preempted
+    return None
 
 
 def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch: int) -> bool:
@@ -147,55 +170,62 @@ def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch
 
 @dataclass
 class Loop:
-    """What training steps need."""
+    """What training steps need; `ended` once a rank was told to end, `fault` once one is rolled back."""
 
     run: Run
     feed: Feed[Batch]
     log: RunLog
     bar: tqdm
     watch: Watch
+    guard: Guard
     total: int
+    ended: bool = False
+    fault: Fault | None = None
 
-    def train(self, state: LoopState, stop: int) -> bool:
-        """Trains until step `stop`, or until all ranks have heard that one was told to end.
-
-        Returns:
-            Whether one was; no batch is then under way.
-        """
+    def train(self, state: LoopState, stop: int) -> None:
+        """Trains until step `stop`, or until all ranks agree to break off; no batch is then under way."""
         run, train = self.run, self.run.config.train
         run.model.train()
         per_epoch = self.total // train.epochs
-        ended = False
+        begin = state.step
+        steps = [step for step in range(begin, stop) if step not in state.left_out]
 
         def read() -> Iterator[Batch]:
-            for batch in itertools.islice(self.feed, stop - state.step):
+            for step, batch in zip(range(begin, stop), self.feed, strict=False):
+                if step in state.left_out:
+                    continue
                 yield batch
-                if ended:  # what was read ahead is still trained
+                if self.ended or self.fault:  # what was read ahead is still trained
                     return
 
-        batches = run.give_rows(read(), learn=True)
-        while state.step < stop:
-            seed_step(train.seed, run.runtime.rank, state.step)
-            rates = set_learning_rates(run, state.step, self.total)
+        batches, rates = run.give_rows(read(), learn=True), {}
+        for step in steps:
+            seed_step(train.seed, run.runtime.rank, step)
+            rates = set_learning_rates(run, step, self.total)
             try:
                 predictions = run.pipeline.progress(batches)
             except StopIteration:
                 break
-            state.step += 1
+            state.step = step + 1
             state.epoch, state.auc = state.step // per_epoch, None
-            self.log.add(predictions)
+            self.log.add(step, predictions, self.guard.norm)
             self.bar.update()
-            if state.step % train.log_every == 0 or state.step == stop:
-                ended |= self._flush(state, rates)
+            if state.step % train.log_every == 0 or step == steps[-1] or self.log.full:
+                self._flush(state, rates)
+        else:
+            state.step = stop  # steps left out at the end are done, too
         if self.log.pending:
             self._flush(state, rates)
-        return ended
 
-    def _flush(self, state: LoopState, rates: dict[str, float]) -> bool:
-        """Exchanges numbers with the other ranks; whether one of them was told to end."""
+    def _flush(self, state: LoopState, rates: dict[str, float]) -> None:
+        """Exchanges numbers with the other ranks, and looks at them."""
         rates = rates | self.run.report_ids(scored=False)
-        self.log.flush(state.step, state.epoch, rates, self.bar, self.feed, self.watch)
-        return bool(self.log.window.ranks["told_to_end"].any())
+        self.log.flush(
+            state.step, state.epoch, rates, self.bar, self.feed, self.watch, self.guard.checksum()
+        )
+        window = self.log.window
+        self.ended |= bool(window.ranks["told_to_end"].any())
+        self.fault = self.fault or self.guard.look(window)
 
 
 def _next(step: int, every: int) -> int:
