@@ -1,15 +1,17 @@
-"""The tables of docs/scaling.md, from the formulas of `trainer/scaling.py`.
+"""The tables of docs/scaling.md: formulas of `trainer/scaling.py`, results of `benchmarks.network_scaling`.
 
 python -m benchmarks.scaling                                   writes the page's tables anew
 python -m benchmarks.scaling --users 100000000 --batch 2048    prints them for something else
 """
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
+from benchmarks.network_scaling import format_result
 from embeddings.memory import limits
 from embeddings.traffic import by_link
 from trainer.scaling import (
@@ -25,6 +27,7 @@ from trainer.scaling import (
 )
 
 PAGE = Path(__file__).parent.parent / "docs/scaling.md"
+NETWORK = Path(__file__).parent / "results/network_scaling.json"
 GPUS = (64, 512)
 POOLED = ("row_wise", "table_row_wise", "grid_shard")  # of tables that give one vector per sample
 WIDTHS = (32, 128, 1024, 4096)
@@ -222,6 +225,12 @@ def make_tables(description: Description) -> dict[str, str]:
     }
 
 
+def page_tables() -> dict[str, str]:
+    """All tables of the page, the measured one as it was measured."""
+    measured = json.loads(NETWORK.read_text(encoding="utf-8"))
+    return make_tables(Description()) | {"network": format_result(measured)}
+
+
 def filled(text: str, made: dict[str, str]) -> str:
     """The page with these tables between their markers."""
     for name, table in made.items():
@@ -241,11 +250,11 @@ def main() -> None:
         assert one.default is not MISSING
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    made = make_tables(Description(**given))
     if given:
+        made = make_tables(Description(**given))
         print("\n".join(f"{name}\n\n{table}" for name, table in made.items()))
         return
-    PAGE.write_text(filled(PAGE.read_text(), made))
+    PAGE.write_text(filled(PAGE.read_text(), page_tables()))
 
 
 if __name__ == "__main__":

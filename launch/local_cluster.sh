@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Two hosts on one machine, to try jobs of several hosts; the drills of the tests use the same.
 #
-#   launch/local_cluster.sh namespaces up [MBIT]   two network namespaces, llm4msr1 and llm4msr2, with
-#                                                  10.77.0.1 and 10.77.0.2, MBIT each way (default 200)
+#   launch/local_cluster.sh namespaces up [MBIT] [HOSTS]   network namespaces, llm4msr1 and llm4msr2 (or
+#                                                  more), with 10.77.0.1, 10.77.0.2 …, MBIT (200) each way
 #   launch/local_cluster.sh slurm up               a real Slurm with two virtual nodes and accounting
 #   launch/local_cluster.sh slurm fail NODE        node1 or node2 loses its power
 #   launch/local_cluster.sh slurm mend NODE        … and is switched on again
 #   launch/local_cluster.sh namespaces|slurm down  as it was before
 #
 # Needs root. What is missing is installed from Debian's packages; LLM4MSR_INSTALL=0 forbids that.
+# LLM4MSR_NAMESPACES names them otherwise (at most 10 letters), so that two of these do not meet.
 # State is kept in $LLM4MSR_CLUSTER (default /var/tmp/llm4msr-cluster). Everything listens on the loopback or
 # on the namespaces' own bridge. Exit code 3: not possible on this machine, says why.
 set -euo pipefail
 S=${LLM4MSR_CLUSTER:-/var/tmp/llm4msr-cluster}
 export SLURM_CONF=$S/slurm.conf
+N=${LLM4MSR_NAMESPACES:-llm4msr}
 HOSTS_MARK="# llm4msr local cluster"
 
 cannot() { echo "local_cluster: not possible here: $*" >&2; exit 3; }
@@ -48,24 +50,27 @@ namespaces_up() {
   root
   needs "ip tc" iproute2
   namespaces_down
-  ip link add llm4msr0 type bridge 2>/dev/null || cannot "the kernel gives no bridge"
-  ip link set llm4msr0 up
-  for n in 1 2; do
-    ip netns add llm4msr$n || cannot "the kernel gives no network namespace"
-    ip link add llm4msr0p$n type veth peer name eth0 netns llm4msr$n
-    ip link set llm4msr0p$n master llm4msr0 up
-    ip -n llm4msr$n link set lo up
-    ip -n llm4msr$n addr add 10.77.0.$n/24 dev eth0
-    ip -n llm4msr$n link set eth0 up
-    tc -n llm4msr$n qdisc add dev eth0 root tbf rate "${1:-200}mbit" burst 256kb latency 50ms ||
+  ip link add "${N}0" type bridge 2>/dev/null || cannot "the kernel gives no bridge"
+  ip link set "${N}0" up
+  for n in $(seq "${2:-2}"); do
+    ip netns add "$N$n" || cannot "the kernel gives no network namespace"
+    ip link add "${N}0p$n" type veth peer name eth0 netns "$N$n"
+    ip link set "${N}0p$n" master "${N}0" up
+    ip -n "$N$n" link set lo up
+    ip -n "$N$n" addr add "10.77.0.$n/24" dev eth0
+    ip -n "$N$n" link set eth0 up
+    tc -n "$N$n" qdisc add dev eth0 root tbf rate "${1:-200}mbit" burst 256kb latency 50ms ||
       cannot "the kernel limits no bandwidth (tbf)"
   done
-  echo "try: ip netns exec llm4msr1 ip -brief addr"
+  echo "try: ip netns exec ${N}1 ip -brief addr"
 }
 
 namespaces_down() {
-  for n in 1 2; do ip netns del llm4msr$n 2>/dev/null || true; done
-  ip link del llm4msr0 2>/dev/null || true
+  for n in $(seq 9); do
+    ip link del "${N}0p$n" 2>/dev/null || true # at once; the kernel removes a namespace's own later
+    ip netns del "$N$n" 2>/dev/null || true
+  done
+  ip link del "${N}0" 2>/dev/null || true
 }
 
 # ---------------------------------------------------------------- Slurm
@@ -180,11 +185,11 @@ slurm_down() {
 }
 
 case "${1:-} ${2:-}" in
-  "namespaces up") namespaces_up "${3:-}" ;;
+  "namespaces up") namespaces_up "${3:-}" "${4:-}" ;;
   "namespaces down") namespaces_down ;;
   "slurm up") slurm_up ;;
   "slurm fail") power_off "${3:?which node}" ;;
   "slurm mend") power_on "${3:?which node}" ;;
   "slurm down") slurm_down ;;
-  *) sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  *) sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac

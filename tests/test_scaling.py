@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.scaling import PAGE, filled, make_tables
+from benchmarks.scaling import PAGE, filled, page_tables
 from llm_knowledge.encoder import Encoder
 from tests.knowledge_data import tiny_decoder
 from tests.test_train import ENVIRONMENT, ROOT
@@ -19,9 +19,9 @@ from trainer.scaling import Decoder, Description, extraction_flops, flops_per_sa
 HEADER_BYTES = 2048  # of a tensor's piece in a checkpoint: the format's own
 
 
-def test_the_page_is_what_the_formulas_give() -> None:
+def test_the_page_is_what_formulas_and_results_give() -> None:
     text = PAGE.read_text()
-    assert filled(text, make_tables(Description())) == text, "run python -m benchmarks.scaling"
+    assert filled(text, page_tables()) == text, "run python -m benchmarks.scaling"
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +99,23 @@ def test_flops_of_the_dense_part_are_all_counted() -> None:
     shared = sum(layer.shared.weight.numel() for layer in (*backbone.layers, backbone.out))
     auxiliary = sum(p.numel() for p in backbone.auxiliary.parameters() if p.dim() == 2)
     assert flops_per_sample(model, description) == 6 * (shared + auxiliary)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.namespaces
+def test_hosts_send_the_bytes_of_the_formulas(tmp_path: Path) -> None:
+    """Training steps over two and four hosts; the kernel counts what leaves them, headers included."""
+    command = [sys.executable, "-m", "benchmarks.network_scaling", "--out", str(tmp_path / "found")]
+    command += ["--rounds", "1", "--steps", "2", "--warmup", "1", "--batch", "256", "--mbit", "800"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    arms = json.loads((tmp_path / "found").read_text())["arms"]
+    sending = [arm["runs"][0] for arm in arms if arm["mbit"]]
+    assert len(sending) == 5
+    for run in sending:
+        assert 0.95 < run["counted_bytes"] / run["formula_bytes"] < 1.15
