@@ -165,7 +165,7 @@ def extraction_table(description: Description) -> str:
         ("1 % of the users anew", description.users // 100, description.user_tokens),
     ):
         work = extraction_flops(Decoder(), tokens, description.shared_tokens)
-        hours = [f"{extraction_hours(description, count, tokens, gpus):,.1f}" for gpus in GPUS]
+        hours = [f"{extraction_hours(description, count, tokens, gpus):,.2f}" for gpus in GPUS]
         size = count * Decoder().hidden * 2
         new = count * (tokens - description.shared_tokens)
         rows.append([name, f"{count:,}", f"{new:.3g}", f"{work:.3g}", *hours, _gb(size)])
