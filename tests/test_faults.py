@@ -29,7 +29,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=290,
     )  # fmt: skip
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
+    drills = json.loads(done.stdout.splitlines()[-1])
+    print(f"seconds: {drills['seconds']}")
+    return drills
 
 
 def test_ranks_killed_at_random_times_lose_nothing(found: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ def test_a_rank_that_stops_answering_is_named(found: dict[str, Any]) -> None:
     assert "T (stopped)" in stopped["report"]
     assert "rank 0: " in stopped["report"]
     assert "waits for other ranks" in stopped["report"]
-    assert "trainer/models/llm4msr.py" in stopped["stacks"]
+    assert "trainer/train.py" in stopped["stacks"]
     assert stopped["collectives"] > 1000
     assert stopped["seconds"] < 30  # train.timeout_seconds
     assert stopped["wrong"] == []

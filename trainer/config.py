@@ -144,6 +144,11 @@ class TrainConfig(Section):
         default=600, ge=1, description="A collective that waits longer fails."
     )
     guard: GuardConfig = GuardConfig()
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        default=["tensorboard"],
+        description="Where numbers go besides metrics.jsonl; mlflow and wandb through their own clients, "
+        "which read servers and keys from their own environment variables.",
+    )
     hang_seconds: float | None = Field(
         default=None,
         gt=0,

@@ -88,7 +88,7 @@ def copy_vocabularies(config: RunConfig, folder: Path) -> None:
 CHANGEABLE = (
     "tables.sharding", "hardware", "train.checkpoint_every", "train.checkpoint_async",
     "train.keep_checkpoints", "train.keep_best", "train.log_every", "train.timeout_seconds",
-    "train.hang_seconds", "train.grace_seconds", "train.guard",
+    "train.hang_seconds", "train.grace_seconds", "train.guard", "train.trackers",
 )  # fmt: skip
 
 

@@ -34,11 +34,16 @@ class Fault:
         text: What, in which step, on which rank.
         policy: What to do: stop, skip, rollback or report.
         steps: Steps that it belongs to, from 0; a rollback leaves them out.
+        advice: What may help if training is stopped.
     """
 
     text: str
     policy: str
     steps: tuple[int, ...] = ()
+    advice: str = (
+        "lower train.learning_rate, train.meta_learning_rate or tables.learning_rate, or look at the "
+        "batch; train.guard can skip it"
+    )
 
 
 @dataclass
@@ -119,9 +124,7 @@ class Guard:
                 tell(f"{fault.text}: {policy}")
         if policy == "stop":
             raise InputError(
-                f"{self.run.folder}: {fault.text}; no checkpoint holds it. Lower train.learning_rate, "
-                "train.meta_learning_rate or tables.learning_rate, look at the batch, or choose another "
-                "policy under train.guard",
+                f"{self.run.folder}: {fault.text}; no checkpoint holds it: {fault.advice}",
                 shared=True,
             )
         return policy == "rollback"
@@ -153,7 +156,8 @@ class Guard:
         if not found:
             return None
         fault = Fault(
-            f"step {step}: not finite: {'; '.join(found)}", self.run.config.train.guard.damage
+            f"step {step}: not finite: {'; '.join(found)}",
+            self.run.config.train.guard.damage,
         )
         return fault if self.act(fault, step) else None
 
@@ -190,6 +194,7 @@ class Guard:
             f"step {window.last}: dense parameters of rank {', '.join(map(str, ranks))} differ from those "
             "of the others",
             self.run.config.train.guard.damage,
+            advice="go on with --resume; if it comes back, suspect that rank's machine",
         )
 
     def _spike(self, window: Window) -> Fault | None:

@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl and TensorBoard, written by rank 0, gathered from all ranks."""
+"""Numbers of a run: metrics.jsonl, ranks.jsonl and trackers, written by rank 0, gathered from all ranks."""
 
 import json
 import math
@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from trainer.data.batch import Batch
 from trainer.data.prefetch import Feed
-from trainer.distributed import Runtime, together
+from trainer.distributed import together
 from trainer.models.llm4msr import Predictions
+from trainer.run import Run
+from trainer.trackers import Tracker, open_trackers
 from trainer.watch import Watch, memory_gib
 
 STEP = ("number", "loss", "samples", "known", "gradient")  # of one step on one rank
@@ -50,18 +52,18 @@ class RunLog:
     that every step stands in the file once.
     """
 
-    def __init__(self, folder: Path, runtime: Runtime, step: int, every: int) -> None:
+    def __init__(self, run: Run, step: int) -> None:
+        runtime, folder, every = run.runtime, run.folder, run.config.train.log_every
         self._runtime, self._since = runtime, time.perf_counter()
         self._of_steps = torch.zeros(every, len(STEP), dtype=torch.float64, device=runtime.device)
         self._count, self.window = 0, Window(step, {}, {})
         self._busy, self._input = time.thread_time(), 0.0
-        self._file = self._ranks_file = self._board = None
+        self._file = self._ranks_file = None
+        self._trackers: list[Tracker] = []
         if runtime.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
             self._file = _reopen(folder / "metrics.jsonl", step)
             self._ranks_file = _reopen(folder / "ranks.jsonl", step)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self._trackers = open_trackers(run.config, folder, step)
 
     def add(
         self, step: int, predictions: Predictions, gradient: torch.Tensor | None = None
@@ -166,7 +168,7 @@ class RunLog:
 
     def write(self, kind: str, step: int, epoch: int, **numbers: float | None) -> None:
         """Writes one line on rank 0."""
-        if self._file is not None and self._board is not None:
+        if self._file is not None:
             known = {
                 name: value
                 if value is not None and math.isfinite(value)
@@ -175,9 +177,9 @@ class RunLog:
             }
             line: dict[str, Any] = {"step": step, "epoch": epoch, "kind": kind, **known}
             self._file.write(json.dumps(line) + "\n")
-            for name, value in known.items():
-                if value is not None:
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            shown = {f"{kind}/{name}": value for name, value in known.items() if value is not None}
+            for tracker in self._trackers:
+                tracker.write(shown, step)
         # An evaluation's time is not the training's.
         self._since, self._busy = time.perf_counter(), time.thread_time()
 
@@ -190,7 +192,7 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for one in (self._file, self._ranks_file, self._board):
+        for one in (self._file, self._ranks_file, *self._trackers):
             if one is not None:
                 one.close()
 

@@ -25,6 +25,8 @@ from trainer.row_ids import collision_rates
 from trainer.run import Run, build, open_inputs, prepare_folder
 from trainer.schedule import set_learning_rates
 from trainer.scoring import measure, write_predictions
+from trainer.trace import Tracer
+from trainer.trackers import check_trackers
 from trainer.warm_start import find_start, warm_start
 from trainer.watch import Preempted, Watch
 
@@ -45,6 +47,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     began = time.perf_counter()
     with distributed(config.train.timeout_seconds) as runtime:
         check_hosts(Path(config.output), config.model_dump())
+        together(lambda: check_trackers(config))
         inputs = together(lambda: open_inputs(config, runtime))
         since = together(lambda: find_continuation(config, inputs.dataset))
         start = config.train.start_from
@@ -93,9 +96,10 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
         total=total, initial=state.step, unit="step", desc=run.config.name, leave=False,
         disable=not run.runtime.is_main or not sys.stderr.isatty(),
     )  # fmt: skip
-    hang_seconds = options.hang_seconds or options.timeout_seconds / 2
+    timeout, grace = options.timeout_seconds, options.grace_seconds
+    hang = options.hang_seconds or timeout / 2
     with (
-        Watch(run.folder, run.runtime, hang_seconds, options.grace_seconds) as watch,
+        Watch(run.folder, run.runtime, hang, grace, give_up_seconds=2 * timeout) as watch,
         Guard(run) as guard,
         bar,
         CheckpointWriter(run, folder) as writer,
@@ -105,10 +109,11 @@ def fit(run: Run, since: Continuation | None = None) -> LoopState:
             writer.save(state)
         while not state.finished:
             with (
-                RunLog(run.folder, run.runtime, state.step, options.log_every) as log,
+                RunLog(run, state.step) as log,
                 events.feed(state.step, total) as feed,
             ):
-                fault = _go_on(Loop(run, feed, log, bar, watch, guard, total), valid, state, writer)
+                loop = Loop(run, feed, log, bar, watch, guard, total, Tracer(run))
+                fault = _go_on(loop, valid, state, writer)
             if fault is not None:
                 writer.wait()
                 before, state = state, restore_newest(run, folder) or LoopState()
@@ -179,6 +184,7 @@ class Loop:
     watch: Watch
     guard: Guard
     total: int
+    tracer: Tracer
     ended: bool = False
     fault: Fault | None = None
 
@@ -208,12 +214,14 @@ class Loop:
                 break
             state.step = step + 1
             state.epoch, state.auc = state.step // per_epoch, None
+            self.tracer.step()
             self.log.add(step, predictions, self.guard.norm)
             self.bar.update()
             if state.step % train.log_every == 0 or step == steps[-1] or self.log.full:
                 self._flush(state, rates)
         else:
             state.step = stop  # steps left out at the end are done, too
+        self.tracer.end()  # evaluations are not part of it
         if self.log.pending:
             self._flush(state, rates)
 
@@ -224,6 +232,9 @@ class Loop:
             state.step, state.epoch, rates, self.bar, self.feed, self.watch, self.guard.checksum()
         )
         window = self.log.window
+        if window.ranks["trace"].any():
+            self.watch.trace_wanted = False
+            self.tracer.begin(state.step)
         self.ended |= bool(window.ranks["told_to_end"].any())
         self.fault = self.fault or self.guard.look(window)
 

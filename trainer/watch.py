@@ -54,14 +54,21 @@ class Watch:
         runtime: This rank.
         hang_seconds: Without progress for so long, the loop stands still.
         grace_seconds: A rank that was told to end and has not, ends itself after so long.
+        give_up_seconds: Without progress for so long, a rank ends itself, to be started again: alone it
+            has no collective that would fail.
     """
 
     def __init__(
-        self, folder: Path, runtime: Runtime, hang_seconds: float, grace_seconds: float
+        self,
+        folder: Path,
+        runtime: Runtime,
+        hang_seconds: float,
+        grace_seconds: float,
+        give_up_seconds: float,
     ) -> None:
         self.told_to_end = self.trace_wanted = False
         self._folder, self._runtime = folder, runtime
-        self._hang, self._grace = hang_seconds, grace_seconds
+        self._hang, self._grace, self._give_up = hang_seconds, grace_seconds, give_up_seconds
         self._interval = min(5.0, hang_seconds / 10)
         self._batches, self._since = 0, time.monotonic()
         self._told_at = float("inf")
@@ -140,6 +147,9 @@ class Watch:
         if overdue > self._grace:
             tell(f"was told to end {overdue:.0f} s ago and could not: ends without a checkpoint")
             os._exit(TERMINATED)
+        if self._age() > self._give_up:
+            tell(f"no progress for {self._age():.0f} s: ends, to be started again")
+            os._exit(1)
         # Should the interpreter itself be held up, this timer fires without it.
         faulthandler.dump_traceback_later(self._hang + 5, file=self._stacks or sys.stderr)
         kind, place = self._place()
@@ -216,7 +226,8 @@ class Watch:
             if rank in silent:
                 words = f"does not answer{_process_state(line)}; last seen: {words}"
             lines.append(f"  rank {rank}: {line.get('batches', 0)} batches, {words}")
-        (self._folder / "hang" / "report.txt").write_text("\n".join(lines) + "\n")
+        with (self._folder / "hang" / "report.txt").open("a") as file:
+            file.write("\n".join(lines) + "\n")
         for text in lines:
             tell(text)
 
