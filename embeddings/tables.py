@@ -192,7 +192,7 @@ def load_frozen_rows(
     """
     state = collection.state_dict()
     for name, read in readers.items():
-        for piece, (row, column) in _local_pieces(state[f"embedding_bags.{name}.weight"]):
+        for piece, (row, column) in local_pieces(state[f"embedding_bags.{name}.weight"]):
             count, width = piece.shape
             for start in range(0, count, chunk):
                 stop = min(start + chunk, count)
@@ -205,21 +205,20 @@ def load_frozen_rows(
                 piece[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(vectors)))
 
 
-def _local_pieces(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, tuple[int, int]]]:
-    """This rank's parts of a table with (first row, first column); data-parallel ones are whole."""
+def local_pieces(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """This rank's parts of a table or of its state, each with its first row (and column).
+
+    Data-parallel ones are whole.
+    """
     if isinstance(weight, ShardedTensor):
         return [
-            (
-                shard.tensor.detach(),
-                (shard.metadata.shard_offsets[0], shard.metadata.shard_offsets[1]),
-            )
+            (shard.tensor.detach(), tuple(shard.metadata.shard_offsets))
             for shard in weight.local_shards()
         ]
     if isinstance(weight, DTensor):  # of groups with copies
         local = weight.to_local()
         shards, offsets = local.local_shards(), local.local_offsets()  # type: ignore[attr-defined]
         return [
-            (shard.detach(), (offset[0], offset[1]))
-            for shard, offset in zip(shards, offsets, strict=True)
+            (shard.detach(), tuple(offset)) for shard, offset in zip(shards, offsets, strict=True)
         ]
     return [(weight.detach(), (0, 0))]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.types import ShardedTensor
 
+from embeddings.tables import local_pieces
 from llm_knowledge.errors import InputError
 from trainer.checkpoint_state import live_state
 from trainer.distributed import tell
@@ -140,12 +141,12 @@ class Guard:
         """
         mine = []
         for name, value in live_state(self.run).items():
-            whole = isinstance(value, ShardedTensor)
-            pieces = [s.tensor for s in value.local_shards()] if whole else [value]
-            for piece in pieces:
-                if not isinstance(piece, Tensor) or not piece.is_floating_point():
+            if not isinstance(value, Tensor | ShardedTensor):
+                continue
+            for piece, _ in local_pieces(value):
+                if not piece.is_floating_point():
                     continue
-                if not torch.isfinite(piece.detach().sum()):  # one pass, without a mask
+                if not torch.isfinite(piece.sum()):  # one pass, without a mask
                     rows = (~torch.isfinite(piece)).reshape(len(piece) if piece.dim() else 1, -1)
                     mine.append(f"{name} ({int(rows.any(1).sum())} rows)")
         everywhere: list[list[str]] = [[]] * self.run.runtime.world_size
@@ -155,16 +156,11 @@ class Guard:
         ]
         if not found:
             return None
-        fault = Fault(
-            f"step {step}: not finite: {'; '.join(found)}",
-            self.run.config.train.guard.damage,
-        )
+        text = f"step {step}: not finite: {'; '.join(found)}"
+        fault = Fault(text, self.run.config.train.guard.damage)
         return fault if self.act(fault, step) else None
 
     # ------------------------------------------------------------ what may be wrong
-
-    def _where(self, window: Window, at: int) -> str:
-        return f"step {int(window.steps['number'][0, at]) + 1}"
 
     def _not_finite(self, window: Window) -> Fault | None:
         loss, gradient = window.steps["loss"], window.steps["gradient"]
@@ -182,7 +178,7 @@ class Guard:
         # After the first one the others follow from it, unless its update was left out.
         hits = np.flatnonzero(bad.any(0)) if policy == "skip" else [first]
         steps = tuple(int(window.steps["number"][0, at]) for at in hits)
-        return Fault(f"{self._where(window, first)}: {what}", policy, steps)
+        return Fault(f"step {steps[0] + 1}: {what}", policy, steps)
 
     def _apart(self, window: Window) -> Fault | None:
         sums = window.ranks["checksum"]
@@ -209,11 +205,11 @@ class Guard:
             if high and self._seen >= SETTLING_STEPS:
                 own = window.steps["loss"][:, at] / np.maximum(window.steps["samples"][:, at], 1)
                 own = np.abs(own)
+                step = int(window.steps["number"][0, at])
                 text = (
-                    f"{self._where(window, at)}: loss {loss:.4g} is {loss / self._mean:.1f} times its "
+                    f"step {step + 1}: loss {loss:.4g} is {loss / self._mean:.1f} times its "
                     f"running mean, most on rank {int(own.argmax())} ({own.max():.4g})"
                 )
-                step = int(window.steps["number"][0, at])
                 found = found or Fault(text, options.on_spike, (step,))
                 continue
             self._seen += 1
