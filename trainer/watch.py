@@ -172,7 +172,7 @@ class Watch:
             name = frame.f_code.co_filename
             files.append(name)
             if not place and any(package in name for package in PACKAGES):
-                short = "/".join(Path(name).parts[-3:])
+                short = name[max(name.rfind(package) for package in PACKAGES) + 1 :]
                 place = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
             frame = frame.f_back
         if any(part in inner for part in COLLECTIVES):
