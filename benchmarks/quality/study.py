@@ -120,6 +120,9 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool
     False if the time was over first.
     """
     ends = time.monotonic() + 60 * minutes
+    for run, _ in runs:
+        if (run / "summary.json").exists():  # trained, and killed before it was evaluated
+            _evaluate(run)
     pending = [(run, words) for run, words in runs if not (run / "evaluation.json").exists()]
     batches = [pending[i : i + 4] for i in range(0, len(pending), 4)]
     active: list[tuple[subprocess.Popen, list[Path]]] = []
@@ -138,11 +141,16 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool
             if process.returncode:
                 raise RuntimeError(f"training failed (exit code {process.returncode}): {folders}")
             for folder in folders:
-                write_evaluation(folder)
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                _evaluate(folder)
             done += len(folders)
             print(f"{done}/{len(pending)} {folders[-1].parent}", file=sys.stderr, flush=True)
     return True
+
+
+def _evaluate(run: Path) -> None:
+    if not (run / "evaluation.json").exists():
+        write_evaluation(run)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 def _start(batch: list[tuple[Path, list[str]]]) -> subprocess.Popen:
