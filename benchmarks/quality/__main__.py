@@ -33,9 +33,10 @@ def main() -> None:
     table = stages.add_parser("tables", help="CSV files and figures of what has been run")
     table.add_argument("--work", type=Path, required=True)
     table.add_argument("--out", type=Path, default=Path("benchmarks/quality/results"))
+    table.add_argument("--page", type=Path, default=Path("docs/quality.md"))
     options = parser.parse_args()
     if options.stage == "tables":
-        tables.write(options.work, options.out)
+        tables.write(options.work, options.out, options.page)
         return
     ends = time.monotonic() + 60 * options.minutes
     folders = {"movielens": "ml-latest-small", "food_kitchen": "amazon-food-kitchen"}

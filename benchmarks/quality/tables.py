@@ -14,8 +14,14 @@ from trainer.models import BACKBONES
 METRICS = ("auc", "gauc", "logloss")
 
 
-def write(work: Path, out: Path) -> None:
-    """Writes runs.csv, differences.csv, versions.json and the figures of everything found in `work`."""
+def write(work: Path, out: Path, page: Path) -> None:
+    """Writes runs.csv, differences.csv, versions.json, the figures and the page's tables.
+
+    Args:
+        work: Of the study; everything finished in it is taken.
+        out: Folder of the CSV files and figures.
+        page: docs/quality.md, whose tables lie between markers.
+    """
     out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
@@ -35,6 +41,7 @@ def write(work: Path, out: Path) -> None:
     (out / "versions.json").write_text(newest.read_text())
     for name in DATASETS:
         _figure([row for row in differences if row["dataset"] == name], out / f"{name}.png")
+    _page(runs, differences, page)
 
 
 def _complete(folder: Path) -> dict[str, list[Path]]:
@@ -139,3 +146,64 @@ def _figure(rows: list[dict[str, Any]], file: Path) -> None:
     axes[0].invert_yaxis()
     axes[1].legend(fontsize=8)
     figure.savefig(file, dpi=110)
+
+
+def _page(runs: list[dict[str, Any]], differences: list[dict[str, Any]], page: Path) -> None:
+    """Writes the tables of docs/quality.md between its markers; the words around them stay."""
+    text = page.read_text(encoding="utf-8")
+    for name in DATASETS:
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin not in text:
+            continue
+        head, rest = text.split(begin, 1)
+        own = [row for row in runs if row["dataset"] == name]
+        tables = [_means(own), _intervals([row for row in differences if row["dataset"] == name])]
+        body = "\n\n".join(table for table in tables if table) or "Not run yet."
+        text = f"{head}{begin}\n\n{body}\n\n{end}{rest.split(end, 1)[1]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def _means(runs: list[dict[str, Any]]) -> str:
+    """Mean test AUC of every arm over its seeds, per section."""
+    sections = list(dict.fromkeys((row["section"], row["key"]) for row in runs if row["auc"]))
+    if not sections:
+        return ""
+    lines = [
+        "| backbone | arm | seeds | " + " | ".join(key or name for name, key in sections) + " |"
+    ]
+    lines.append("|---|---|---|" + "---|" * len(sections))
+    for backbone, arm in dict.fromkeys((row["backbone"], row["arm"]) for row in runs):
+        own = [row for row in runs if (row["backbone"], row["arm"]) == (backbone, arm)]
+        cells = []
+        for section in sections:
+            found = [
+                float(r["auc"]) for r in own if (r["section"], r["key"]) == section and r["auc"]
+            ]
+            cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
+        seeds = len({row["seed"] for row in own})
+        lines.append(f"| {backbone} | {arm} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _intervals(rows: list[dict[str, Any]]) -> str:
+    """Differences in AUC with 95 % intervals: overall, and for users never seen."""
+    lines = [
+        "| backbone | difference | seeds | all test events | users never seen |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [row for row in rows if row["metric"] == "auc"]
+    for backbone, arm, base in dict.fromkeys((r["backbone"], r["arm"], r["base"]) for r in rows):
+        own = [r for r in rows if (r["backbone"], r["arm"], r["base"]) == (backbone, arm, base)]
+        cells = []
+        for section, key in (("overall", None), ("segment", "new_user")):
+            found = [r for r in own if r["section"] == section and key in (None, r["key"])]
+            if not found:
+                cells.append("–")
+                continue
+            value, low, high = (float(found[0][k]) for k in ("difference", "low", "high"))
+            mark = "**" if low > 0 or high < 0 else ""
+            cells.append(f"{mark}{value:+.4f}{mark} [{low:+.4f}, {high:+.4f}]")
+        lines.append(
+            f"| {backbone} | {arm} - {base} | {own[0]['seeds']} | {cells[0]} | {cells[1]} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
