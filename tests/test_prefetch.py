@@ -1,5 +1,6 @@
 """Reading ahead in a thread: order, errors, bounds, and no thread that is left over."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 
 from llm_knowledge.errors import InputError
 from trainer.data.prefetch import Feed, in_background
+from trainer.run import reading_threads
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,3 +95,9 @@ def test_a_feed_goes_on_without_rows_after_bad_input() -> None:
         assert list(feed) == ["nothing"] * 3
         with pytest.raises(InputError, match="gone"):
             feed.check()
+
+
+def test_a_thread_reads_ahead_where_a_core_is_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    assert [reading_threads(None, ranks) for ranks in (1, 2, 3, 8)] == [1, 1, 0, 0]
+    assert [reading_threads(wanted, 8) for wanted in (0, 1, 5)] == [0, 1, 5]

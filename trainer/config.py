@@ -42,11 +42,11 @@ class DataConfig(Section):
     shuffle_buffer: int = Field(
         default=65_536, ge=1, description="Rows of a stream that are held and shuffled together."
     )
-    workers: int = Field(
-        default=1,
+    workers: int | None = Field(
+        default=None,
         ge=0,
-        description="Threads per rank that read and encode; 0 reads in the training loop. Batches and "
-        "their order do not depend on it.",
+        description="Threads per rank that read and encode; 0 reads in the training loop; null: 1 where "
+        "the host has more cores than ranks, else 0. Batches and their order do not depend on it.",
     )
     prefetch_batches: int = Field(
         default=8, ge=1, description="Batches that the threads make ahead of the training loop."

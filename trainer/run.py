@@ -80,7 +80,7 @@ class Run:
                 streams=data.streams if shuffle else None,
                 shuffle_buffer=data.shuffle_buffer if shuffle else 0,
                 seed=self.config.train.seed,
-                workers=data.workers,
+                workers=reading_threads(data.workers, self.runtime.ranks_per_host),
                 prefetch=data.prefetch_batches,
                 device=self.runtime.device,
             )
@@ -120,6 +120,13 @@ class Run:
         if owners is not None:
             return owners.report(scored)
         return self.id_use.report() if self.config.tables.ids == "vocabulary" and scored else {}
+
+
+def reading_threads(wanted: int | None, ranks_per_host: int) -> int:
+    """Threads that read ahead on each rank: without a spare core they only take turns with the loop."""
+    if wanted is not None:
+        return wanted
+    return int(len(os.sched_getaffinity(0)) > ranks_per_host)
 
 
 @dataclass(frozen=True)
