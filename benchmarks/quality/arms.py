@@ -59,7 +59,9 @@ _FULL = {"item_knowledge": "match"}
 _NO_LAYERS = {"user_layers": 0, "scenario_layers": 0}
 ARMS = {
     "alone": Arm("the backbone"),
-    "llm4msr": Arm("user and scenario layers, item knowledge and its match", _TRUE, _FULL),
+    "llm4msr": Arm(
+        "user and scenario layers, item knowledge and its match with the user's", _TRUE, _FULL
+    ),
     "shuffled": Arm("the same, user vectors at other users", {**_TRUE, "user": "shuffled"}, _FULL),
     "random": Arm("the same, random user vectors", {**_TRUE, "user": "random"}, _FULL),
     "constant": Arm(

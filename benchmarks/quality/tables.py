@@ -150,17 +150,28 @@ def _figure(rows: list[dict[str, Any]], file: Path) -> None:
 
 def _page(runs: list[dict[str, Any]], differences: list[dict[str, Any]], page: Path) -> None:
     """Writes the tables of docs/quality.md between its markers; the words around them stay."""
-    text = page.read_text(encoding="utf-8")
+    text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
     for name in DATASETS:
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin not in text:
-            continue
-        head, rest = text.split(begin, 1)
         own = [row for row in runs if row["dataset"] == name]
         tables = [_means(own), _intervals([row for row in differences if row["dataset"] == name])]
         body = "\n\n".join(table for table in tables if table) or "Not run yet."
-        text = f"{head}{begin}\n\n{body}\n\n{end}{rest.split(end, 1)[1]}"
+        text = _between(text, name, body)
     page.write_text(text, encoding="utf-8")
+
+
+def _between(text: str, name: str, body: str) -> str:
+    """The page's text with this body between the markers of that name, if it has them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        return text
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n\n{body}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def _arms() -> str:
+    """What every arm is there to tell."""
+    lines = ["| arm | what it is there to tell |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {arm.question} |" for name, arm in ARMS.items()])
 
 
 def _means(runs: list[dict[str, Any]]) -> str:
