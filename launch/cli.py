@@ -47,6 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _add_overrides(
+    parser: argparse.ArgumentParser, text: str = "override a field; repeatable"
+) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help=text)
+
+
+def _add_processes(
+    parser: argparse.ArgumentParser, text: str = "processes on this machine", default: int = 1
+) -> None:
+    parser.add_argument(
+        "--processes", type=int, default=default, help=f"{text} (default: {default})"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="llm4msr",
@@ -85,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder with ratings.csv and movies.csv (default: found or downloaded)",
     )
     p.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
-    p.add_argument("--processes", type=int, default=2, help="training processes (default: 2)")
+    _add_processes(p, "training processes", default=2)
 
     p = command(
         commands, "prepare", run.prepare,
@@ -140,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "Writes prompts, reads them with a frozen language model, keeps the hidden states as a store.",
         "knowledge extract --data data/movielens --level all --out knowledge --processes 2",
     )  # fmt: skip
-    p.add_argument("--processes", type=int, default=1, help="workers on this machine (default: 1)")
+    _add_processes(p, "workers on this machine")
     from llm_knowledge.extract import add_arguments
 
     add_arguments(p)
@@ -190,13 +204,9 @@ def _parser() -> argparse.ArgumentParser:
         "train --config launch/configs/movielens.yaml --set train.seed=1 --processes 2",
     )  # fmt: skip
     p.add_argument("--config", type=Path, nargs="+", required=True, help="YAML files, one per run")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="override a field; repeatable"
-    )
+    _add_overrides(p)
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    p.add_argument(
-        "--processes", type=int, default=1, help="processes on this machine (default: 1)"
-    )
+    _add_processes(p)
 
     p = command(
         commands, "plan", run.plan_tables,
@@ -215,13 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="of the ranks (default: cuda)"
     )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="override a field, e.g. hardware.inter_host_gbs=25; repeatable",
-    )
+    _add_overrides(p, "override a field, e.g. hardware.inter_host_gbs=25; repeatable")
     p.add_argument("--out", type=Path, help="JSON file to write: bytes per rank, every piece")
 
     p = command(
@@ -232,13 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     p.add_argument("--split", choices=["valid", "test"], default="test", help="(default: test)")
     p.add_argument("--reuse-predictions", action="store_true", help="do not score again")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="override a field, e.g. data.path",
-    )
+    _add_overrides(p, "override a field, e.g. data.path")
 
     p = command(
         commands, "compare", run.compare_runs,
@@ -298,15 +296,11 @@ def _parser() -> argparse.ArgumentParser:
         "pipeline --config launch/configs/movielens.yaml --processes 2",
     )  # fmt: skip
     p.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="override a field; repeatable"
-    )
+    _add_overrides(p)
     p.add_argument(
         "--extract", default="", metavar="ARGUMENTS", help="of `knowledge extract`, as one word"
     )
-    p.add_argument(
-        "--processes", type=int, default=1, help="processes on this machine (default: 1)"
-    )
+    _add_processes(p)
 
     p = command(
         commands, "launch", run.launch_stage,
