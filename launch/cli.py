@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import launch.commands as run
+from launch.workers import INPUT_WAS_WRONG
 from llm_knowledge.errors import InputError
 
-DONE, FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, INTERRUPTED = 0, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Ranks agree on bad input before they raise it: one of them speaks for all.
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             print(f"llm4msr: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return INPUT_WAS_WRONG
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"llm4msr: error: {where}: {error.strerror}; make room or choose another place",
             file=sys.stderr,
         )
-        return BAD_INPUT
+        return INPUT_WAS_WRONG
     except KeyboardInterrupt:
         print("llm4msr: interrupted; the same command continues where it can", file=sys.stderr)
         return INTERRUPTED

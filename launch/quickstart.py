@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.workers import run_workers
+from launch.workers import INPUT_WAS_WRONG, run_workers
 from llm_knowledge.errors import InputError
 
 BASE = Path(__file__).parent / "configs" / "movielens.yaml"
@@ -145,7 +145,7 @@ def _train(
 
 def _workers(words: list[str], processes: int) -> None:
     code = run_workers("launch", words, processes)
-    if code == 2:
+    if code == INPUT_WAS_WRONG:
         raise InputError(f"stopped by the message above, in: llm4msr {' '.join(words)}")
     if code:
         raise RuntimeError(f"failed with exit code {code}: llm4msr {' '.join(words)}")
