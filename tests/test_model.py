@@ -3,6 +3,7 @@
 import itertools
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from trainer.models.meta import (
     MetaLayer,
     ScenarioMetaLayers,
     alignment_loss,
+    standardise,
 )
 from trainer.models.star import StarLinear
 
@@ -258,6 +260,26 @@ def test_unknown_rows_get_the_default_and_dropout_makes_more_of_them() -> None:
     dropped = (adapter.train()(vectors, known) == 9).all(1)
     assert dropped[1::2].all()
     assert 400 < int(dropped[::2].sum()) < 600
+
+
+@pytest.mark.parametrize("rank", [3, VECTOR + 2])  # also more numbers than the vector has
+def test_noise_on_the_code_is_what_noise_on_the_vector_would_become(rank: int) -> None:
+    adapter = KnowledgeAdapter(VECTOR, rank, noise=0.5, dropout=0.0).train()
+    vectors, known = torch.zeros(200_000, VECTOR), torch.ones(200_000, dtype=torch.bool)
+    with torch.no_grad():
+        found = torch.cov(adapter(vectors, known).t())
+        vectors += 0.5 / VECTOR**0.5 * torch.randn_like(vectors)
+        expected = torch.cov(adapter.eval()(vectors, known).t())
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.03 * float(expected.max()))
+
+
+def test_standardised_vectors_are_centred_and_of_length_one() -> None:
+    vectors = (np.random.default_rng(0).normal(3, 50, (4, 6))).astype(np.float16)
+    vectors[2] = 0
+    found = standardise(vectors)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 0, 1], atol=1e-6)
 
 
 def test_padding_adds_nothing_to_the_loss() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_sh
 from trainer.distributed import Runtime, together
 from trainer.hardware import this_cluster
 from trainer.models.llm4msr import LLM4MSR, Shapes
+from trainer.models.meta import standardise
 from trainer.row_ids import IdUse, check_device, hash_zch, id_maps, zero_collision_tables
 
 
@@ -284,7 +285,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     if model.knowledge is not None:
         collection = sharded.module.knowledge.collection
         readers = {
-            f"{level}_knowledge": stores[level].read_vectors
+            f"{level}_knowledge": _standardised(stores[level])
             for level in ("user", "item")
             if level in stores
         }
@@ -324,9 +325,7 @@ def make_shapes(
         scenarios=len(dataset.scenarios),
         user_vectors=_shape(stores.get("user")),
         item_vectors=_shape(stores.get("item")),
-        scenario_vectors=torch.from_numpy(
-            scenario_store.read_vectors(0, len(scenario_store)).astype(np.float32)
-        )
+        scenario_vectors=torch.from_numpy(_standardised(scenario_store)(0, len(scenario_store)))
         if scenario_store
         else None,
         label_weights=label_weights,
@@ -354,6 +353,10 @@ def _table_optimizer(config: RunConfig) -> TableOptimizer:
     tables = config.tables
     betas = (tables.betas[0], tables.betas[1])
     return TableOptimizer(tables.optimizer, tables.learning_rate, tables.weight_decay, betas)
+
+
+def _standardised(store: DatedStores) -> Callable[[int, int], np.ndarray]:
+    return lambda start, stop: standardise(store.read_vectors(start, stop))
 
 
 def _shape(store: DatedStores | None) -> tuple[int, int] | None:
@@ -388,4 +391,4 @@ def _dense_optimizer(model: DistributedModelParallel, config: RunConfig) -> torc
     groups = [{"params": rest, "lr": config.train.learning_rate, "name": "dense"}]
     if meta:
         groups.append({"params": meta, "lr": config.train.meta_learning_rate, "name": "meta"})
-    return torch.optim.AdamW(groups, weight_decay=config.train.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=config.train.weight_decay, fused=True)

@@ -20,7 +20,6 @@ from trainer.models.meta import (
     ScenarioMetaLayers,
     UserMetaLayers,
     alignment_loss,
-    standardise,
 )
 
 
@@ -35,7 +34,7 @@ class Shapes:
         scenarios: Number of scenarios.
         user_vectors: (rows, dim) of the user store, or None.
         item_vectors: (rows, dim) of the item store, or None.
-        scenario_vectors: The scenario store itself, float32 [rows, dim], or None.
+        scenario_vectors: The scenario store itself, standardised, float32 [rows, dim], or None.
         label_weights: Weight in the loss of each further label; the first label's is 1.
     """
 
@@ -146,13 +145,13 @@ class MetaNetworks(nn.Module):
         """What a level's vectors [B, dim] add to the embedding, [B, width of it]; 0 if not configured."""
         if level not in self.inputs:
             return 0.0
-        return self.inputs[level](standardise(knowledge[level]))
+        return self.inputs[level](knowledge[level])
 
     def scenario_as_input(self, rows: Tensor) -> Tensor | float:
         """The same for scenarios, by row of the store int64 [B] (-1 = none)."""
         if "scenario" not in self.inputs:
             return 0.0
-        added = self.inputs["scenario"](standardise(self.scenario_vectors))
+        added = self.inputs["scenario"](self.scenario_vectors)
         return F.pad(added, (0, 0, 0, 1))[rows]  # -1 is the last row, zeros
 
     def codes(
@@ -215,9 +214,8 @@ class DenseModel(nn.Module):
     ) -> tuple[Tensor, Predictions]:
         """Returns the loss (a sum over samples divided by the batch size) and the predictions."""
         meta = self.meta
-        knowledge = (
-            vectors if vectors is not None else {}
-        )  # levels that are configured, [B, dim] each
+        # Of the levels that are configured, standardised, [B, dim] each.
+        knowledge = vectors if vectors is not None else {}
         known = {level: batch.knowledge[level].lengths().bool() for level in ("user", "item")}
         user = pooled["user"]
         item = sequences["item"].to_padded_dense(1).squeeze(1)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,18 +17,21 @@ from trainer.models.layers import MLP
 from trainer.ops import explain_strategy, meta_core, meta_gate, meta_linear
 
 
-def standardise(vectors: Tensor) -> Tensor:
-    """Centres vectors [N, dim] and gives them length 1 (0 stays 0).
+def standardise(vectors: np.ndarray) -> np.ndarray:
+    """Centres vectors [N, dim] and gives them length 1, as float32 (0 stays 0).
 
-    Hidden states are badly scaled: some dimensions are a hundred times others', and their length says
-    nothing. Length 1 rather than variance 1, because a step of Adam moves every weight by the same
-    amount, so what a projection's output moves by grows with the sum of its inputs.
+    Done once, when a table is filled: everything below reads standardised vectors. Hidden states are
+    badly scaled: some dimensions are a hundred times others', and their length says nothing. Length 1
+    rather than variance 1, because a step of Adam moves every weight by the same amount, so what a
+    projection's output moves by grows with the sum of its inputs.
     """
-    return F.layer_norm(vectors, vectors.shape[-1:]) / math.sqrt(vectors.shape[-1])
+    centred = vectors - vectors.mean(axis=1, dtype=np.float32, keepdims=True)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return centred / np.where(length > 1e-6, length, np.inf)
 
 
 class KnowledgeAdapter(nn.Module):
-    """Knowledge vector to the small code z that meta networks read: normalise, disturb, project.
+    """Knowledge vector to the small code z that meta networks read: project, disturb.
 
     A vector that is unique to a user is that user's id in disguise, and a generator can memorise it.
     Hence a narrow code, noise, and while training now and then the default in place of the vector.
@@ -44,22 +48,37 @@ class KnowledgeAdapter(nn.Module):
         self, dim: int, rank: int, noise: float, dropout: float, hidden: int | None = None
     ) -> None:
         super().__init__()
-        first = nn.Linear(dim, hidden or rank, bias=False)
-        nn.init.normal_(first.weight)  # of a vector of length 1 it makes numbers of variance 1
-        self.project: nn.Module = first
+        self.first = nn.Linear(dim, hidden or rank, bias=False)
+        nn.init.normal_(self.first.weight)  # of a vector of length 1 it makes numbers of variance 1
+        self.rest = nn.Sequential()
         if hidden is not None:
-            self.project = nn.Sequential(first, nn.GELU(), nn.Linear(hidden, rank))
+            self.rest = nn.Sequential(nn.GELU(), nn.Linear(hidden, rank))
         self.default = nn.Parameter(torch.zeros(rank))
         self.noise, self.dropout = noise, dropout
 
     def forward(self, vectors: Tensor, known: Tensor) -> Tensor:
         """Maps vectors [N, dim], with `known` bool [N], to z [N, rank]; unknown rows get the default."""
-        normal = standardise(vectors)
-        if self.training:
-            scale = self.noise / math.sqrt(vectors.shape[-1])
-            normal = normal + scale * torch.randn_like(normal)
+        z = self.first(vectors)
+        if self.training and self.noise:
+            z = z + self._projected_noise(len(z))
+        if self.training and self.dropout:
             known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
-        return torch.where(known[:, None], self.project(normal), self.default)
+        return torch.where(known[:, None], self.rest(z), self.default)
+
+    def _projected_noise(self, rows: int) -> Tensor:
+        """What noise on the vectors becomes behind the first projection W, [rows, width of it].
+
+        Drawn there, where it is normal with covariance W W^T: a draw of `width`, not of `dim`, numbers
+        per row. A trace of noise of its own keeps the factorisation defined if W has dependent rows.
+        """
+        weight = self.first.weight.float()
+        width, dim = weight.shape
+        covariance = weight @ weight.t()
+        jitter = 1e-5 * covariance.diagonal().mean() * torch.eye(width, device=weight.device)
+        # Without a check, which would wait for the GPU.
+        factor, _ = torch.linalg.cholesky_ex(covariance + jitter)
+        drawn = torch.randn(rows, width, device=weight.device)
+        return self.noise / math.sqrt(dim) * drawn @ factor.t()
 
 
 @dataclass(frozen=True)
@@ -317,10 +336,10 @@ class KnowledgeMatch(nn.Module):
             known: Whether both are there, bool [B].
             codes: z per level and, where rows are shared, the row of each sample.
         """
-        features = self.user(standardise(users)) * self.item(standardise(items))
+        features = self.user(users) * self.item(items)
         if self.has_cosine:
             # Cosines of one encoder's texts lie in a narrow band; widened to the scale of the others.
-            cosine = 5 * F.cosine_similarity(users, items, dim=-1)[:, None]
+            cosine = 5 * (users * items).sum(dim=1, keepdim=True)
             features = torch.cat([features, cosine], dim=1)
         for level, layer in self.meta.items():
             features = features + layer(features, *codes[level])
