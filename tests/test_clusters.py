@@ -207,11 +207,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def test_slurm_runs_a_job_and_runs_it_again_after_a_node_was_lost(
     slurm: dict[str, str], inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    def run(*words: str, fine: bool = True) -> str:
+    def run(*words: str) -> str:
         done = subprocess.run(
             words, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=60
         )
-        assert not fine or done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     def wait(condition: Callable[[], object], seconds: float) -> None:
@@ -242,15 +242,9 @@ def test_slurm_runs_a_job_and_runs_it_again_after_a_node_was_lost(
     wait(lambda: run("squeue", "-a", "-h", "-t", "PD").count("train-") == 2, 60)  # requeued
     subprocess.run([SCRIPT, "slurm", "mend", "node2"], check=True)
 
-    def hastened() -> bool:
-        """Slurm holds a requeued job back for two minutes; its administrator does not."""
-        if run("squeue", "-a", "-h", "-t", "PD").count("BeginTime"):
-            for component in (number, f"{number}+1"):
-                run("scontrol", "update", f"JobId={component}", "StartTime=now", fine=False)
-            time.sleep(2)
-        return run("squeue", "-a", "-h", "-t", "R").count("train-") == 2
-
-    wait(hastened, 90)
+    # Slurm holds a requeued job back for two minutes. A job started sooner can be ended by what the
+    # controller still had to tell the lost node about it: "cancelled due to node failure".
+    wait(lambda: run("squeue", "-a", "-h", "-t", "R").count("train-") == 2, 240)
     wait((out / "summary.json").exists, 240)
     wait(lambda: "SUCCEEDED" in run("torchx", "status", handle), 60)
     assert "Restarts=1" in run("scontrol", "show", "job", number)
