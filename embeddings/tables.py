@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from torchrec import (
     EmbeddingCollection,
     EmbeddingConfig,
 )
-from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embeddings.hash_zch import HashZch, with_hash_zch
+
+# Bags are sum-pooled, which is torchrec's default.
+_Config = TypeVar("_Config", EmbeddingBagConfig, EmbeddingConfig)
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,32 @@ def _initialiser(std: float) -> Callable[[Tensor], Tensor]:
     return fill
 
 
+def _configs(
+    kind: type[_Config],
+    tables: list[Table],
+    init_fn: Callable[[Tensor], Tensor] | None = None,
+    data_type: DataType | None = None,
+) -> list[_Config]:
+    """Tables in torchrec's words; without `data_type`, values are as wide as each table says."""
+    types = {2: DataType.FP16, 4: DataType.FP32}
+    return [
+        kind(
+            name=table.name,
+            num_embeddings=table.rows,
+            embedding_dim=table.dim,
+            feature_names=list(table.features),
+            data_type=data_type or types[table.bytes_per_value],
+            init_fn=init_fn,
+        )
+        for table in tables
+    ]
+
+
 def pooled_collection(tables: list[Table], init_std: float) -> EmbeddingBagCollection:
     """Builds sum-pooled tables on the meta device (no memory until they are sharded)."""
     return EmbeddingBagCollection(
         device=torch.device("meta"),
-        tables=[
-            EmbeddingBagConfig(
-                name=table.name,
-                num_embeddings=table.rows,
-                embedding_dim=table.dim,
-                feature_names=list(table.features),
-                pooling=PoolingType.SUM,
-                init_fn=_initialiser(init_std),
-            )
-            for table in tables
-        ],
+        tables=_configs(EmbeddingBagConfig, tables, _initialiser(init_std), DataType.FP32),
     )
 
 
@@ -75,16 +90,7 @@ def sequence_collection(tables: list[Table], init_std: float) -> EmbeddingCollec
     """Builds tables whose features keep one vector per id, on the meta device; one dim for all of them."""
     return EmbeddingCollection(
         device=torch.device("meta"),
-        tables=[
-            EmbeddingConfig(
-                name=table.name,
-                num_embeddings=table.rows,
-                embedding_dim=table.dim,
-                feature_names=list(table.features),
-                init_fn=_initialiser(init_std),
-            )
-            for table in tables
-        ],
+        tables=_configs(EmbeddingConfig, tables, _initialiser(init_std), DataType.FP32),
     )
 
 
@@ -94,23 +100,15 @@ def collections(tables: list[Table]) -> nn.Module:
     for table in tables:
         kind = f"sequences_{table.dim}" if table.sequence else "pooled"
         groups.setdefault(f"frozen_{kind}" if table.frozen else kind, []).append(table)
-    types = {2: DataType.FP16, 4: DataType.FP32}
-    found: dict[str, nn.Module] = {}
-    for name, group in groups.items():
-        config = EmbeddingConfig if group[0].sequence else EmbeddingBagConfig
-        configs = [
-            config(
-                name=table.name,
-                num_embeddings=table.rows,
-                embedding_dim=table.dim,
-                feature_names=list(table.features),
-                data_type=types[table.bytes_per_value],
-            )
-            for table in group
-        ]
-        collection = EmbeddingCollection if group[0].sequence else EmbeddingBagCollection
-        found[name] = collection(device=torch.device("meta"), tables=configs)
-    return nn.ModuleDict(found)
+    meta = torch.device("meta")
+    return nn.ModuleDict(
+        {
+            name: EmbeddingCollection(device=meta, tables=_configs(EmbeddingConfig, group))
+            if group[0].sequence
+            else EmbeddingBagCollection(device=meta, tables=_configs(EmbeddingBagConfig, group))
+            for name, group in groups.items()
+        }
+    )
 
 
 class SparseFeatures(nn.Module):
@@ -150,18 +148,7 @@ class FrozenTables(nn.Module):
         self.tables = tables
         self.collection = EmbeddingBagCollection(
             device=torch.device("meta"),
-            tables=[
-                EmbeddingBagConfig(
-                    name=table.name,
-                    num_embeddings=table.rows,
-                    embedding_dim=table.dim,
-                    feature_names=list(table.features),
-                    pooling=PoolingType.SUM,
-                    data_type=DataType.FP16,
-                    init_fn=_zeros,
-                )
-                for table in tables
-            ],
+            tables=_configs(EmbeddingBagConfig, tables, _zeros, DataType.FP16),
         )
 
     def forward(self, rows: KeyedJaggedTensor) -> KeyedTensor:
