@@ -242,7 +242,7 @@ def measure(
     clock = Clock(device)
     report: dict[str, Any] = {"name": subject.name, "rule": subject.rule}
     if options.check:
-        wrong = check(subject, options.reference(subject), clock)
+        wrong = check(subject, options.reference(subject))
         report["wrong"] = [line for lines in gather(wrong) for line in lines]
     arms: dict[str, Callable[[int], dict[str, Timing]]] = {
         "phases": lambda at: run_phases(subject, at, clock),

@@ -177,7 +177,7 @@ class Reference:
             weight -= self._subject.learning_rate * gradient / (state.sqrt() + EPSILON)
 
 
-def check(subject: Subject, reference: Reference, clock: Clock, steps: int = 2) -> list[str]:
+def check(subject: Subject, reference: Reference, steps: int = 2) -> list[str]:
     """Compares outputs and updated rows with the reference; the collection must not have trained yet.
 
     Returns:

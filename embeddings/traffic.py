@@ -22,7 +22,6 @@ LENGTH_BYTES = 8  # int64, one per feature and sample
 VALUE_BYTES = 4  # lookups give float32, whatever the table's precision
 SPLITS_BYTES = 8 * 3  # per pair of ranks and exchange of ids: sizes of lengths and ids, batch size
 
-BY_TABLE = ("table_wise", "column_wise", "table_column_wise")
 BY_HOST = ("table_row_wise", "grid_shard")
 
 
