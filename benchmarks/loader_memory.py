@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from embeddings.ids import HashedIds, SortedKeys
 from embeddings.measure import machine
-from trainer.data.dataset import ROWS_PER_GROUP
 from trainer.data.loader import EventStream, RowEncoder
 from trainer.data.simulate import simulate
+from trainer.data.writer import ROWS_PER_GROUP
 
 MEGABYTE = 2**20
 SAMPLES = 200  # of resident memory

@@ -13,7 +13,7 @@ import yaml
 from llm_knowledge.errors import InputError
 from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
 from tests.log_data import SCHEMA, all_rows, prepare, random_log, read_rows, write_log
-from trainer.data import dataset, pipeline
+from trainer.data import pipeline, writer
 from trainer.data.dataset import SPLITS, open_dataset, split_files, validate_dataset
 from trainer.data.prepare import prepare_parquet
 
@@ -148,7 +148,7 @@ def test_folder_of_files_with_odd_names_and_timestamp_type(tmp_path):
 
 
 def test_parts_and_row_groups_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "ROWS_PER_PART", 4_096)
+    monkeypatch.setattr(writer, "ROWS_PER_PART", 4_096)
     draw = np.random.default_rng(0)
     rows = 30_000
     log = random_log(rows, users=500) | {
@@ -162,7 +162,7 @@ def test_parts_and_row_groups_are_bounded(tmp_path, monkeypatch):
     for file in split_files(out, "train"):
         parquet = pq.ParquetFile(file)
         sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
-        assert max(sizes) <= dataset.ROWS_PER_GROUP
+        assert max(sizes) <= writer.ROWS_PER_GROUP
 
 
 def test_held_out_users_are_read_by_prompts_and_never_trained(tmp_path: Path) -> None:

@@ -25,19 +25,15 @@ from trainer.data.dataset import (
     Parent,
     SplitInfo,
     SplitName,
-    connect,
     event_schema,
     item_fields,
-    output_directory,
-    parquet_sql,
     split_files,
     validate_dataset,
-    write_info,
-    write_sorted,
 )
 from trainer.data.log_schema import LogSchema, load_schema
 from trainer.data.pipeline import Staging, stage_log, time_quantile
 from trainer.data.prepare import log_relation, write_items
+from trainer.data.writer import connect, output_directory, parquet_sql, write_info, write_sorted
 
 if TYPE_CHECKING:
     import duckdb

@@ -1,4 +1,4 @@
-"""The prepared dataset directory: its description, its checks, and how it is written whole.
+"""The prepared dataset directory: its description and its checks; `trainer.data.writer` writes it.
 
 DATA/dataset.json
      items.parquet                      item_id, title, categories
@@ -8,13 +8,8 @@ DATA/dataset.json
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import shutil
-import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,17 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 from llm_knowledge.errors import InputError
 
 if TYPE_CHECKING:
-    import duckdb
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
 HISTORY_LENGTH = 20
-ROWS_PER_GROUP = 65_536  # upper bound; small splits get smaller groups, so that ranks share them
-ROWS_PER_PART = 16 * ROWS_PER_GROUP
 EVENT_COLUMNS = ("user_id", "item_id", "scenario_id", "timestamp", "label", "history")
-# One order everywhere: time first; the rest only makes the order of simultaneous events definite.
-EVENT_ORDER = "timestamp, user_id, item_id, scenario_id, label"
 
 IdType = Literal["int64", "string"]
 SplitName = Literal["profile", "train", "valid", "test"]
@@ -279,148 +269,3 @@ def item_fields(item: str) -> list[tuple[str, pa.DataType]]:
         ("title", pa.string()),
         ("categories", pa.list_(pa.string())),
     ]
-
-
-# ---------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def output_directory(out: Path) -> Iterator[Path]:
-    """Give a new folder beside `out` that becomes `out` by one rename when the block succeeds.
-
-    Nothing of it stays behind when the block fails. Its subfolder `scratch` is for temporary files.
-
-    Raises:
-        InputError: `out` holds something already, or cannot be written (permission, space).
-    """
-    out = Path(os.path.abspath(out))
-    with writing_errors(out):
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"{out}: is not empty; nothing was changed; remove it or give another --out"
-            )
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{out}: is a file; give a folder that does not exist yet as --out")
-        work = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(out)
-            work.mkdir()
-        except FileNotFoundError:  # where nothing can be made, as in /proc
-            raise InputError(f"{out}: cannot be made there; give another --out") from None
-        try:
-            (work / "scratch").mkdir()
-            (work / "owner").write_text(f"{socket.gethostname()} {os.getpid()}")
-            yield work
-            shutil.rmtree(work / "scratch")
-            (work / "owner").unlink()
-            os.replace(work, out)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed runs on this machine left beside `out`; live or foreign ones stay."""
-    for folder in out.parent.glob(f"{_escape_glob(out.name)}.tmp-*"):
-        with contextlib.suppress(OSError, ValueError):
-            host, pid = (folder / "owner").read_text().split()
-            if host == socket.gethostname() and not Path(f"/proc/{int(pid)}").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _escape_glob(text: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in text)
-
-
-@contextlib.contextmanager
-def writing_errors(out: Path) -> Iterator[None]:
-    """Turn the faults that the user can mend (no space, no permission) into InputError."""
-    import duckdb
-
-    try:
-        yield
-    except (OSError, duckdb.Error) as error:
-        number, text = getattr(error, "errno", None) or 0, str(error)
-        full = "No space left" in text or "max_temp_directory_size" in text
-        if number in (errno.ENOSPC, errno.EDQUOT) or full:
-            raise InputError(
-                f"{out.parent}: no space left while writing {out.name}; nothing was kept; "
-                "free some space or give --out on another disk"
-            ) from error
-        refused = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"]
-        if errno.errorcode.get(number) in refused:
-            place = getattr(error, "filename", None) or out
-            reason = os.strerror(number)
-            raise InputError(f"{place}: cannot be read or written: {reason}") from error
-        raise
-
-
-def connect(scratch: Path, memory: str = "2GB") -> duckdb.DuckDBPyConnection:
-    """Open an in-memory DuckDB that spills to `scratch` beyond `memory`."""
-    import duckdb
-
-    config = {"memory_limit": memory, "temp_directory": str(scratch / "spill")}
-    con = duckdb.connect(config={**config, "preserve_insertion_order": False})
-    con.execute("SET enable_progress_bar = false")  # it would go to stdout
-    return con
-
-
-def parquet_sql(files: Iterable[Path], **options: bool) -> str:
-    """SQL text of read_parquet over exactly these files (no glob in a name is expanded)."""
-    names = ", ".join("'" + _escape_glob(str(f)).replace("'", "''") + "'" for f in files)
-    extra = "".join(f", {name}={str(value).lower()}" for name, value in options.items())
-    return f"read_parquet([{names}], hive_partitioning=false{extra})"
-
-
-def quote_name(name: str) -> str:
-    """Quote an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def write_sorted(
-    con: duckdb.DuckDBPyConnection, files: list[Path], schema: pa.Schema, folder: Path, rows: int
-) -> int:
-    """Write event files as one split in time order (out of core); return the rows written."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # A multiple of DuckDB's vector of 2,048 rows, about 64 groups per split.
-    group = min(ROWS_PER_GROUP, max(4_096, rows // 64 // 2_048 * 2_048))
-    columns = ", ".join(quote_name(name) for name in schema.names)
-    reader = con.execute(
-        f"SELECT {columns} FROM {parquet_sql(files)} ORDER BY {EVENT_ORDER}"
-    ).to_arrow_reader(group)
-    folder.mkdir()
-    written, part = 0, 0
-    batch = next(reader, None)
-    while batch is not None:
-        in_part = 0
-        with pq.ParquetWriter(folder / f"part-{part:05d}.parquet", schema) as writer:
-            while batch is not None and in_part < ROWS_PER_PART:
-                table = pa.Table.from_batches([batch]).cast(schema)
-                writer.write_table(table, row_group_size=group)
-                in_part += batch.num_rows
-                batch = next(reader, None)
-        written, part = written + in_part, part + 1
-    return written
-
-
-def write_info(folder: Path, info: DatasetInfo) -> DatasetInfo:
-    """Add the versions of the writing programs and write dataset.json."""
-    import platform
-
-    import duckdb
-    import numpy as np
-    import pyarrow as pa
-
-    versions = {
-        "python": platform.python_version(),
-        "duckdb": duckdb.__version__,
-        "pyarrow": pa.__version__,
-        "numpy": np.__version__,
-    }
-    info = info.model_copy(update={"versions": versions})
-    text = json.dumps(info.model_dump(), indent=2, ensure_ascii=False)
-    (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
-    return info

@@ -17,15 +17,13 @@ from trainer.data.dataset import (
     Scenario,
     SplitInfo,
     SplitName,
-    connect,
     event_schema,
     item_fields,
-    output_directory,
-    parquet_sql,
     read_footer,
 )
 from trainer.data.movielens import usual_places
 from trainer.data.pipeline import Staging, finish, hold_out, run_codes, split_per_user
+from trainer.data.writer import connect, output_directory, parquet_sql
 
 NAME = "amazon-food-kitchen"
 FRACTIONS: dict[SplitName, float] = {"profile": 0.5, "train": 0.25, "valid": 0.125, "test": 0.125}

@@ -16,12 +16,11 @@ from trainer.data.dataset import (
     Scenario,
     SplitInfo,
     SplitName,
-    connect,
     event_schema,
     item_fields,
-    output_directory,
 )
 from trainer.data.pipeline import Staging, finish, stage_log
+from trainer.data.writer import connect, output_directory
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-latest-small.zip"
 # GroupLens gives no checksum for this archive. This one is the archive of 26 September 2018

@@ -18,17 +18,14 @@ import numpy as np
 from llm_knowledge.errors import InputError
 from trainer.data.dataset import (
     EVENT_COLUMNS,
-    EVENT_ORDER,
     HISTORY_LENGTH,
     INTRODUCTION,
     SPLITS,
     DatasetInfo,
     SplitInfo,
-    parquet_sql,
     read_footer,
-    write_info,
-    write_sorted,
 )
+from trainer.data.writer import EVENT_ORDER, parquet_sql, write_info, write_sorted
 
 if TYPE_CHECKING:
     import duckdb

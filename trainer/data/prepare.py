@@ -14,16 +14,13 @@ from trainer.data.dataset import (
     DatasetInfo,
     IdType,
     SplitInfo,
-    connect,
     event_schema,
     item_fields,
-    output_directory,
-    parquet_sql,
-    quote_name,
     read_footer,
 )
 from trainer.data.log_schema import Catalogue, LogSchema, SplitChoice, load_schema
 from trainer.data.pipeline import Staging, finish, stage_log, time_quantile
+from trainer.data.writer import connect, output_directory, parquet_sql, quote_name
 
 if TYPE_CHECKING:
     import duckdb

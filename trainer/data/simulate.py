@@ -28,15 +28,12 @@ from trainer.data.dataset import (
     SplitInfo,
     SplitName,
     Truth,
-    connect,
     event_schema,
     item_fields,
-    output_directory,
-    parquet_sql,
-    write_info,
 )
 from trainer.data.pipeline import Staging, finish, progress, split_global
 from trainer.data.simulated_texts import SCENARIO_TEXTS, TOPICS
+from trainer.data.writer import connect, output_directory, parquet_sql, write_info
 
 if TYPE_CHECKING:
     import duckdb
