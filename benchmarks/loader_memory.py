@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from embeddings.ids import HashedIds, SortedKeys
 from embeddings.measure import machine
-from trainer.data.loader import EventStream, RowEncoder
+from trainer.data.loader import EventStream
+from trainer.data.rows import RowEncoder
 from trainer.data.simulate import simulate
 from trainer.data.writer import ROWS_PER_GROUP
 

@@ -27,7 +27,7 @@ from tests.input_drill import dataset, note_rows
 from tests.training_data import make_config
 from trainer.checkpoint import checkpoints, problem_of, read_state
 from trainer.config import RunConfig
-from trainer.data.loader import RowEncoder
+from trainer.data.rows import RowEncoder
 from trainer.guard import incidents
 
 KILLS = 20

@@ -15,7 +15,7 @@ from llm_knowledge.store import NO_CUTOFF, KnowledgeStore
 from tests.knowledge_data import random_dataset, tiny_encoder
 from tests.log_data import SCHEMA, prepare, random_log
 from trainer.data.dataset import SPLITS, split_files
-from trainer.data.loader import KnowledgeJoin
+from trainer.data.rows import KnowledgeJoin
 from trainer.data.simulate import simulate
 
 LEVELS = ("user", "scenario", "item")

@@ -20,7 +20,7 @@ from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import write_store
 from tests.knowledge_data import manifest, random_dataset, tiny_encoder
 from tests.training_data import make_config, make_inputs
-from trainer.data.loader import KnowledgeJoin
+from trainer.data.rows import KnowledgeJoin
 from trainer.run import open_stores
 
 

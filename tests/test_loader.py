@@ -13,8 +13,9 @@ from llm_knowledge.store import KnowledgeStore
 from tests.training_data import make_inputs
 from trainer.data.batch import Batch
 from trainer.data.dataset import split_files
-from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, collate
+from trainer.data.loader import EventStream
 from trainer.data.parts import Parts
+from trainer.data.rows import KnowledgeJoin, RowEncoder, collate
 
 USERS, ITEMS = 40, 40
 

@@ -34,7 +34,8 @@ from trainer.config import RunConfig, save_config
 from trainer.continuation import Continuation, copy_vocabularies, note_data, resume_config
 from trainer.data.batch import Batch
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
-from trainer.data.loader import EventStream, KnowledgeJoin, RowEncoder, check_shares
+from trainer.data.loader import EventStream, check_shares
+from trainer.data.rows import KnowledgeJoin, RowEncoder
 from trainer.distributed import Runtime, together
 from trainer.hardware import this_cluster
 from trainer.models.llm4msr import LLM4MSR, Shapes
