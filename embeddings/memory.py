@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from embeddings.sharding import Hardware, Placement, TablePlan
+from embeddings.placement import Placement
+from embeddings.sharding import Hardware, TablePlan
 from embeddings.tables import Table
 from embeddings.traffic import ID_BYTES, LENGTH_BYTES, VALUE_BYTES
 

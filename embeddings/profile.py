@@ -21,6 +21,7 @@ from embeddings.measure import (
     summary,
 )
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
+from embeddings.placement import KERNELS, Placement, PlanError, check_placement
 from embeddings.profile_baselines import RULES, BareKernel, PlainTables, Reference, check
 from embeddings.profile_phases import (
     PHASES,
@@ -32,15 +33,7 @@ from embeddings.profile_phases import (
     run_step,
 )
 from embeddings.replicated import train_replicated_tables
-from embeddings.sharding import (
-    KERNELS,
-    Hardware,
-    Placement,
-    PlanError,
-    check_placement,
-    plan_sharding,
-    shard,
-)
+from embeddings.sharding import Hardware, plan_sharding, shard
 from embeddings.tables import Table, pooled_collection, sequence_collection
 from embeddings.versions import versions
 
@@ -62,7 +55,7 @@ class Cell:
         batch: Samples per rank.
         pooling: Mean ids per sample and feature; the numbers vary from 0 to twice that, but 1 is 1.
         sharding: One of `SHARDINGS`.
-        kernel: Key of `embeddings.sharding.KERNELS`.
+        kernel: Key of `embeddings.placement.KERNELS`.
         collection: "pooled" (the sum over a sample's ids) or "sequence" (a vector per id).
         optimizer: "sgd", "adagrad" or "rowwise_adagrad".
     """

@@ -18,7 +18,8 @@ from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings.optimizer import ON_EVERY_DEVICE
-from embeddings.sharding import PlanError, sharders
+from embeddings.placement import PlanError
+from embeddings.sharding import sharders
 
 
 def check_groups(

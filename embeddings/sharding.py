@@ -25,6 +25,7 @@ from torchrec.distributed.types import (
 
 from embeddings.hash_zch import hash_zch_sharders
 from embeddings.one_rank import skip_distribution
+from embeddings.placement import KERNELS, Placement, PlanError, wanted_placement
 from embeddings.tables import Table
 
 for _noisy in ("torchrec", "torch.fx._symbolic_trace"):
@@ -44,38 +45,6 @@ class PooledSharder(EmbeddingBagCollectionSharder):
         row_wise = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD]
         stock = super().sharding_types(compute_device_type)
         return sorted({*stock, *(kind.value for kind in row_wise)})
-
-
-class PlanError(ValueError):
-    """Tables cannot be placed as wanted; the message says which, why, and what to do."""
-
-
-KERNELS = {
-    "fused": "fused",
-    "uvm": "fused_uvm",
-    "uvm_caching": "fused_uvm_caching",
-    "key_value": "key_value",
-}
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What the user wants of one table.
-
-    Attributes:
-        sharding: torchrec's name of a sharding type, or "planner" to let the planner choose.
-        kernel: Key of `KERNELS`: rows in the device's memory, in the host's (uvm), in the host's with
-            a cache on the device (uvm_caching), on SSD with a cache on the device (key_value).
-        cache_load_factor: uvm_caching: the share of the rows that the device's cache holds.
-        directory: key_value: where the rows are kept.
-        replicable: Whether the table may be data-parallel, see `TableOptimizer.replicable`.
-    """
-
-    sharding: str = "row_wise"
-    kernel: str = "fused"
-    cache_load_factor: float | None = None
-    directory: str | None = None
-    replicable: bool = True
 
 
 class _NoStats(Stats):
@@ -195,49 +164,6 @@ def sharders() -> list[ModuleSharder[nn.Module]]:
     return [pooled, sequences, *hash_zch_sharders(pooled, sequences)]  # type: ignore[list-item]
 
 
-def check_placement(table: str, sequence: bool, placement: Placement, device: str) -> None:
-    """Refuses what the device or the kind of table cannot do.
-
-    Args:
-        table: Its name.
-        sequence: Whether it gives one vector per id.
-        placement: What the user wants.
-        device: "cuda" or "cpu".
-
-    Raises:
-        PlanError: If it is impossible, with what to do.
-    """
-    kind, kernel = placement.sharding, placement.kernel
-    data_parallel = kind == ShardingType.DATA_PARALLEL.value
-    if kernel != "fused" and device == "cpu":
-        raise PlanError(
-            f"kernel {kernel} of table {table} needs a GPU; on a CPU there is only fused: remove it"
-        )
-    if kernel != "fused" and data_parallel:
-        raise PlanError(
-            f"kernel {kernel} of table {table}: a data_parallel table lies in the device's memory; "
-            "use fused"
-        )
-    if data_parallel and not placement.replicable:
-        raise PlanError(
-            f"sharding of {table}: data_parallel tables are trained by sgd, adagrad or rowwise_adagrad "
-            "without weight decay; choose one of these, or another sharding"
-        )
-    if sequence and kind in _POOLED_ONLY:
-        raise PlanError(
-            f"sharding of {table}: {kind} is not possible for a table of sequences; use row_wise, "
-            "table_wise, column_wise or planner"
-        )
-    if sequence and data_parallel and device == "cpu":
-        raise PlanError(
-            f"sharding of {table}: a data_parallel table of sequences needs a GPU (torchrec's CPU kernel "
-            "sums its ids up); use row_wise, table_wise, column_wise or planner"
-        )
-
-
-_POOLED_ONLY = (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
-
-
 def _constraint(table: Table, placement: Placement, hardware: Hardware) -> ParameterConstraints:
     kind, kernel = placement.sharding, KERNELS[placement.kernel]
     columns = max(table.dim // hardware.ranks // MINIMUM_COLUMNS, 1) * MINIMUM_COLUMNS
@@ -285,30 +211,13 @@ def make_planner(
         topology=hardware.topology(),
         batch_size=batch_size,
         constraints={
-            table.name: _constraint(table, _placement(table, placements, hardware.ranks), hardware)
+            table.name: _constraint(
+                table, wanted_placement(table, placements, hardware.ranks), hardware
+            )
             for table in tables
         },
         storage_reservation=FixedPercentageStorageReservation(hardware.reserved),
     )
-
-
-def _placement(table: Table, placements: Mapping[str, Placement], ranks: int) -> Placement:
-    """What is wanted of a table; a smaller one than there are ranks cannot be cut by rows.
-
-    Raises:
-        PlanError: If that is wanted all the same: the kernels fail on a rank without rows.
-    """
-    wanted = placements.get(table.name)
-    if table.rows >= ranks:
-        return wanted or Placement()
-    if wanted is None:
-        return Placement(sharding="table_wise")
-    if wanted.sharding in ("row_wise", "table_row_wise", "grid_shard"):
-        raise PlanError(
-            f"table {table.name} has {table.rows} rows, fewer than {ranks} ranks: {wanted.sharding} would "
-            "leave a rank without rows; use table_wise"
-        )
-    return wanted
 
 
 def plan_sharding(

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from embeddings.memory import STATE_BYTES, limits, plan_memory, shortage
-from embeddings.sharding import MINIMUM_COLUMNS, Hardware, Piece, Placement, TablePlan
+from embeddings.placement import Placement
+from embeddings.sharding import MINIMUM_COLUMNS, Hardware, Piece, TablePlan
 from embeddings.tables import Table
 from embeddings.traffic import BY_HOST
 

@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
+from embeddings.placement import Placement, PlanError, check_placement
 from embeddings.replica_groups import check_groups
-from embeddings.sharding import (
-    Hardware,
-    Placement,
-    PlanError,
-    check_placement,
-    describe_plan,
-    make_planner,
-    sharders,
-)
+from embeddings.sharding import Hardware, describe_plan, make_planner, sharders
 from embeddings.tables import Table, collections
 from llm_knowledge.errors import InputError
 from tests.replicated_steps import RANKS, RULES

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from embeddings.memory import plan_memory
-from embeddings.sharding import Hardware, Piece, Placement, TablePlan
+from embeddings.placement import Placement
+from embeddings.sharding import Hardware, Piece, TablePlan
 from embeddings.shortage import enough_hosts, needed_and_available, worst
 from embeddings.tables import Table
 from launch.cli import main

@@ -24,7 +24,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.memory import BATCHES_IN_FLIGHT, plan_memory
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
-from embeddings.sharding import Hardware, Placement, describe_plan, plan_sharding, shard
+from embeddings.placement import Placement
+from embeddings.sharding import Hardware, describe_plan, plan_sharding, shard
 from embeddings.tables import FrozenTables, SparseFeatures, Table
 from embeddings.traffic import SPLITS_BYTES, plan_traffic
 

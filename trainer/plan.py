@@ -18,15 +18,8 @@ from torchrec.distributed.planner.types import PlannerError
 
 from embeddings.memory import Memory, limits, plan_memory, shortage
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
-from embeddings.sharding import (
-    PlanError,
-    TablePlan,
-    check_placement,
-    check_plan,
-    describe_plan,
-    make_planner,
-    sharders,
-)
+from embeddings.placement import PlanError, check_placement
+from embeddings.sharding import TablePlan, check_plan, describe_plan, make_planner, sharders
 from embeddings.shortage import needed_and_available, remedies, worst
 from embeddings.tables import collections
 from embeddings.traffic import Traffic, all_reduce, by_link, plan_traffic

@@ -8,8 +8,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
+from embeddings.placement import Placement, PlanError
 from embeddings.replica_groups import check_groups
-from embeddings.sharding import Hardware, Placement, PlanError
+from embeddings.sharding import Hardware
 from embeddings.tables import Table
 from llm_knowledge.errors import InputError
 from trainer.config import RunConfig, load_config, parse_overrides

@@ -86,8 +86,8 @@ def main(options: argparse.Namespace) -> int:
         InputError: If an argument is impossible.
     """
     check_measuring_arguments(options)
+    from embeddings.placement import PlanError
     from embeddings.profile import Options
-    from embeddings.sharding import PlanError
     from trainer.distributed import distributed
 
     how = Options(

@@ -14,18 +14,10 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.ids import IdMap, SortedKeys
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
+from embeddings.placement import Placement, PlanError, check_placement
 from embeddings.replica_groups import ReplicaGroups, check_groups
 from embeddings.replicated import train_replicated_tables
-from embeddings.sharding import (
-    Placement,
-    PlanError,
-    TablePlan,
-    check_placement,
-    describe_plan,
-    format_plan,
-    plan_sharding,
-    shard,
-)
+from embeddings.sharding import TablePlan, describe_plan, format_plan, plan_sharding, shard
 from embeddings.tables import load_frozen_rows
 from embeddings.versions import versions
 from llm_knowledge.dated import DatedStores

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from embeddings.memory import Memory, moved_bytes, plan_memory
-from embeddings.sharding import Hardware, Placement, TablePlan
+from embeddings.placement import Placement
+from embeddings.sharding import Hardware, TablePlan
 from embeddings.shortage import sketch
 from embeddings.tables import Table
 from embeddings.traffic import Traffic, all_reduce, by_link, plan_traffic
