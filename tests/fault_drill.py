@@ -4,7 +4,6 @@ Ranks are forked from a process that has imported everything, so that a life cos
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,18 +11,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 import trainer.run
 import trainer.train
 from llm_knowledge.errors import InputError
 from tests.input_drill import dataset, note_rows
+from tests.ranks import Ranks
 from tests.training_data import make_config
 from trainer.checkpoint import checkpoints, problem_of, read_state
 from trainer.config import RunConfig
@@ -33,31 +31,23 @@ from trainer.guard import incidents
 KILLS = 20
 ROWS, BATCH = 497, 40
 STEPS_PER_EPOCH = -(-ROWS // BATCH)
-CONTEXT = multiprocessing.get_context("fork")
 
 
 def rank_main(
-    rank: int, ranks: int, config: RunConfig, name: str, pause: float, prepare: Callable[[], None]
+    rank: int, config: RunConfig, name: str, pause: float, prepare: dict[int, Callable[[], None]]
 ) -> None:
-    """One rank of one life of a run; `prepare` breaks something on it."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    """One rank of one life of a run; `prepare` breaks something on ranks."""
     root = Path(config.output).parent
     errors = (root / f"{name}-{rank}.err").open("w")
     os.dup2(errors.fileno(), 2)
-    store = dist.FileStore(str(root / f"rendezvous-{name}"), ranks)
-    os.environ["TORCH_FR_BUFFER_SIZE"] = "100"
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     note_rows(root / f"{name}-{rank}.jsonl", pause, (-1, None))
-    prepare()
+    if rank in prepare:
+        prepare[rank]()
     try:
         trainer.train.train(config, resume=True)
     except InputError as error:
         (root / f"{name}-{rank}.refused").write_text(str(error))
         sys.exit(2)
-
-
-def nothing() -> None:
-    """Breaks nothing."""
 
 
 class Life:
@@ -73,16 +63,8 @@ class Life:
     ) -> None:
         self.root, self.name, self.config = Path(config.output).parent, name, config
         self.began = time.monotonic()
-        of_rank = prepare or {}
-        self.ranks: list[BaseProcess] = [
-            CONTEXT.Process(
-                target=rank_main,
-                args=(rank, ranks, config, name, pause, of_rank.get(rank, nothing)),
-            )
-            for rank in range(ranks)
-        ]
-        for rank in self.ranks:
-            rank.start()
+        self.group = Ranks(ranks, rank_main, config, name, pause, prepare or {})
+        self.ranks = self.group.processes
 
     def steps(self) -> dict[int, list[tuple[int, int]]]:
         """Rows of every step that all ranks have begun, sorted."""
@@ -116,13 +98,10 @@ class Life:
     def end(self, *codes: int) -> float:
         """Waits for the end; every rank's exit code must be one of `codes`. Seconds that it took."""
         began = time.monotonic()
-        for rank in self.ranks:
-            rank.join(60)
-        found = [rank.exitcode for rank in self.ranks]
-        for rank in self.ranks:
-            rank.kill()
-        if any(code not in codes for code in found):
-            raise SystemExit(f"{self.name}: ended with {found}\n{self.errors()}")
+        try:
+            self.group.join(codes=codes)
+        except RuntimeError as error:
+            raise SystemExit(f"{self.name}: {error}\n{self.errors()}") from error
         return time.monotonic() - began
 
     def errors(self) -> str:
@@ -371,6 +350,7 @@ def at_batch(number: int, act: Callable[[trainer.run.Run, Any], object]) -> None
 def main(root: Path, seed: int) -> None:
     """Runs every drill."""
     torch.set_num_threads(1)
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "100"
     drill = Drill(root)
     found, seconds = {}, {}
     chosen = sys.argv[3:]

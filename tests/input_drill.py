@@ -4,25 +4,24 @@ Every rank notes the rows of each step that it trains on, so what was trained is
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
-from multiprocessing.process import BaseProcess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 
 import trainer.run
 import trainer.train
 from llm_knowledge.errors import InputError
 from tests.knowledge_data import write_dataset
+from tests.ranks import Ranks
 from tests.training_data import make_config
 from trainer.checkpoint import checkpoints, read_state
 from trainer.config import RunConfig
@@ -102,51 +101,19 @@ def note_rows(file: Path, pause: float, at_step: tuple[int, Any]) -> None:
 
 
 def rank_main(
-    rank: int,
-    ranks: int,
-    config: RunConfig,
-    name: str,
-    pause: float = 0.0,
-    home: str = ".",
-    lose: str = "",
-) -> None:
-    """One rank of a run; says how it ended in `name`-RANK.json beside the run."""
-    os.chdir(home)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    root = Path(config.output).parent
-    store = dist.FileStore(str(root / f"rendezvous-{name}"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    part = Path(config.data.path) / "train" / lose
-    note_rows(root / f"{name}-{rank}.jsonl", pause, (9 if lose else -1, part.unlink))
+    rank: int, config: RunConfig, name: str, pause: float = 0.0, homes: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """One rank of a run; says how it ended. In homes of their own, rank 1 loses a part at step 9."""
+    if homes:
+        os.chdir(homes[rank])
+    part = Path(config.data.path) / "train/part-00001.parquet"
+    at_step = (9 if homes and rank == 1 else -1, part.unlink)
+    note_rows(Path(config.output).parent / f"{name}-{rank}.jsonl", pause, at_step)
     try:
         trainer.train.train(config, resume=True)
-        end = {"ended": "done"}
     except InputError as error:
-        end = {"ended": str(error), "shared": error.shared}
-    (root / f"{name}-{rank}.json").write_text(json.dumps(end))
-
-
-def start(ranks: int, config: RunConfig, name: str, **options: Any) -> list[BaseProcess]:
-    """Forks the ranks of a run."""
-    context = multiprocessing.get_context("fork")
-    processes: list[BaseProcess] = [
-        context.Process(target=rank_main, args=(rank, ranks, config, name), kwargs=options)
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def finish(processes: list[BaseProcess], root: Path, name: str) -> list[dict[str, Any]]:
-    """Waits for the ranks of a run; how each of them ended."""
-    for process in processes:
-        process.join(60)
-    if any(process.exitcode != 0 for process in processes):
-        for process in processes:
-            process.kill()
-        raise SystemExit(f"{name}: a rank failed or hung")
-    return [json.loads((root / f"{name}-{r}.json").read_text()) for r in range(len(processes))]
+        return {"ended": str(error), "shared": error.shared}
+    return {"ended": "done"}
 
 
 def trained(root: Path, name: str, low: int, high: int) -> dict[int, list[tuple[int, int]]]:
@@ -163,22 +130,21 @@ def killed_and_resumed(root: Path) -> dict[str, Any]:
     """Kills a run of 2 ranks with SIGKILL; goes on with 1 and with 4 ranks; compares what was trained."""
     data = dataset(root / "data", rows=497)
     whole = configuration(data, root / "whole")
-    finish(start(2, whole, "whole"), root, "whole")
+    Ranks(2, rank_main, whole, "whole").join()
     per_epoch = -(-497 // BATCH)
     undisturbed = trained(root, "whole", 0, EPOCHS * per_epoch)
 
     broken = configuration(data, root / "broken")
-    victims = start(2, broken, "broken", pause=0.02)
+    victims = Ranks(2, rank_main, broken, "broken", 0.02)
     deadline = time.monotonic() + 60
     while len(trained(root, "broken", 0, 1000)) < per_epoch + 5:  # in the second epoch
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, the second does not miss the first
-        for process in victims:
+        for process in victims.processes:
             assert process.pid is not None
             os.kill(process.pid, number)
-    for process in victims:
-        process.join()
+    victims.join(codes=(-signal.SIGKILL,))
     position = read_state(checkpoints(root / "broken/checkpoints")[-1]).step
     before = trained(root, "broken", 0, position)
     lost = len(trained(root, "broken", position, 1000))
@@ -189,7 +155,7 @@ def killed_and_resumed(root: Path) -> dict[str, Any]:
         config = broken.model_copy(update={"output": str(root / name)})
         file = root / name / "config.yaml"
         file.write_text(file.read_text().replace(str(root / "broken"), str(root / name)))
-        finish(start(ranks, config, name), root, name)
+        Ranks(ranks, rank_main, config, name).join()
         if before | trained(root, name, 0, 1000) != undisturbed:
             wrong.append(name)
         if min(trained(root, name, 0, 1000)) != position:
@@ -207,7 +173,7 @@ def fewer_rows_than_streams(root: Path) -> list[int]:
     """4 ranks, 3 rows: two streams and more have none; returns rows trained per epoch."""
     # The tables, too, have fewer rows than there are ranks.
     config = configuration(dataset(root / "few", rows=3), root / "few-run")
-    ends = finish(start(4, config, "few"), root, "few")
+    ends = Ranks(4, rank_main, config, "few").join()
     assert {end["ended"] for end in ends} == {"done"}
     lines = (root / "few-run/metrics.jsonl").read_text().splitlines()
     assert len(lines) == EPOCHS + 1
@@ -223,15 +189,7 @@ def lost_part(root: Path, everywhere: bool) -> list[dict[str, Any]]:
     for home in set(homes):
         shutil.copytree(root / "data", home / "data")
     config = configuration(Path("data"), root / f"{name}-run")  # relative to the rank's home
-    context = multiprocessing.get_context("fork")
-    processes: list[BaseProcess] = []
-    for rank, home in enumerate(homes):
-        options = {"pause": 0.01, "home": str(home), "lose": "part-00001.parquet" if rank else ""}
-        processes.append(
-            context.Process(target=rank_main, args=(rank, 2, config, name), kwargs=options)
-        )
-        processes[-1].start()
-    return finish(processes, root, name)
+    return Ranks(2, rank_main, config, name, 0.01, homes).join()
 
 
 def main(root: Path) -> None:

@@ -1,18 +1,16 @@
 """Profiles made-up tables in every sharding, on two forked ranks and on one; run as a program."""
 
 import json
-import multiprocessing
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from embeddings.profile import SHARDINGS, Options, profile_cells, sweep
 from embeddings.profile_baselines import Reference
 from embeddings.sharding import Hardware
+from tests.ranks import Ranks
 
 RANKS = 2
 SMALL = {"tables": [3], "rows": [101], "dim": [16], "batch": [8], "pooling": [3]}
@@ -39,12 +37,7 @@ def hardware_of(ranks: int) -> Hardware:
     return Hardware(1, ranks, "cpu", 0, 4 << 30, 1e12, 1e10, 1e10, 1e10, 0.1)
 
 
-def rank_main(rank: int, ranks: int, root: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    store = dist.FileStore(str(root / f"rendezvous-{ranks}"), ranks)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+def rank_main(rank: int, ranks: int, root: Path) -> dict[str, list[dict[str, Any]]]:
     cpu, hardware = torch.device("cpu"), hardware_of(ranks)
     every = sweep(
         **SMALL,
@@ -55,32 +48,21 @@ def rank_main(rank: int, ranks: int, root: Path) -> None:
     quick = Options(rounds=2, warmup=0, baselines=False, check=True)
     found = {"all": profile_cells(every, hardware, cpu, quick)}
     if ranks == 1:
-        (root / "alone.json").write_text(json.dumps(found))
-        return
+        return found
     one = sweep(**SMALL, collection=["pooled", "sequence"], optimizer=["sgd"])
     full = Options(rounds=5, warmup=1, check=True, trace=root / "trace.json")
     found["full"] = profile_cells(one, hardware, cpu, full)
     for reference in (WrongRows, WrongRule):
         options = Options(rounds=2, warmup=0, baselines=False, check=True, reference=reference)
         found[reference.__name__] = profile_cells(one, hardware, cpu, options)
-    if rank == 0:
-        (root / "found.json").write_text(json.dumps(found))
+    return found
 
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_main, args=(rank, RANKS, root)) for rank in range(RANKS)]
-    ranks.append(context.Process(target=rank_main, args=(0, 1, root)))
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(150)
-    failed = [process.exitcode != 0 for process in ranks]
-    for process in ranks:
-        process.kill()
-    if any(failed):
-        raise SystemExit("a rank failed or hung")
+    groups = {"found": Ranks(RANKS, rank_main, RANKS, root), "alone": Ranks(1, rank_main, 1, root)}
+    for name, group in groups.items():
+        (root / f"{name}.json").write_text(json.dumps(group.join(150)[0]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
 """Steps of sharded and of replicated tables: run as a program, it forks ranks and saves their tables.
 
-Ranks are forked from a process that has imported everything and has done nothing else yet: threads of
-a test session do not survive a fork.
+A program of its own, since threads of a test session do not survive a fork.
 """
 
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tests.ranks import Ranks
 from tests.training_data import make_config
 from trainer.checkpoint import LoopState, load_checkpoint
 from trainer.checkpoint_writer import CheckpointWriter
@@ -65,10 +63,6 @@ def steps(run: Run, batches: list[Batch]) -> np.ndarray:
 
 def rank_main(rank: int, root: Path, out: Path) -> None:
     """Steps of one rank: row_wise, its checkpoint continued data_parallel, that one's sharded again."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(out / "rendezvous"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     tables: dict[str, np.ndarray] = {}
     with distributed(30) as runtime:
         for rule in RULES:
@@ -104,18 +98,5 @@ def rank_main(rank: int, root: Path, out: Path) -> None:
     np.savez(out / f"rank-{rank}.npz", **tables)
 
 
-def main(root: Path, out: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_main, args=(rank, root, out)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(90)
-        if process.exitcode != 0:
-            for other in ranks:
-                other.kill()
-            sys.exit("a rank failed or hung")
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    Ranks(RANKS, rank_main, Path(sys.argv[1]), Path(sys.argv[2])).join(90)

@@ -6,8 +6,6 @@ themselves for two hosts. Forking after one import makes a layout cost a second.
 
 import itertools
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tests.ranks import Ranks
 from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState, load_checkpoint
 from trainer.checkpoint_state import local_parts
@@ -78,14 +77,10 @@ def layout_name(layout: tuple[int, str]) -> str:
     return f"{layout[0]}-{layout[1]}"
 
 
-def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> None:
-    """One rank of one layout: trains three steps and saves, or restores every saved checkpoint."""
-    ranks, sharding = layout
-    per_host = 2 if sharding in TWO_HOSTS else ranks
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_host)}
-    os.environ["LOCAL_RANK"] = str(rank % per_host)
-    store = dist.FileStore(str(root / f"rendezvous-{task}-{layout_name(layout)}"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> list[str]:
+    """One rank of one layout: trains three steps and saves, or names what it restores otherwise."""
+    _, sharding = layout
+    wrong = []
     of_items = "row_wise" if sharding in POOLED_ONLY else sharding
     with distributed(30) as runtime:
         for optimizer in OPTIMIZERS:
@@ -104,9 +99,8 @@ def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> None
             if task == "save":
                 save(run, folder)
             else:
-                wrong = restore(run, root, layout_name(layout), optimizer)
-                if runtime.is_main:
-                    (folder / "wrong.json").write_text(json.dumps(wrong))
+                wrong += restore(run, root, layout_name(layout), optimizer)
+    return wrong
 
 
 def save(run: Run, folder: Path) -> None:
@@ -143,38 +137,23 @@ def restore(run: Run, root: Path, name: str, optimizer: str) -> list[str]:
     return wrong
 
 
-def run_layouts(layouts: list[tuple[int, str]], root: Path, task: str) -> None:
-    """Forks the ranks of some layouts at once and waits for all of them."""
-    context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=rank_main, args=(rank, layout, root, task))
+def run_layouts(layouts: list[tuple[int, str]], root: Path, task: str) -> list[str]:
+    """Runs some layouts at once and waits for all of them; what rank 0 of each found wrong."""
+    groups = [
+        Ranks(layout[0], rank_main, layout, root, task, per_host=2 if layout[1] in TWO_HOSTS else None)
         for layout in layouts
-        for rank in range(layout[0])
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(90)
-        if process.exitcode != 0:
-            for other in ranks:
-                other.kill()
-            raise SystemExit(f"{task} {layouts}: a rank failed or hung")
+    ]  # fmt: skip
+    return [line for group in groups for line in group.join(90)[0]]
 
 
 def main(root: Path) -> None:
     """Saves from every layout, then restores all of them in every layout."""
     torch.set_num_threads(1)
     make_inputs(root / "inputs")
+    wrong = []
     for task in ("save", "restore"):
         for start in range(0, len(LAYOUTS), 2):
-            run_layouts(LAYOUTS[start : start + 2], root, task)
-    wrong = [
-        line
-        for layout, optimizer in itertools.product(LAYOUTS, OPTIMIZERS)
-        for line in json.loads(
-            (root / f"restore-{layout_name(layout)}-{optimizer}/wrong.json").read_text()
-        )
-    ]
+            wrong += run_layouts(LAYOUTS[start : start + 2], root, task)
     print(json.dumps({"cells": len(LAYOUTS) ** 2 * len(OPTIMIZERS), "wrong": wrong}))
 
 

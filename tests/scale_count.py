@@ -5,8 +5,6 @@ and what is predicted, bytes per rank.
 """
 
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from embeddings.profile import Cell
 from embeddings.profile import build as build_cell
 from embeddings.profile_phases import count_memory_bytes
 from embeddings.sharding import Hardware, TablePlan
+from tests.ranks import Ranks
 from tests.traffic_count import make_batch
 from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState
@@ -129,36 +128,20 @@ def pieces_of(module: Any, table: str, sharding: str) -> Any:
     return found
 
 
-def rank_main(rank: int, root: Path) -> None:
+def rank_main(_: int, root: Path) -> dict[str, Any]:
     """One rank through all cases."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    os.environ["LOCAL_RANK"] = str(rank)
-    store = dist.FileStore(str(root / "rendezvous"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    found = {
+    return {
         "runs": [count_run(root, *one) for one in RUNS],
         "moved": [count_moved(cell) for cell in CELLS],
     }
-    if rank == 0:
-        (root / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
-def main(root: Path) -> int:
+def main(root: Path) -> None:
     """Makes the inputs and forks the ranks."""
     make_inputs(root / "inputs")
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_main, args=(rank, root)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(90)
-    failed = any(process.exitcode != 0 for process in ranks)
-    for process in ranks:
-        process.kill()
-    return int(failed)
+    found = Ranks(RANKS, rank_main, root).join(90)[0]
+    (root / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

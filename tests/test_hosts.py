@@ -1,16 +1,14 @@
 """Hosts that do not agree are refused, and named. A rank in a folder of its own plays a host of its own."""
 
-import multiprocessing
 import socket
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from llm_knowledge.errors import InputError
+from tests.ranks import Ranks
 from trainer import hosts
 from trainer.distributed import distributed
 from trainer.hosts import check_agreement, check_hosts, check_shared
@@ -18,42 +16,25 @@ from trainer.hosts import check_agreement, check_hosts, check_shared
 pytestmark = pytest.mark.distributed
 
 
-def on_two_hosts(root: Path, check: Callable[[int], None]) -> list[str]:
+def on_two_hosts(check: Callable[[int], None]) -> list[str]:
     """Runs `check(rank)` on two ranks that believe to be on hosts of their own; returns what it raised."""
 
-    def rank_main(rank: int) -> None:
+    def rank_main(rank: int) -> str:
         socket.gethostname = lambda: f"host-{rank}"
         hosts.PATIENCE_SECONDS = 0.3
-        store = dist.FileStore(str(root / "rendezvous"), 2)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30)
-        )
         try:
             check(rank)
-            text = ""
         except InputError as error:
-            text = str(error) if error.shared else f"only here: {error}"
-        (root / f"raised-{rank}").write_text(text)
-        dist.destroy_process_group()
+            return str(error) if error.shared else f"only here: {error}"
+        return ""
 
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_main, args=(rank,)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    return [(root / f"raised-{rank}").read_text() for rank in (0, 1)]
+    return Ranks(2, rank_main).join()
 
 
 def test_a_shared_folder_is_accepted_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for name in ("there", "new"):
-        assert on_two_hosts(tmp_path, lambda rank, name=name: check_shared(tmp_path / name)) == [
-            "",
-            "",
-        ]
-        (tmp_path / "rendezvous").unlink(missing_ok=True)
+        assert on_two_hosts(lambda rank, name=name: check_shared(tmp_path / name)) == ["", ""]
     assert not any((tmp_path / "there").iterdir())
     assert not (tmp_path / "new").exists()
 
@@ -62,7 +43,7 @@ def test_a_shared_folder_is_accepted_and_left_as_it_was(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_shared_is_found(tmp_path: Path, exists: bool) -> None:
     if exists:
         (tmp_path / "disk-1").mkdir()
-    raised = on_two_hosts(tmp_path, lambda rank: check_shared(tmp_path / f"disk-{rank}"))
+    raised = on_two_hosts(lambda rank: check_shared(tmp_path / f"disk-{rank}"))
     for text in raised:
         assert "is not shared" in text
         assert "not seen by host-1 (rank 1)" in text
@@ -71,13 +52,13 @@ def test_a_folder_that_is_not_shared_is_found(tmp_path: Path, exists: bool) -> N
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for text in on_two_hosts(tmp_path, lambda rank: check_shared(tmp_path / "file" / "run")):
+    for text in on_two_hosts(lambda rank: check_shared(tmp_path / "file" / "run")):
         assert "cannot be written on the first host: Not a directory" in text
 
 
-def test_other_versions_are_named_with_their_hosts(tmp_path: Path) -> None:
+def test_other_versions_are_named_with_their_hosts() -> None:
     releases = ["2.13.0", "2.11.0"]
-    raised = on_two_hosts(tmp_path, lambda rank: check_agreement({"torch": releases[rank]}))
+    raised = on_two_hosts(lambda rank: check_agreement({"torch": releases[rank]}))
     for text in raised:
         assert "torch: 2.13.0 on host-0 (rank 0); 2.11.0 on host-1 (rank 1)" in text
 
@@ -87,7 +68,7 @@ def test_other_code_and_other_work_are_found(tmp_path: Path) -> None:
         hosts._code_hash = lambda: f"checkout {rank}"
         check_hosts(tmp_path / "run", {"epochs": rank})
 
-    for text in on_two_hosts(tmp_path, check):
+    for text in on_two_hosts(check):
         assert "code of llm4msr: checkout 0 on host-0 (rank 0); checkout 1 on host-1" in text
         assert "configuration: " in text
     assert not (tmp_path / "run").exists()

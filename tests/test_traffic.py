@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +21,9 @@ from tests.test_train import ENVIRONMENT, ROOT
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_predicted_bytes_are_the_counted_ones(tmp_path: Path) -> None:
+def test_predicted_bytes_are_the_counted_ones() -> None:
     """Four gloo ranks as two hosts of two: every sharding, stage by stage and pair by pair, exactly."""
-    command = [sys.executable, "-m", "tests.traffic_count", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.traffic_count"]
     done = subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )

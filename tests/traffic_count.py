@@ -5,13 +5,8 @@ Run as a program, it forks ranks and prints one JSON line per case: what was cou
 """
 
 import json
-import multiprocessing
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,6 +23,7 @@ from embeddings.placement import Placement
 from embeddings.sharding import Hardware, describe_plan, plan_sharding, shard
 from embeddings.tables import FrozenTables, SparseFeatures, Table
 from embeddings.traffic import SPLITS_BYTES, plan_traffic
+from tests.ranks import Ranks
 
 RANKS, HOSTS, BATCH = 4, 2, 8
 POOLED = [
@@ -197,36 +193,15 @@ def _counting_hook(found: dict[str, np.ndarray]) -> Callable[..., Any]:
     return hook
 
 
-def rank_main(rank: int, root: Path) -> None:
+def rank_main(_: int) -> list[dict[str, Any]]:
     """One rank through all cases."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank % 2)}
-    os.environ["LOCAL_WORLD_SIZE"] = str(RANKS // HOSTS)
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(root / "rendezvous"), RANKS)
-    timeout = timedelta(seconds=30)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timeout)
-    for kind, shardings in CASES.items():
-        for sharding in (*shardings, *["data_parallel"] * (kind == "pooled")):
-            line = json.dumps(count_case(kind, sharding))
-            if rank == 0:
-                print(line, flush=True)
-    dist.destroy_process_group()
-
-
-def main(root: Path) -> int:
-    """Forks the ranks."""
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_main, args=(rank, root)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        if process.exitcode != 0:
-            for other in ranks:
-                other.kill()
-            return 1
-    return 0
+    return [
+        count_case(kind, sharding)
+        for kind, shardings in CASES.items()
+        for sharding in (*shardings, *["data_parallel"] * (kind == "pooled"))
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    for case in Ranks(RANKS, rank_main, per_host=RANKS // HOSTS).join()[0]:
+        print(json.dumps(case))

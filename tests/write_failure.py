@@ -4,8 +4,6 @@ Rank 1 fails in the second of two asynchronous writes.
 """
 
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 from llm_knowledge.errors import InputError
+from tests.ranks import Ranks
 from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState, checkpoints, problem_of
 from trainer.checkpoint_writer import CheckpointWriter
@@ -22,11 +21,8 @@ from trainer.distributed import distributed
 from trainer.run import build, open_inputs, prepare_folder
 
 
-def rank_main(rank: int, root: Path) -> None:
+def rank_main(rank: int, root: Path) -> dict[str, Any]:
     """One rank: trains, writes, and tells what it saw."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    store = dist.FileStore(str(root / "rendezvous"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     config = make_config(root / "in/data", None, root / "run", train__checkpoint_async=True)
     told = ""
     with distributed(30) as runtime:
@@ -49,7 +45,7 @@ def rank_main(rank: int, root: Path) -> None:
                 told = str(error)
         dist.barrier()
         whole = [path.name for path in checkpoints(folder) if problem_of(path) is None]
-    (root / f"{rank}.json").write_text(json.dumps({"told": told, "whole": whole}))
+    return {"told": told, "whole": whole}
 
 
 def full(*_: Any, **__: Any) -> None:
@@ -61,17 +57,7 @@ def main(root: Path) -> None:
     """Forks the ranks and prints what both were told."""
     torch.set_num_threads(1)
     make_inputs(root / "in")
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_main, args=(rank, root)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        if process.exitcode != 0:
-            for other in ranks:
-                other.kill()
-            raise SystemExit("a rank failed or hung")
-    print(json.dumps([json.loads((root / f"{rank}.json").read_text()) for rank in range(2)]))
+    print(json.dumps(Ranks(2, rank_main, root).join()))
 
 
 if __name__ == "__main__":

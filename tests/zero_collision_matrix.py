@@ -5,8 +5,6 @@ Every layout trains on the same rows and saves; every layout restores every chec
 
 import itertools
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.zero_collision import EVICTIONS
+from tests.ranks import Ranks
 from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState, load_checkpoint
 from trainer.checkpoint_writer import CheckpointWriter
@@ -107,13 +106,10 @@ def check_clean(run: Run) -> list[str]:
     return wrong
 
 
-def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> None:
+def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> list[str]:
     """One rank of one layout: trains and saves, or restores every checkpoint and goes on."""
     ranks, sharding = layout
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     name = f"{ranks}-{sharding}"
-    store = dist.FileStore(str(root / f"rendezvous-{task}-{name}"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     config = make_config(
         root / "inputs/data",
         None,
@@ -135,7 +131,7 @@ def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> None
             found = whole(run)
             if runtime.is_main:
                 np.savez(folder / "whole.npz", **found)
-            return
+            return []
         wrong: list[str] = []
         for source in LAYOUTS:
             saved = root / f"save-{source[0]}-{source[1]}"
@@ -156,9 +152,7 @@ def rank_main(rank: int, layout: tuple[int, str], root: Path, task: str) -> None
             found = whole(run)
             if runtime.is_main:
                 np.savez(folder / f"{saved.name}.npz", **found)
-        wrong += check_clean(run)
-        if runtime.is_main:
-            (folder / "wrong.json").write_text(json.dumps(wrong))
+        return wrong + check_clean(run)
 
 
 def same(name: str, a: Any, b: Any, place: Path) -> bool:
@@ -203,24 +197,10 @@ def main(root: Path) -> None:
     """Saves from every layout, restores all of them in every layout, compares."""
     torch.set_num_threads(1)
     make_inputs(root / "inputs")
-    context = multiprocessing.get_context("fork")
     wrong: list[str] = []
     for task in ("save", "restore"):
         for layout in LAYOUTS:
-            ranks = [
-                context.Process(target=rank_main, args=(rank, layout, root, task))
-                for rank in range(layout[0])
-            ]
-            for process in ranks:
-                process.start()
-            for process in ranks:
-                process.join(60)
-                if process.exitcode != 0:
-                    for other in ranks:
-                        other.kill()
-                    raise SystemExit(f"{task} {layout}: a rank failed or hung")
-            report = root / f"{task}-{layout[0]}-{layout[1]}/wrong.json"
-            wrong += json.loads(report.read_text()) if report.exists() else []
+            wrong += Ranks(layout[0], rank_main, layout, root, task).join()[0]
     print(json.dumps({"cells": len(LAYOUTS) ** 2, "wrong": wrong + compare(root)}))
 
 
