@@ -249,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default: 1000)")
     p.add_argument(
-        "--segment", choices=["known", "new_in_scenario", "new_user"], help="only these impressions"
+        "--segment",
+        choices=["known", "sparse", "new_in_scenario", "new_user"],
+        help="only these impressions",
     )
     p.add_argument("--out", type=Path, help="JSON file to write")
 

@@ -176,7 +176,7 @@ def test_one_segment_only(tmp_path, data):
     assert part["table"][0]["value"] == expected["value"]
     assert part["rows"] == expected["rows"] == 48
     assert not any(row["section"] == "segment" for row in part["table"])
-    with pytest.raises(InputError, match="choose one of known, new_in_scenario, new_user"):
+    with pytest.raises(InputError, match="choose one of known, sparse, new_in_scenario, new_user"):
         compare(groups, segment="old")
 
 

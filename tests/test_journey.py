@@ -99,7 +99,7 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
         assert found["overall"]["rows"] == info.rows["test"]
         assert sum(block["rows"] for block in found["scenarios"].values()) == info.rows["test"]
         assert found["overall"]["bayes_gap"] > 0
-        assert set(found["segments"]) == {"known", "new_in_scenario", "new_user"}
+        assert set(found["segments"]) == {"known", "sparse", "new_in_scenario", "new_user"}
     # Scoring again, on one process in place of two, finds the same.
     before = (runs / "star+llm4msr" / "evaluation.json").read_text()
     llm4msr("evaluate", runs / "star+llm4msr")

@@ -172,6 +172,11 @@ def test_scenarios_segments_and_bayes_gap(tmp_path):
     ]
     assert sum(new) >= ((user % 10 == 1) & drama).sum() > 0
     assert segments["new_in_scenario"]["rows"] == sum(new)
+    train = pq.ParquetDataset(data / "train").read()
+    liked = np.asarray(train["user_id"])[np.asarray(train["label"]) == 1]
+    few = np.array([np.sum(liked == u) < 5 for u in user]) & (user % 10 != 0) & ~np.array(new)
+    assert 0 < segments["sparse"]["rows"] == few.sum() < len(few)
+    assert segments["known"]["rows"] + few.sum() + sum(new) + (user % 10 == 0).sum() == len(user)
     assert overall["knowledge_coverage"] == pytest.approx((user % 4 != 3).mean())
 
 

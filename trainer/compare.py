@@ -47,8 +47,8 @@ def compare(
         groups: (name, run directories); the first group is the base.
         samples: Bootstrap samples, at least 100.
         seed: Seed of the bootstrap.
-        segment: Only rows of this segment ("known", "new_in_scenario", "new_user"); None: all rows,
-            with segments as sections of their own.
+        segment: Only rows of this segment ("known", "sparse", "new_in_scenario", "new_user"); None:
+            all rows, with segments as sections of their own.
 
     Returns:
         JSON-ready dict: base, samples, seed, confidence, segment, split, rows, users, groups (name,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
 from trainer.predictions import (
+    SPARSE_BELOW,
     Run,
     database,
     dataset_fingerprint,
@@ -27,7 +28,7 @@ from trainer.predictions import (
 if TYPE_CHECKING:
     import duckdb
 
-SEGMENTS = ("known", "new_in_scenario", "new_user")
+SEGMENTS = ("known", "sparse", "new_in_scenario", "new_user")
 TOP_K = 10
 # Half the distance from 1 to the next smaller float32: clipping moves exact 0 and 1 only (and
 # probabilities below 1e-7).
@@ -44,7 +45,8 @@ DEFINITIONS = {
     "over users with a positive; equal predictions: mean over every order of the tie",
     "knowledge_coverage": "share of impressions whose user vector was joined",
     "segments": "new_user: no training row; new_in_scenario: has training rows, but no row of this "
-    "scenario in the profile and training windows; known: the rest",
+    f"scenario in the profile and training windows; sparse: of the rest, fewer than {SPARSE_BELOW} "
+    "positive training rows; known: the others",
 }
 
 

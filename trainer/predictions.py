@@ -17,6 +17,7 @@ from llm_knowledge.errors import InputError
 if TYPE_CHECKING:
     import duckdb
 
+SPARSE_BELOW = 5  # positive training rows of a user
 COLUMNS = {
     "user_id": "key",
     "item_id": "key",
@@ -207,9 +208,11 @@ def load_predictions(
         train = split_files(dataset, "train")
         profile = split_files(dataset, "profile", may_be_empty=True)
         _check_key_types(files[0], Path(train[0]))
-        segment = """CASE WHEN u.user_id IS NULL THEN 'new_user'
-                          WHEN s.user_id IS NULL THEN 'new_in_scenario' ELSE 'known' END"""
-        join = """LEFT JOIN (SELECT DISTINCT user_id FROM read_parquet(?)) u USING (user_id)
+        segment = f"""CASE WHEN u.user_id IS NULL THEN 'new_user'
+                           WHEN s.user_id IS NULL THEN 'new_in_scenario'
+                           WHEN u.positives < {SPARSE_BELOW} THEN 'sparse' ELSE 'known' END"""
+        join = """LEFT JOIN (SELECT user_id, sum(label) AS positives FROM read_parquet(?)
+                             GROUP BY user_id) u USING (user_id)
                   LEFT JOIN (SELECT DISTINCT user_id, scenario_id FROM read_parquet(?)) s
                   USING (user_id, scenario_id)"""
         extra = [train, profile + train]

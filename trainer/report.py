@@ -31,6 +31,7 @@ COLUMNS = {
 }
 SEGMENT_WORDS = {
     "known": "known users",
+    "sparse": "users with few positives",
     "new_in_scenario": "users new in scenario",
     "new_user": "new users",
 }
