@@ -112,13 +112,12 @@ PAIRS = [
     ("alone", "leak"),
 ]
 
-# Every arm tries all of these with one seed of its own and keeps the best on the valid split.
+# Every arm tries all of these with one seed of its own and keeps the best on the valid split. They
+# are what was left of a wider search on Food-Kitchen with SharedBottom, where larger and smaller
+# steps of the meta networks, more noise, dropout and weight decay did not do better.
 TRIALS: list[dict[str, Any]] = [
     {"train.learning_rate": dense, "train.meta_learning_rate": meta, "tables.learning_rate": table,
-     "model.dropout": dropout}
-    for dense, meta, table, dropout in [
-        (5e-4, 5e-4, 0.02, 0.1), (1e-3, 1e-3, 0.02, 0.3), (2e-3, 2e-3, 0.02, 0.1),
-        (5e-4, 5e-4, 0.05, 0.3), (1e-3, 5e-3, 0.02, 0.3), (2e-3, 1e-2, 0.02, 0.3),
-    ]
+     "model.dropout": 0.3}
+    for dense, meta, table in [(5e-4, 5e-3, 0.05), (1e-3, 5e-3, 0.02), (2e-3, 1e-2, 0.02)]
 ]  # fmt: skip
 TRIAL_SEED = 100

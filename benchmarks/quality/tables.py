@@ -12,6 +12,12 @@ from trainer.compare import compare
 from trainer.models import BACKBONES
 
 METRICS = ("auc", "gauc", "logloss")
+SECTIONS = [  # (section, key) to the words over its column
+    (("overall", ""), "all test events"),
+    (("segment", "new_user"), "users never seen"),
+    (("segment", "new_in_scenario"), "users new in the scenario"),
+    (("segment", "sparse"), "users with few positives"),
+]
 
 
 def write(work: Path, out: Path, page: Path) -> None:
@@ -63,6 +69,7 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
     head = {
         "dataset": name, "backbone": backbone, "arm": arm, "seed": int(run.name.split("-")[1]),
         "learning_rate": config["train"]["learning_rate"],
+        "meta_learning_rate": config["train"]["meta_learning_rate"],
         "table_learning_rate": config["tables"]["learning_rate"],
         "dropout": config["model"]["dropout"],
     }  # fmt: skip
@@ -197,24 +204,23 @@ def _means(runs: list[dict[str, Any]]) -> str:
 
 
 def _intervals(rows: list[dict[str, Any]]) -> str:
-    """Differences in AUC with 95 % intervals: overall, and for users never seen."""
+    """Differences in AUC with 95 % intervals: overall, and where ids know little."""
+    words = " | ".join(words for _, words in SECTIONS)
     lines = [
-        "| backbone | difference | seeds | all test events | users never seen |",
-        "|---|---|---|---|---|",
+        f"| backbone | difference | seeds | {words} |",
+        "|---|---|---|" + "---|" * len(SECTIONS),
     ]
     rows = [row for row in rows if row["metric"] == "auc"]
     for backbone, arm, base in dict.fromkeys((r["backbone"], r["arm"], r["base"]) for r in rows):
         own = [r for r in rows if (r["backbone"], r["arm"], r["base"]) == (backbone, arm, base)]
         cells = []
-        for section, key in (("overall", None), ("segment", "new_user")):
-            found = [r for r in own if r["section"] == section and key in (None, r["key"])]
+        for section, _ in SECTIONS:
+            found = [r for r in own if r["section"] == section[0] and section[1] in ("", r["key"])]
             if not found:
                 cells.append("–")
                 continue
             value, low, high = (float(found[0][k]) for k in ("difference", "low", "high"))
             mark = "**" if low > 0 or high < 0 else ""
             cells.append(f"{mark}{value:+.4f}{mark} [{low:+.4f}, {high:+.4f}]")
-        lines.append(
-            f"| {backbone} | {arm} - {base} | {own[0]['seeds']} | {cells[0]} | {cells[1]} |"
-        )
+        lines.append(f"| {backbone} | {arm} - {base} | {own[0]['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
