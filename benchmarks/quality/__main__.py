@@ -1,6 +1,7 @@
 """Does the knowledge help? Trains every arm on every data set and writes small tables.
 
     python -m benchmarks.quality run --work study --datasets movielens --backbones star shared_bottom
+    python -m benchmarks.quality sensitivity --work study --datasets movielens
     python -m benchmarks.quality tables --work study
 
 `run` is resumable: what is there is not done again. `tables` reads whatever has been run.
@@ -10,7 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.quality import study, tables
+from benchmarks.quality import sensitivity, study, tables
 from benchmarks.quality.arms import ARMS, DATASETS, MAIN, SEEDS, TRIAL_SEED, TRIALS
 from trainer.models import BACKBONES
 
@@ -30,6 +31,11 @@ def main() -> None:
     run.add_argument("--seeds", type=int, default=SEEDS)
     run.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
     run.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
+    curve = stages.add_parser("sensitivity", help="AUC by the meta networks' step size and form")
+    curve.add_argument("--work", type=Path, required=True, help="the folder that `run` has filled")
+    curve.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
+    curve.add_argument("--backbone", choices=list(BACKBONES), default="shared_bottom")
+    curve.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
     table = stages.add_parser("tables", help="CSV files and figures of what has been run")
     table.add_argument("--work", type=Path, required=True)
     table.add_argument("--out", type=Path, default=Path("benchmarks/quality/results"))
@@ -37,6 +43,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.stage == "tables":
         tables.write(options.work, options.out, options.page)
+        return
+    if options.stage == "sensitivity":
+        for name in options.datasets:
+            study.train(sensitivity.plan(options.work, name, options.backbone), options.jobs, 1e9)
         return
     ends = time.monotonic() + 60 * options.minutes
     folders = {"movielens": "ml-latest-small", "food_kitchen": "amazon-food-kitchen"}

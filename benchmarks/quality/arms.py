@@ -121,3 +121,8 @@ TRIALS: list[dict[str, Any]] = [
     for dense, meta, table in [(5e-4, 5e-3, 0.05), (1e-3, 5e-3, 0.02), (2e-3, 1e-2, 0.02)]
 ]  # fmt: skip
 TRIAL_SEED = 100
+
+# How sensitive each form of the generator is to the step size of the meta networks.
+FORMS = ("residual", "linear")
+META_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SENSITIVITY_SEEDS = 3

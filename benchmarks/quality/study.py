@@ -92,6 +92,13 @@ def configuration(
     """Run directory and assignments of one run."""
     folder = work / name / "runs" / backbone / arm
     run = folder / (f"trial-{trial}" if seed == TRIAL_SEED else f"seed-{seed}")
+    return run, assignments(work, name, backbone, arm, seed, run, TRIALS[trial])
+
+
+def assignments(
+    work: Path, name: str, backbone: str, arm: str, seed: int, run: Path, further: dict[str, Any]
+) -> list[str]:
+    """What a run of an arm writes for --set; `further` comes last."""
     stores, chosen = work / name / "stores", ARMS[arm]
     changes: dict[str, Any] = {
         "name": f"{backbone}+{arm}",
@@ -108,9 +115,9 @@ def configuration(
             for level, kind in chosen.stores.items()
         },
         **DATASETS[name].changes,
-        **TRIALS[trial],
+        **further,
     }
-    return run, [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
 def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.quality import sensitivity
 from benchmarks.quality.arms import ARMS, DATASETS, PAIRS
 from trainer.compare import compare
 from trainer.models import BACKBONES
@@ -21,7 +22,7 @@ SECTIONS = [  # (section, key) to the words over its column
 
 
 def write(work: Path, out: Path, page: Path) -> None:
-    """Writes runs.csv, differences.csv, versions.json, the figures and the page's tables.
+    """Writes the CSV files, versions.json, the figures and the page's tables.
 
     Args:
         work: Of the study; everything finished in it is taken.
@@ -45,9 +46,20 @@ def write(work: Path, out: Path, page: Path) -> None:
         work.glob("*/runs/*/*/seed-*/versions.json"), key=lambda file: file.stat().st_mtime
     )
     (out / "versions.json").write_text(newest.read_text())
+    curves = [
+        row
+        for name in DATASETS
+        for backbone in BACKBONES
+        for row in sensitivity.rows(work, name, backbone)
+    ]
+    if curves:
+        _save(out / "sensitivity.csv", curves)
     for name in DATASETS:
+        own = [row for row in curves if row["dataset"] == name]
+        if own:
+            sensitivity.figure(own, out / f"{name}_sensitivity.png")
         _figure([row for row in differences if row["dataset"] == name], out / f"{name}.png")
-    _page(runs, differences, page)
+    _page(runs, differences, curves, page)
 
 
 def _complete(folder: Path) -> dict[str, list[Path]]:
@@ -155,7 +167,12 @@ def _figure(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _page(runs: list[dict[str, Any]], differences: list[dict[str, Any]], page: Path) -> None:
+def _page(
+    runs: list[dict[str, Any]],
+    differences: list[dict[str, Any]],
+    curves: list[dict[str, Any]],
+    page: Path,
+) -> None:
     """Writes the tables of docs/quality.md between its markers; the words around them stay."""
     text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
     for name in DATASETS:
@@ -163,6 +180,8 @@ def _page(runs: list[dict[str, Any]], differences: list[dict[str, Any]], page: P
         tables = [_means(own), _intervals([row for row in differences if row["dataset"] == name])]
         body = "\n\n".join(table for table in tables if table) or "Not run yet."
         text = _between(text, name, body)
+        curve = sensitivity.table([row for row in curves if row["dataset"] == name])
+        text = _between(text, f"{name} sensitivity", curve or "Not run yet.")
     page.write_text(text, encoding="utf-8")
 
 
