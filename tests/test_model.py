@@ -282,6 +282,25 @@ def test_standardised_vectors_are_centred_and_of_length_one() -> None:
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 0, 1], atol=1e-6)
 
 
+def test_hidden_user_ids_are_hidden_in_training_only() -> None:
+    dense = model("shared_bottom", noise=0.0, dropout=0.0)
+    pooled, sequences, vectors, batch = inputs()
+    other = KeyedTensor(["user"], [DIM], torch.randn(ROWS, DIM))
+    dense.user_dropout = 1.0  # the configuration allows less only
+
+    def loss(users: KeyedTensor) -> Tensor:
+        torch.manual_seed(0)  # the backbone's dropout
+        return dense(users, sequences, vectors, batch)[0]
+
+    dense.train()
+    assert torch.equal(loss(pooled), loss(other))
+    dense.user_dropout = 0.5
+    assert not torch.equal(loss(pooled), loss(other))
+    dense.eval()
+    assert torch.equal(loss(pooled), loss(pooled))
+    assert not torch.equal(loss(pooled), loss(other))
+
+
 def test_padding_adds_nothing_to_the_loss() -> None:
     dense = model("star").eval()
     pooled, sequences, vectors, batch = inputs()

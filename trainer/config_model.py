@@ -124,4 +124,11 @@ class ModelConfig(Section):
         default=[64, 32], min_length=1, description="Widths of the backbone's layers."
     )
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout in the backbone.")
+    user_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of training samples whose user id is hidden (its vector counts as 0, as that "
+        "of an unknown user nearly is), so that the model learns what else tells of a user.",
+    )
     meta: MetaConfig = MetaConfig()

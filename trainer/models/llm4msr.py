@@ -196,6 +196,7 @@ class DenseModel(nn.Module):
     def __init__(self, config: ModelConfig, shapes: Shapes, dim: int) -> None:
         super().__init__()
         self.history_length = shapes.history_length
+        self.user_dropout = config.user_dropout
         self.label_weights = shapes.label_weights
         self.scenario_embedding = nn.Embedding(shapes.scenarios, dim)
         nn.init.normal_(self.scenario_embedding.weight, std=0.1)
@@ -218,6 +219,9 @@ class DenseModel(nn.Module):
         knowledge = vectors if vectors is not None else {}
         known = {level: batch.knowledge[level].lengths().bool() for level in ("user", "item")}
         user = pooled["user"]
+        if self.training and self.user_dropout:  # content has to do without ids, after DropoutNet
+            hidden = torch.rand(len(user), device=user.device) < self.user_dropout
+            user = user.masked_fill(hidden[:, None], 0.0)
         item = sequences["item"].to_padded_dense(1).squeeze(1)
         history = sequences["history"].to_padded_dense(self.history_length).sum(1)
         history = history / batch.ids["history"].lengths().clamp(min=1)[:, None]
