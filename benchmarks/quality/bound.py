@@ -1,0 +1,137 @@
+"""What a user's first events tell of later ones: a logistic model of three numbers, no ids, no text.
+
+    python -m benchmarks.quality.bound --data study/movielens/data
+
+The numbers are the item's share of likes in profile and training windows (without the event itself),
+the user's share of likes in the events that prompts may read, and how much more than that the user
+liked the item's categories there. What this model gains over the item's share alone is in the events
+behind the prompts; an arm that gains less has lost it on the way from events to text, from text to
+vector, or from vector to prediction.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+FEATURES = {
+    "item's share of likes": [0],
+    "+ user's share of likes": [0, 1],
+    "+ user's liking of its categories": [0, 1, 2],
+}
+# Observations that a share starts with, at the share of the level above.
+ITEM_PRIOR, USER_PRIOR, CATEGORY_PRIOR = 5, 5, 3
+
+
+class Counts:
+    """Likes and events of keys."""
+
+    def __init__(self) -> None:
+        self.likes: defaultdict = defaultdict(int)
+        self.events: defaultdict = defaultdict(int)
+
+    def add(self, key: object, label: int) -> None:
+        """Counts one event."""
+        self.likes[key] += label
+        self.events[key] += 1
+
+    def share(self, key: object, prior: float, at: float, without: int | None = None) -> float:
+        """Share of likes of a key, smoothed; `without` is the label of an event to leave out."""
+        likes, events = self.likes[key], self.events[key]
+        if without is not None:
+            likes, events = likes - without, events - 1
+        return (likes + prior * at) / (events + prior)
+
+
+def events(data: Path, *splits: str) -> list[tuple]:
+    """(user, item, label) of every event of the splits that exist."""
+    found: list[tuple] = []
+    for split in splits:
+        if (data / split).exists():
+            table = pq.read_table(data / split, columns=["user_id", "item_id", "label"])
+            found += zip(*(column.to_pylist() for column in table.columns), strict=True)
+    return found
+
+
+def features(data: Path) -> dict[str, tuple[Tensor, Tensor, np.ndarray]]:
+    """Numbers [N, 3], labels [N] and users [N] of the train and test splits."""
+    items = pq.read_table(data / "items.parquet", columns=["item_id", "categories"]).to_pydict()
+    categories = dict(zip(items["item_id"], items["categories"], strict=True))
+    by_item, by_user, by_category = Counts(), Counts(), Counts()
+    for _, item, label in events(data, "profile", "train"):
+        by_item.add(item, label)
+    for user, item, label in events(data, "profile", "introduction"):
+        by_user.add(user, label)
+        for category in categories[item] or []:
+            by_category.add((user, category), label)
+    base = sum(by_item.likes.values()) / sum(by_item.events.values())
+
+    def numbers(user: object, item: object, own_label: int | None) -> list[float]:
+        liked = by_item.share(item, ITEM_PRIOR, base, own_label)
+        pleased = by_user.share(user, USER_PRIOR, base)
+        tastes = [
+            by_category.share((user, category), CATEGORY_PRIOR, pleased) - pleased
+            for category in categories[item] or []
+        ]
+        odds = [float(np.log(share / (1 - share))) for share in (liked, pleased)]
+        return [*odds, float(np.mean(tastes)) if tastes else 0.0]
+
+    found = {}
+    for split in ("train", "test"):
+        rows = events(data, split)
+        values = [numbers(u, i, label if split == "train" else None) for u, i, label in rows]
+        labels = torch.tensor([float(label) for *_, label in rows])
+        found[split] = torch.tensor(values), labels, np.array([user for user, *_ in rows])
+    return found
+
+
+def fit(x: Tensor, y: Tensor) -> Tensor:
+    """Weights of a logistic regression; the last one is the constant."""
+    weights = torch.zeros(x.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], y)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return weights.detach()
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Share of pairs in the right order, ties one half."""
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (count.cumsum() - (count - 1) / 2)[place]
+    positives = labels.sum()
+    negatives = len(labels) - positives
+    return float(
+        (rank[labels == 1].sum() - positives * (positives + 1) / 2) / positives / negatives
+    )
+
+
+def main() -> None:
+    """Prints a Markdown table: test AUC of all events and of users without a training row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="prepared dataset with ratings")
+    found = features(parser.parse_args().data)
+    (x, y, trained), (test_x, test_y, users) = found["train"], found["test"]
+    mean, spread = x.mean(0), x.std(0)
+    unseen, labels = ~np.isin(users, np.unique(trained)), test_y.numpy()
+    print("| a logistic model of | all test events | users never seen |\n|---|---|---|")
+    for name, columns in FEATURES.items():
+        weights = fit(((x - mean) / spread)[:, columns], y)
+        scores = (((test_x - mean) / spread)[:, columns] @ weights[:-1]).numpy()
+        print(f"| {name} | {auc(labels, scores):.4f} | {auc(labels[unseen], scores[unseen]):.4f} |")
+
+
+if __name__ == "__main__":
+    main()
