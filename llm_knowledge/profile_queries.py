@@ -61,6 +61,7 @@ def user_query(
 ) -> str:
     """Rows (key, cutoff, data), by key: each user's newest items, most recent first.
 
+    Where label 0 means disliked, `data` also says of how many items, and how many of them were liked.
     An item without a title is named by its categories; one without either is left out of the lists. An
     item met twice in a scenario counts once, with its newest label (the liked one of two at the same
     time). Ties in time go by item, then by scenario.
@@ -77,13 +78,16 @@ def user_query(
     newest = "max(newest)" if cutoff is None else f"CAST({cutoff} AS BIGINT)"
     items = dialect.ordered_list(shown, "-newest", "item_id", "scenario_id")
     wanted = "" if negatives else "AND label = 1"
+    counts = [f"""'"{name}":' || CAST(e.{name} AS STRING) || ','""" for name in ("met", "liked")]
+    head = " || ".join(["'{'", *(counts if negatives else [])])
     return f"""
 WITH met AS (
   SELECT user_id, scenario_id, item_id, count(*) AS times, max(timestamp) AS newest,
          max(2 * timestamp + label) - 2 * max(timestamp) AS label
   FROM events GROUP BY user_id, scenario_id, item_id
 ), enough AS (
-  SELECT user_id, {newest} AS cutoff FROM met GROUP BY user_id HAVING sum(times) >= {at_least}
+  SELECT user_id, {newest} AS cutoff, count(*) AS met, sum(label) AS liked
+  FROM met GROUP BY user_id HAVING sum(times) >= {at_least}
 ), named AS (
   SELECT m.user_id, m.scenario_id, m.item_id, m.newest, m.label,
          CASE WHEN i.title_text <> '' THEN i.title_text ELSE i.category_text END AS text
@@ -104,7 +108,7 @@ WITH met AS (
   SELECT user_id, {items} AS items FROM recent WHERE position <= {total} GROUP BY user_id
 )
 SELECT e.user_id AS key, e.cutoff AS cutoff,
-       '{{"items":' || coalesce(CAST(to_json(l.items) AS STRING), '[]') || '}}' AS data
+       {head} || '"items":' || coalesce(CAST(to_json(l.items) AS STRING), '[]') || '}}' AS data
 FROM enough e LEFT JOIN lists l ON e.user_id = l.user_id ORDER BY key
 """
 

@@ -31,7 +31,7 @@ _COMMON = {"scenario_names", "positive_name", "negative_name"}
 _ALLOWED = {
     "instruction": {level: _COMMON for level in ("user", "scenario", "item")},
     "body": {
-        "user": _COMMON | {"sections", "liked", "disliked"},
+        "user": _COMMON | {"habit", "sections", "liked", "disliked"},
         "scenario": _COMMON | {"name", "description", "activity", "top_categories",
                                "distinct_categories", "relations"},
         "item": _COMMON | {"title", "categories", "title_or_categories"},
@@ -40,6 +40,9 @@ _ALLOWED = {
     "liked": {"user": {"titles", "positive_name", "negative_name"}},
     "disliked": {"user": {"titles", "positive_name", "negative_name"}},
 }  # fmt: skip
+# Smallest share of items that were liked, and how a user of such a share is spoken of.
+_HABITS = [(0.8, "nearly everything"), (0.6, "most"), (0.4, "about half"), (0.2, "little"),
+           (0.0, "hardly anything")]  # fmt: skip
 # Bidirectional overrides reorder what a reader sees; joiners of emoji and of scripts stay.
 _BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -229,7 +232,19 @@ class Renderer:
             if mine and self.template.section:
                 sections.append(self.template.section.format_map(
                     {"scenario": self._say(facts["name"]), **self._lists(mine)}))  # fmt: skip
-        return {"sections": "\n".join(sections), **self._lists(items)}
+        return {
+            "habit": self._habit(profile),
+            "sections": "\n".join(sections),
+            **self._lists(items),
+        }
+
+    def _habit(self, profile: dict[str, Any]) -> str:
+        """How easily the user is pleased, in words: encoders read words better than numbers."""
+        if not profile.get("met"):
+            return ""
+        share = (profile["liked"] + 1) / (profile["met"] + 2)
+        words = next(words for least, words in _HABITS if share >= least)
+        return f"{self.positive_name.capitalize()} {words}."
 
     def _lists(self, items: list[dict[str, Any]]) -> dict[str, str]:
         names = {"positive_name": self.positive_name, "negative_name": self.negative_name or ""}

@@ -60,6 +60,7 @@ def test_user_profile_is_recent_first_with_newest_label(tmp_path):
     shown = [(item["title"], item["liked"], item["scenario"]) for item in data["items"]]
     assert shown == [("title0", False, "food"), ("title4", True, "food"), ("title1", False, "food"),
                      ("title2", True, "food"), ("title3", True, "kitchen")]  # fmt: skip
+    assert (data["met"], data["liked"]) == (5, 3)  # items, by their newest label
     # No title: its categories; neither: left out. The cut-off counts every event.
     assert [item["title"] for item in found[2][1]["items"]] == ["pots, pans"]
     assert found[2][0] == 6

@@ -68,6 +68,20 @@ def test_hostile_title_cannot_start_a_line_in_a_plain_prompt():
     assert text.splitlines() == [clean(HOSTILE) + ".", "plain."]
 
 
+@pytest.mark.parametrize(
+    ("met", "liked", "words"),
+    [(40, 40, "nearly everything"), (40, 25, "most"), (40, 20, "about half"), (40, 9, "little"),
+     (40, 1, "hardly anything"), (1, 1, "most"), (1, 0, "little")],
+)  # fmt: skip
+def test_a_prompt_says_how_easily_its_user_is_pleased(met, liked, words):
+    profile = {"met": met, "liked": liked, "items": [item("plain", liked > 0)]}
+    plain = renderer("user_plain").render([profile])[0]
+    assert plain.splitlines() == [f"Liked {words}.", *(["plain."] if liked else [])]
+    assert f"\nLiked {words}.\nIn " in renderer().render([profile])[0]
+    without = {"items": profile["items"]}  # a log with sampled negatives does not know
+    assert "Liked" not in renderer("user_plain").render([without])[0]
+
+
 def test_braces_in_titles_are_text():
     text = renderer().render([{"items": [item("{liked} {0.__class__} %s")]}])[0]
     assert '"{liked} {0.__class__} %s"' in text
