@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.quality import sensitivity, study, tables
-from benchmarks.quality.arms import ARMS, DATASETS, MAIN, SEEDS, TRIAL_SEED, TRIALS
+from benchmarks.quality.arms import ARMS, DATASETS, MAIN, SEEDS, TRIAL_SEED
 from trainer.models import BACKBONES
 
 
@@ -60,7 +60,7 @@ def main() -> None:
             trials = [
                 study.configuration(options.work, *cell, TRIAL_SEED, trial)
                 for cell in cells
-                for trial in range(len(TRIALS))
+                for trial in range(len(DATASETS[name].trials))
             ]
             if not study.train(trials, options.jobs, (ends - time.monotonic()) / 60):
                 return

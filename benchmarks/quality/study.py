@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TRIAL_SEED, TRIALS
+from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TRIAL_SEED
 from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import shuffled_store, write_store
 from trainer.config import load_config, save_config
@@ -92,7 +92,7 @@ def configuration(
     """Run directory and assignments of one run."""
     folder = work / name / "runs" / backbone / arm
     run = folder / (f"trial-{trial}" if seed == TRIAL_SEED else f"seed-{seed}")
-    return run, assignments(work, name, backbone, arm, seed, run, TRIALS[trial])
+    return run, assignments(work, name, backbone, arm, seed, run, DATASETS[name].trials[trial])
 
 
 def assignments(
@@ -179,7 +179,7 @@ def _start(batch: list[tuple[Path, list[str]]]) -> subprocess.Popen:
 def best_trial(work: Path, name: str, backbone: str, arm: str) -> int:
     """The trial with the highest AUC on the valid split."""
     found = []
-    for trial in range(len(TRIALS)):
+    for trial in range(len(DATASETS[name].trials)):
         run, _ = configuration(work, name, backbone, arm, TRIAL_SEED, trial)
         found.append(json.loads((run / "summary.json").read_text())["valid_auc"] or 0.0)
     return int(np.argmax(found))
