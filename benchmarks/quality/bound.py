@@ -1,12 +1,13 @@
 """What a user's first events tell of later ones: a logistic model of three numbers, no ids, no text.
 
-    python -m benchmarks.quality.bound --data study/movielens/data
+    python -m benchmarks.quality.bound --data study/movielens/data --users study/movielens/stores/user
 
 The numbers are the item's share of likes in profile and training windows (without the event itself),
 the user's share of likes in the events that prompts may read, and how much more than that the user
 liked the item's categories there. What this model gains over the item's share alone is in the events
 behind the prompts; an arm that gains less has lost it on the way from events to text, from text to
-vector, or from vector to prediction.
+vector, or from vector to prediction. With --users, the last lines are the same model of the item's
+share and a store's vectors: what is left on the second of these ways.
 """
 
 import argparse
@@ -19,11 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from llm_knowledge.store import KnowledgeStore
+from trainer.models.meta import standardise
+
 FEATURES = {
     "item's share of likes": [0],
     "+ user's share of likes": [0, 1],
     "+ user's liking of its categories": [0, 1, 2],
 }
+PENALTY = 3e-4  # on the squared weights of vectors
 # Observations that a share starts with, at the share of the level above.
 ITEM_PRIOR, USER_PRIOR, CATEGORY_PRIOR = 5, 5, 3
 
@@ -90,14 +95,15 @@ def features(data: Path) -> dict[str, tuple[Tensor, Tensor, np.ndarray]]:
     return found
 
 
-def fit(x: Tensor, y: Tensor) -> Tensor:
-    """Weights of a logistic regression; the last one is the constant."""
+def fit(x: Tensor, y: Tensor, penalised: int = 0) -> Tensor:
+    """Weights of a logistic regression, the last ones `penalised`; then the constant."""
     weights = torch.zeros(x.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], y)
+        value = value + PENALTY * weights[x.shape[1] - penalised : -1].square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
@@ -117,20 +123,38 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def main() -> None:
-    """Prints a Markdown table: test AUC of all events and of users without a training row."""
+    """Prints a Markdown table: test AUC of all events, and of users without a training row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="prepared dataset with ratings")
-    found = features(parser.parse_args().data)
+    parser.add_argument("--users", type=Path, nargs="*", default=[], help="stores of user vectors")
+    options = parser.parse_args()
+    found = features(options.data)
     (x, y, trained), (test_x, test_y, users) = found["train"], found["test"]
     mean, spread = x.mean(0), x.std(0)
+    x, test_x = (x - mean) / spread, (test_x - mean) / spread
     unseen, labels = ~np.isin(users, np.unique(trained)), test_y.numpy()
+
+    def line(name: str, x: Tensor, test_x: Tensor, penalised: int = 0) -> None:
+        scores = (test_x @ fit(x, y, penalised)[:-1]).numpy()
+        print(f"| {name} | {auc(labels, scores):.4f} | {auc(labels[unseen], scores[unseen]):.4f} |")
+
     print("| a logistic model of | all test events | users never seen |\n|---|---|---|")
     for name, columns in FEATURES.items():
-        weights = fit(((x - mean) / spread)[:, columns], y)
-        scores = (((test_x - mean) / spread)[:, columns] @ weights[:-1]).numpy()
-        print(f"| {name} | {auc(labels, scores):.4f} | {auc(labels[unseen], scores[unseen]):.4f} |")
+        line(name, x[:, columns], test_x[:, columns])
+    for path in options.users:
+        store = KnowledgeStore.open(path)
+        vectors = torch.from_numpy(standardise(store.read_vectors(0, store.manifest.rows)))
+        vectors = torch.cat([vectors, torch.zeros(1, vectors.shape[1])])  # -1: no vector
+        own, test_own = vectors[store.row_of(trained)], vectors[store.row_of(users)]
+        name = f"item's share of likes, {path.name} vector"
+        line(
+            name,
+            torch.cat([x[:, :1], own], 1),
+            torch.cat([test_x[:, :1], test_own], 1),
+            own.shape[1],
+        )
 
 
 if __name__ == "__main__":
