@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import time
 
@@ -163,13 +164,10 @@ def test_an_interrupted_refresh_leaves_the_old_store(bert, tmp_path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "old"]
 
 
-def test_a_killed_refresh_goes_on_where_it_was(bert, tmp_path, monkeypatch):
-    data = random_dataset(tmp_path / "data", users=150)
-    old = full(data, tmp_path / "old", bert, chunk=20)
-    go_on(data, range(0, 150, 3))
-    monkeypatch.setattr(module, "WAITING_PROMPTS", 5)
-    options = {"model": str(bert), "device": "cpu", "chunk": 20}
+def refresh_that_dies(*arguments, waiting, **options):
+    """A refresh in batches of `waiting` prompts whose process ends before the fifth part."""
     count, write = [], writer.write_part
+    module.WAITING_PROMPTS = waiting
 
     def dies(*args):
         if len(count) == 4:
@@ -177,11 +175,25 @@ def test_a_killed_refresh_goes_on_where_it_was(bert, tmp_path, monkeypatch):
         count.append(1)
         return write(*args)
 
-    if (child := os.fork()) == 0:
-        writer.write_part = dies
-        refresh(old, data, tmp_path / "new", **options)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    writer.write_part = dies
+    refresh(*arguments, **options)
+
+
+def test_a_killed_refresh_goes_on_where_it_was(bert, tmp_path, monkeypatch):
+    data = random_dataset(tmp_path / "data", users=150)
+    old = full(data, tmp_path / "old", bert, chunk=20)
+    go_on(data, range(0, 150, 3))
+    monkeypatch.setattr(module, "WAITING_PROMPTS", 5)
+    options = {"model": str(bert), "device": "cpu", "chunk": 20}
+    # Not a fork: earlier tests have left threads (Spark's, Arrow's) that a fork does not survive.
+    child = multiprocessing.get_context("spawn").Process(
+        target=refresh_that_dies,
+        args=(old, data, tmp_path / "new"),
+        kwargs={**options, "waiting": 5},
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == 9
     partial = tmp_path / ".new.partial"
     assert len(list(partial.glob("part-*.parquet"))) == 4
     with directory_lock(partial), pytest.raises(InputError, match="another run is writing here"):
