@@ -142,6 +142,8 @@ class Job:
             _refuse_other_job(out, found, wanted)
             if found.complete:
                 verify(out)
+                # Still there if the last run ended between its last two steps.
+                self.profiles.unlink(missing_ok=True)
                 return None
         else:
             strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")]

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_knowledge import job
 from llm_knowledge.encoder import Encoder
 from llm_knowledge.errors import InputError
 from llm_knowledge.extract import ExtractConfig, extract
+from llm_knowledge.manifest import Manifest
 from llm_knowledge.store import KnowledgeStore, verify
 from tests.knowledge_data import random_dataset, tiny_encoder
 
@@ -105,6 +107,31 @@ def test_killed_at_random_moments(tmp_path: Path, kill: str) -> None:
         ]
     print(f"{kill}: {died} of {moments} runs died, of {length:.2f} s each")
     assert died >= moments // 4
+
+
+def test_killed_between_manifest_and_tidying_up(tmp_path: Path, monkeypatch) -> None:
+    bert = tiny_encoder(tmp_path / "bert")
+    data = random_dataset(tmp_path / "data", users=USERS)
+    config = ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
+                           device="cpu", chunk=CHUNK, timeout_minutes=0.5)  # fmt: skip
+    write = job.write_manifest
+
+    def dies(out: Path, manifest: Manifest) -> None:
+        write(out, manifest)
+        if manifest.complete:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_manifest", dies)
+        with pytest.raises(KeyboardInterrupt):
+            extract(config)
+    profiles = config.out / "profiles.parquet"
+    assert profiles.exists()
+    parts = {file: file.stat().st_mtime_ns for file in config.out.glob("part-*")}
+    extract(config)
+    assert not profiles.exists()
+    assert parts == {file: file.stat().st_mtime_ns for file in config.out.glob("part-*")}
+    verify(config.out)
 
 
 def test_a_second_run_on_one_store_is_refused_and_does_no_harm(tmp_path: Path) -> None:
