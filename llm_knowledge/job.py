@@ -99,6 +99,9 @@ class Job:
                 self._work(missing)
                 if leader:
                     self._finish()
+            if leader:
+                # Not in _finish: a run that died after its manifest has left them to the next one.
+                self.profiles.unlink(missing_ok=True)
         if leader:
             self.workers.publish(f"{stage}/done", {})
         else:
@@ -142,8 +145,6 @@ class Job:
             _refuse_other_job(out, found, wanted)
             if found.complete:
                 verify(out)
-                # Still there if the last run ended between its last two steps.
-                self.profiles.unlink(missing_ok=True)
                 return None
         else:
             strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")]
@@ -261,7 +262,6 @@ class Job:
         manifest = self._manifest().model_copy(update=update)
         verify(out, manifest)
         write_manifest(out, manifest)
-        self.profiles.unlink()
 
 
 def profile_options(config: ExtractConfig) -> ProfileOptions:

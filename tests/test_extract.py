@@ -265,9 +265,15 @@ def test_another_job_or_strange_directory_is_refused(bert, qwen, tmp_path):
 def test_damaged_part_of_an_interrupted_run_is_made_again(bert, tmp_path, monkeypatch):
     data = random_dataset(tmp_path / "data")
     whole = extract(config(data, tmp_path / "whole", bert, chunk=2))
-    monkeypatch.setattr(job.Job, "_finish", lambda self: None)
-    out = extract(config(data, tmp_path / "out", bert, chunk=2))
-    monkeypatch.undo()
+    out = tmp_path / "out"
+
+    def dies(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job.Job, "_finish", dies)
+        with pytest.raises(KeyboardInterrupt):
+            extract(config(data, out, bert, chunk=2))
     broken = bytearray((out / "part-00002.parquet").read_bytes())
     broken[60] ^= 0xFF
     (out / "part-00002.parquet").write_bytes(broken)
