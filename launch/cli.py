@@ -10,6 +10,7 @@ from pathlib import Path
 import launch.commands as run
 from launch.workers import INPUT_WAS_WRONG
 from llm_knowledge.errors import InputError
+from trainer.metrics import SEGMENTS
 
 DONE, INTERRUPTED = 0, 130
 
@@ -248,11 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs", type=Path, nargs="+", metavar="RUN", help="run directory, or folder of runs by seed"
     )
     p.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default: 1000)")
-    p.add_argument(
-        "--segment",
-        choices=["known", "sparse", "new_in_scenario", "new_user"],
-        help="only these impressions",
-    )
+    p.add_argument("--segment", choices=SEGMENTS, help="only these impressions")
     p.add_argument("--out", type=Path, help="JSON file to write")
 
     p = command(
