@@ -13,8 +13,8 @@ from trainer.compare import compare
 from trainer.models import BACKBONES
 
 METRICS = ("auc", "gauc", "logloss")
-SECTIONS = [  # (section, key) to the words over its column
-    (("overall", ""), "all test events"),
+SECTIONS = [  # (section, key) in differences.csv to the words over its column
+    (("overall", "overall"), "all test events"),
     (("segment", "new_user"), "users never seen"),
     (("segment", "new_in_scenario"), "users new in the scenario"),
     (("segment", "sparse"), "users with few positives"),
@@ -124,6 +124,11 @@ def _save(file: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def _of(section: tuple[str, str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one (section, key)."""
+    return [row for row in rows if (row["section"], row["key"]) == section]
+
+
 def _figure(rows: list[dict[str, Any]], file: Path) -> None:
     """Differences in AUC with their intervals, backbone by backbone: overall and for new users."""
     from matplotlib.figure import Figure
@@ -135,17 +140,9 @@ def _figure(rows: list[dict[str, Any]], file: Path) -> None:
         return
     figure = Figure(figsize=(10, 1.6 + 0.34 * len(backbones)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    panels = [
-        ("overall", "overall", "all test events"),
-        ("segment", "new_user", "users never seen"),
-    ]
-    for axis, (section, key, title) in zip(axes, panels, strict=True):
+    for axis, (section, title) in zip(axes, SECTIONS[:2], strict=True):
         for number, base in enumerate(bases):
-            chosen = {
-                row["backbone"]: row
-                for row in rows
-                if row["base"] == base and row["section"] == section and row["key"] in (key, "")
-            }
+            chosen = {row["backbone"]: row for row in _of(section, rows) if row["base"] == base}
             places = [
                 y + 0.24 * (number - 0.5) for y, name in enumerate(backbones) if name in chosen
             ]
@@ -213,9 +210,7 @@ def _means(runs: list[dict[str, Any]]) -> str:
         own = [row for row in runs if (row["backbone"], row["arm"]) == (backbone, arm)]
         cells = []
         for section in sections:
-            found = [
-                float(r["auc"]) for r in own if (r["section"], r["key"]) == section and r["auc"]
-            ]
+            found = [float(row["auc"]) for row in _of(section, own) if row["auc"]]
             cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
         seeds = len({row["seed"] for row in own})
         lines.append(f"| {backbone} | {arm} | {seeds} | " + " | ".join(cells) + " |")
@@ -234,7 +229,7 @@ def _intervals(rows: list[dict[str, Any]]) -> str:
         own = [r for r in rows if (r["backbone"], r["arm"], r["base"]) == (backbone, arm, base)]
         cells = []
         for section, _ in SECTIONS:
-            found = [r for r in own if r["section"] == section[0] and section[1] in ("", r["key"])]
+            found = _of(section, own)
             if not found:
                 cells.append("–")
                 continue
