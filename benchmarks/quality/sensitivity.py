@@ -39,9 +39,13 @@ def rows(work: Path, name: str, backbone: str) -> list[dict[str, Any]]:
         form, _, rate = run.parent.name.partition("-")
         evaluation = json.loads(file.read_text())
         blocks = {"auc": evaluation["overall"], "new_user_auc": evaluation["segments"]["new_user"]}
-        head = {"dataset": name, "backbone": backbone, "form": form, "meta_learning_rate": rate}
-        values = {key: "" if b["auc"] is None else f"{b['auc']:.5f}" for key, b in blocks.items()}
-        found.append({**head, "seed": run.name.removeprefix("seed-"), **values})
+        head = {
+            "dataset": name, "backbone": backbone, "form": form,
+            "meta_learning_rate": float(rate) if rate else None,
+            "seed": int(run.name.removeprefix("seed-")),
+        }  # fmt: skip
+        # The digits of the CSV file, so that the page's means follow from it.
+        found.append(head | {key: b["auc"] and round(b["auc"], 5) for key, b in blocks.items()})
     return found
 
 
@@ -50,18 +54,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
 
-    def cell(form: str, rate: str) -> str:
-        own = [
-            float(r["auc"]) for r in lines if (r["form"], r["meta_learning_rate"]) == (form, rate)
-        ]
+    def cell(form: str, rate: float | None) -> str:
+        own = [r["auc"] for r in lines if (r["form"], r["meta_learning_rate"]) == (form, rate)]
         return f"{sum(own) / len(own):.4f} ({min(own):.4f} to {max(own):.4f})" if own else "–"
 
     text = ["| step size of the meta networks | " + " | ".join(FORMS) + " |", "|---|---|---|"]
     text += [
-        f"| {rate:g} | " + " | ".join(cell(form, f"{rate:g}") for form in FORMS) + " |"
+        f"| {rate:g} | " + " | ".join(cell(form, rate) for form in FORMS) + " |"
         for rate in META_RATES
     ]
-    return "\n".join(text) + f"\n\nThe backbone alone: {cell('alone', '')}."
+    return "\n".join(text) + f"\n\nThe backbone alone: {cell('alone', None)}."
 
 
 def figure(lines: list[dict[str, Any]], file: Path) -> None:
@@ -74,14 +76,12 @@ def figure(lines: list[dict[str, Any]], file: Path) -> None:
         own = [r for r in lines if r["form"] == form]
         if not own:
             continue
-        rates = sorted({float(r["meta_learning_rate"]) for r in own})
-        values = [
-            [float(r["auc"]) for r in own if float(r["meta_learning_rate"]) == x] for x in rates
-        ]
+        rates = sorted({r["meta_learning_rate"] for r in own})
+        values = [[r["auc"] for r in own if r["meta_learning_rate"] == x] for x in rates]
         (line,) = axis.plot(rates, [sum(v) / len(v) for v in values], label=form)
         for rate, points in zip(rates, values, strict=True):
             axis.plot([rate] * len(points), points, "o", ms=3, color=line.get_color())
-    alone = [float(r["auc"]) for r in lines if r["form"] == "alone"]
+    alone = [r["auc"] for r in lines if r["form"] == "alone"]
     if alone:
         axis.axhline(sum(alone) / len(alone), color="0.4", lw=0.8, label="backbone alone")
     axis.set_xscale("log")

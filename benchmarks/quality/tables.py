@@ -53,7 +53,8 @@ def write(work: Path, out: Path, page: Path) -> None:
         for row in sensitivity.rows(work, name, backbone)
     ]
     if curves:
-        _save(out / "sensitivity.csv", curves)
+        short = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
+        _save(out / "sensitivity.csv", short)
     for name in DATASETS:
         own = [row for row in curves if row["dataset"] == name]
         if own:
