@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from llm_knowledge.store import KnowledgeStore
+from trainer.bootstrap import user_aucs
 from trainer.models.meta import standardise
 
 FEATURES = {
@@ -113,13 +114,8 @@ def fit(x: Tensor, y: Tensor, penalised: int = 0) -> Tensor:
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Share of pairs in the right order, ties one half."""
-    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (count.cumsum() - (count - 1) / 2)[place]
-    positives = labels.sum()
-    negatives = len(labels) - positives
-    return float(
-        (rank[labels == 1].sum() - positives * (positives + 1) / 2) / positives / negatives
-    )
+    everyone = np.zeros(len(labels), dtype=np.int64)  # as if all events were one user's
+    return float(user_aucs(everyone, labels, scores, 1)[0])
 
 
 def main() -> None:
