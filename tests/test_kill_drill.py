@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,14 @@ from llm_knowledge.store import KnowledgeStore, verify
 from tests.knowledge_data import random_dataset, tiny_encoder
 
 USERS, CHUNK, WORKERS, MOMENTS = 60, 3, 2, 20
+
+
+def small_config(tmp_path: Path, users: int = USERS, chunk: int = CHUNK) -> ExtractConfig:
+    """An extraction of random users with a tiny encoder."""
+    bert = tiny_encoder(tmp_path / "bert")
+    data = random_dataset(tmp_path / "data", users=users)
+    return ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
+                         device="cpu", chunk=chunk, timeout_minutes=0.5)  # fmt: skip
 
 
 def worker(config: ExtractConfig, rank: int, port: int) -> int:
@@ -73,20 +82,17 @@ def test_killed_at_random_moments(tmp_path: Path, kill: str) -> None:
     seed = int(os.environ.get("DRILL_SEED", time.time_ns() % 1_000_000))
     print(f"DRILL_SEED={seed} repeats these moments")
     rng = random.Random(seed)
-    bert = tiny_encoder(tmp_path / "bert")
-    data = random_dataset(tmp_path / "data", users=USERS)
-    common = {"data": data, "model": str(bert), "progress": False, "device": "cpu", "chunk": CHUNK,
-              "timeout_minutes": 0.5}  # fmt: skip
-    whole = extract(ExtractConfig(out=tmp_path / "whole", **common))
+    common = small_config(tmp_path)
+    whole = extract(replace(common, out=tmp_path / "whole"))
     undisturbed = KnowledgeStore.open(whole)
     expected = undisturbed.read_vectors(0, USERS)
     begun = time.monotonic()
-    assert run(ExtractConfig(out=tmp_path / "timed", **common), None, 0, 0)
+    assert run(replace(common, out=tmp_path / "timed"), None, 0, 0)
     length = time.monotonic() - begun
     moments = MOMENTS if kill == "one" else MOMENTS // 4
     died = 0
     for moment in range(moments):
-        config = ExtractConfig(out=tmp_path / f"{kill}-{moment}", **common)
+        config = replace(common, out=tmp_path / f"{kill}-{moment}")
         after, victim = rng.uniform(0, length), rng.randrange(WORKERS)
         starts = 1
         if not run(config, kill, after, victim):
@@ -110,10 +116,7 @@ def test_killed_at_random_moments(tmp_path: Path, kill: str) -> None:
 
 
 def test_killed_between_manifest_and_tidying_up(tmp_path: Path, monkeypatch) -> None:
-    bert = tiny_encoder(tmp_path / "bert")
-    data = random_dataset(tmp_path / "data", users=USERS)
-    config = ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
-                           device="cpu", chunk=CHUNK, timeout_minutes=0.5)  # fmt: skip
+    config = small_config(tmp_path)
     write = job.write_manifest
 
     def dies(out: Path, manifest: Manifest) -> None:
@@ -135,10 +138,7 @@ def test_killed_between_manifest_and_tidying_up(tmp_path: Path, monkeypatch) -> 
 
 
 def test_a_second_run_on_one_store_is_refused_and_does_no_harm(tmp_path: Path) -> None:
-    bert = tiny_encoder(tmp_path / "bert")
-    data = random_dataset(tmp_path / "data", users=USERS)
-    config = ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
-                           device="cpu", chunk=CHUNK, timeout_minutes=0.5)  # fmt: skip
+    config = small_config(tmp_path)
     whole, refused = Encoder.read, []
 
     def second(self, blocks):
@@ -160,10 +160,7 @@ def test_files_that_cannot_grow_end_the_run_and_cost_nothing(
     tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The kernel refuses to write more than ``limit`` bytes to a file, as on a full disk."""
-    bert = tiny_encoder(tmp_path / "bert")
-    data = random_dataset(tmp_path / "data", users=20)
-    config = ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
-                           device="cpu", chunk=10)  # fmt: skip
+    config = small_config(tmp_path, users=20, chunk=10)
     if (child := os.fork()) == 0:
         code = 1
         try:
