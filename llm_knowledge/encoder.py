@@ -19,7 +19,7 @@ from llm_knowledge.errors import InputError
 from llm_knowledge.loading import check_layer, find_device, load, refuse_answers, token_limit
 from llm_knowledge.model_files import default_model_path as default_model_path
 from llm_knowledge.model_files import find_model, model_kind, read_json, weights_hash
-from llm_knowledge.tokens import Tokens, ahead
+from llm_knowledge.tokens import Tokens, ahead, split_paragraphs
 
 if TYPE_CHECKING:
     from llm_knowledge.answers import Answers
@@ -36,7 +36,7 @@ PREFIX_TOKENS, PREFIX_TEXTS, PREFIX_SHARE = 16, 4, 0.1
 # A way of reading is tried once, on the beginnings of two texts.
 TRIED_TOKENS = 24
 
-Pooling = Literal["auto", "mean", "last"]
+Pooling = Literal["auto", "mean", "paragraphs", "last"]
 State = Literal["prompt", "answer"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -73,7 +73,8 @@ class Encoder:
     Attributes:
         name, revision, weights_hash: which model, for the manifest.
         kind: "encoder" or "decoder".
-        pooling: "mean" over the real tokens, or "last" real token.
+        pooling: "mean" over the real tokens; "paragraphs": of each paragraph, read as a text of its
+            own, then over them; or "last" real token.
         max_tokens: longer texts are truncated at the end; prompts are built to fit.
         dim: length of a vector.
         normalize: whether vectors are scaled to length 1.
@@ -105,7 +106,7 @@ class Encoder:
 
         Args:
             model: directory, or name on the hub; None is the packaged MiniLM sentence encoder.
-            pooling: "auto" is mean for encoders and last for decoders.
+            pooling: "auto" is paragraphs for encoders and last for decoders.
             layer: which hidden state; -1 is the final one, after the final norm.
             dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
             max_tokens: None is 256 for encoders, 1024 for decoders, or less if the model has less.
@@ -147,7 +148,11 @@ class Encoder:
         if compilation != "off" and attention == "packed":
             raise InputError("--compile: packed batches cannot be compiled; use --attention sdpa")
         self.answer_tokens, self.state = answer_tokens, state
-        self.pooling = pooling if pooling != "auto" else _PLAIN_POOLING[self.kind]
+        usual: Pooling = "last" if self.kind == "decoder" else "paragraphs"
+        self.pooling = pooling if pooling != "auto" else usual
+        if self.pooling == "paragraphs" and self.kind == "decoder":
+            raise InputError("--pooling paragraphs: parts a prompt from its instruction; it is for "
+                             "encoders, use last or mean")  # fmt: skip
         if accelerated and (answer_tokens or layer != -1):
             raise InputError("--backend vllm: gives the final layer of the prompt, and no answer; use "
                              "--backend transformers")  # fmt: skip
@@ -171,14 +176,15 @@ class Encoder:
         self._prefix: SharedPrefix | None = None
         self._share = self._share_checked = False
         self._engine: Any = None
+        of_piece = "last" if self.pooling == "last" else "mean"
         if accelerated:
             from llm_knowledge.vllm_engine import VllmEngine
 
-            self._engine = VllmEngine(self.path, self.pooling, self.kind == "decoder", precision,
+            self._engine = VllmEngine(self.path, of_piece, self.kind == "decoder", precision,
                                       self.max_tokens, prefix_reuse == "auto", trust_remote_code)  # fmt: skip
         else:
             plain = compilation != "off" or (answer_tokens > 0 and packs)
-            self._reader = Reader(self.model, self.kind == "decoder", self.pooling, self.layer,
+            self._reader = Reader(self.model, self.kind == "decoder", of_piece, self.layer,
                                   self.normalize, "sdpa" if plain else attention)  # fmt: skip
             self._share = prefix_reuse == "auto" and self._reader.shares
         if compilation != "off":
@@ -221,18 +227,37 @@ class Encoder:
         """
         answers: list[str] | None = [] if self.answer_tokens else None
         found, row = [np.empty((0, self.dim), np.float32)], 0
-        for texts, ids in ahead((block, self._tokenize(block, truncate=True)) for block in blocks):
-            for place, tokens in enumerate(ids):
+        for texts, parts, ids in ahead(map(self._prepare, blocks)):
+            for place, tokens in zip(np.repeat(np.arange(len(texts)), parts), ids, strict=True):
                 if not tokens:
-                    raise InputError(f"text {row + place} has no token: {texts[place][:60]!r}")
-            vectors = self._encode_ids(ids, answers)
+                    raise InputError(f"text {row + place} has no token: {texts[int(place)][:60]!r}")
+            vectors = self._join(self._encode_ids(ids, answers), parts)
             bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
             if bad.size:
                 raise InputError(f"text {row + bad[0]}: the model returned NaN or Inf in "
                                  f"{self.dtype_name}; try --dtype float32")  # fmt: skip
             found.append(vectors)
-            row += len(ids)
+            row += len(texts)
         return found[1] if len(found) == 2 else np.concatenate(found), answers
+
+    def _prepare(self, texts: Sequence[str]) -> tuple[Sequence[str], np.ndarray, list[list[int]]]:
+        """Texts, into how many pieces each is divided [texts], token ids of all pieces."""
+        if self.pooling != "paragraphs":
+            return texts, np.ones(len(texts), int), self._tokenize(texts, truncate=True)
+        pieces, parts = split_paragraphs(texts)
+        return texts, parts, self._tokenize(pieces, truncate=True)
+
+    def _join(self, vectors: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        """Means of the vectors of pieces, `parts` of them to a text: [sum of parts, D] to [texts, D].
+
+        Where vectors are to have length 1, those of the pieces have it already, and count alike.
+        """
+        if len(vectors) == len(parts):
+            return vectors
+        means = np.add.reduceat(vectors, np.cumsum(parts) - parts) / parts[:, None]
+        if self.normalize:
+            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+        return means.astype(np.float32)
 
     def _encode_ids(self, ids: list[list[int]], answers: list[str] | None = None) -> np.ndarray:
         """Vectors of tokenised texts, float32 [len(ids), dim], batch by batch; appends answers."""
@@ -376,9 +401,6 @@ class Encoder:
         computed, shared = self._reader.positions(ids, prefix), len(prefix.tokens) if prefix else 0
         self.counters.computed += computed
         self.counters.padding += computed - sum(map(len, ids)) + shared * len(ids)
-
-
-_PLAIN_POOLING: dict[str, Pooling] = {"encoder": "mean", "decoder": "last"}
 
 
 def _middle(ids: list[list[int]], tokens: int) -> list[list[int]]:

@@ -80,8 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, tag or commit of a hub model")
     add("--trust-remote-code", action="store_true", help="run Python code that a model brings")
     add("--template", help="shipped template's name or a YAML file; default: by kind of model")
-    add("--pooling", choices=("auto", "mean", "last"), default="auto",
-        help="auto: mean for encoders, last token for decoders")  # fmt: skip
+    add("--pooling", choices=("auto", "mean", "paragraphs", "last"), default="auto",
+        help="auto: paragraphs (each read on its own, then their mean) for encoders, last token for "
+             "decoders")  # fmt: skip
     add("--layer", type=int, default=-1, help="hidden state to take, default -1: the final one")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the model; auto: float32 on a CPU, bfloat16 elsewhere")  # fmt: skip

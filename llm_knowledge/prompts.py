@@ -211,7 +211,11 @@ class Renderer:
         }
         values = build[self.template.level](profile, keep)
         body = self.template.body.format_map({**common, **values}) if values else ""
-        body = "\n".join(line.strip() for line in body.splitlines() if line.strip())
+        paragraphs = (
+            "\n".join(line.strip() for line in part.splitlines() if line.strip())
+            for part in body.split("\n\n")
+        )
+        body = "\n\n".join(part for part in paragraphs if part)
         return (
             self.template.instruction.format_map(common)
             + (body or self.template.empty)

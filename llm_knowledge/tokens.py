@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
+
 from llm_knowledge.errors import InputError
 
 # Stands for the text while the chat template is rendered; no template holds it.
@@ -96,6 +98,12 @@ def _render_chat(tokenizer: Any) -> tuple[str, str]:
                          "stands; use --chat-template off")  # fmt: skip
     before, _, after = text.partition(_PLACE)
     return before, after
+
+
+def split_paragraphs(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The paragraphs of texts (blank lines part them), and how many each text has, int64 [texts]."""
+    parts = [[p for p in text.split("\n\n") if p.strip()] or [text] for text in texts]
+    return [part for own in parts for part in own], np.array([len(own) for own in parts], int)
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -259,3 +259,43 @@ def test_counters(qwen):
     counted = fast.counters
     assert (counted.texts, counted.tokens, counted.computed, counted.padding) == (2, 4, 6, 2)
     assert str(counted).endswith("tokens/s, padding 33%, reused 0%")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_paragraphs_are_read_one_by_one_and_count_alike(normalize):
+    encoder = Encoder(device="cpu", normalize=normalize)
+    assert encoder.pooling == "paragraphs"
+    habit, titles = "Liked most.", "Heat (1995).\nJumanji (1995).\nToy Story (1995)."
+    texts = ["One line.", f"{habit}\n\n{titles}", "\n\nOne line.\n\n \n\n", f"{titles}\n\n{habit}"]
+    alone, both, again, turned = encoder.encode(texts)
+    one, other = encoder.encode([habit, titles])
+    mean = (one + other) / 2
+    expected = mean / np.linalg.norm(mean) if normalize else mean
+    np.testing.assert_allclose(both, expected, atol=2e-6)
+    np.testing.assert_allclose(turned, expected, atol=2e-6)
+    np.testing.assert_allclose(again, alone, atol=2e-6)
+    # Without paragraphs the long one drowns the short one.
+    plain = Encoder(device="cpu", normalize=normalize, pooling="mean").encode(
+        [f"{habit}\n\n{titles}"]
+    )
+    assert cosine(plain, one[None]) < cosine(both[None], one[None]) - 0.1
+
+
+def test_an_error_in_a_paragraph_names_its_text(monkeypatch):
+    encoder = Encoder(device="cpu")
+    read = encoder._reader.read
+    monkeypatch.setattr(encoder, "_packs_checked", True)
+
+    def broken(ids, prefix=None):
+        vectors = read(ids, prefix).clone()
+        vectors[[len(own) == max(map(len, ids)) for own in ids]] = float("nan")
+        return vectors
+
+    monkeypatch.setattr(encoder._reader, "read", broken)
+    with pytest.raises(InputError, match=r"text 1: the model returned NaN"):
+        encoder.encode(["a\n\nb", "c\n\nby far the longest paragraph of all"])
+
+
+def test_a_decoder_reads_its_prompt_whole(qwen):
+    with pytest.raises(InputError, match="--pooling paragraphs"):
+        Encoder(qwen, device="cpu", pooling="paragraphs")

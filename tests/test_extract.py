@@ -108,7 +108,7 @@ def test_default_model_means_equal_the_naive_computation():
     encoder = Encoder(device="cpu")
     assert (encoder.kind, encoder.pooling, encoder.dim, encoder.max_tokens) == (
         "encoder",
-        "mean",
+        "paragraphs",
         384,
         256,
     )

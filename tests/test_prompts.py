@@ -64,8 +64,9 @@ def test_hostile_title_cannot_leave_its_quotes():
 
 
 def test_hostile_title_cannot_start_a_line_in_a_plain_prompt():
-    text = renderer("user_plain").render([{"items": [item(HOSTILE), item("plain")]}])[0]
-    assert text.splitlines() == [clean(HOSTILE) + ".", "plain."]
+    data = {"items": [item(HOSTILE), item("a\n\nb")], "met": 9, "liked": 9}
+    text = renderer("user_plain").render([data])[0]
+    assert text.split("\n") == ["Liked nearly everything.", "", clean(HOSTILE) + ".", "a b."]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_hostile_title_cannot_start_a_line_in_a_plain_prompt():
 def test_a_prompt_says_how_easily_its_user_is_pleased(met, liked, words):
     profile = {"met": met, "liked": liked, "items": [item("plain", liked > 0)]}
     plain = renderer("user_plain").render([profile])[0]
-    assert plain.splitlines() == [f"Liked {words}.", *(["plain."] if liked else [])]
+    assert plain.split("\n\n") == [f"Liked {words}.", *(["plain."] if liked else [])]
     assert f"\nLiked {words}.\nIn " in renderer().render([profile])[0]
     without = {"items": profile["items"]}  # a log with sampled negatives does not know
     assert "Liked" not in renderer("user_plain").render([without])[0]

@@ -66,11 +66,9 @@ def test_equals_a_full_extraction(bert, tmp_path, id_type, dtype, monkeypatch):
     old = full(data, tmp_path / "old", bert, store_dtype=dtype, per_scenario=3, total=5)
     before = {file.name: file.read_bytes() for file in old.iterdir()}
     go_on(data, [3, 77, 200, 201], drop=[5, 6])
-    encoded, encode = [], Encoder._encode_ids
+    encoded, prepare = [], Encoder._prepare
     monkeypatch.setattr(
-        Encoder,
-        "_encode_ids",
-        lambda self, ids, *more: encoded.extend(ids) or encode(self, ids, *more),
+        Encoder, "_prepare", lambda self, texts: encoded.extend(texts) or prepare(self, texts)
     )
     done = refresh(old, data, tmp_path / "new", model=str(bert), device="cpu")
     assert (done.kept, done.changed, done.added, done.removed, done.gone) == (146, 2, 2, 0, 2)
@@ -199,11 +197,9 @@ def test_a_killed_refresh_goes_on_where_it_was(bert, tmp_path, monkeypatch):
     with directory_lock(partial), pytest.raises(InputError, match="another run is writing here"):
         refresh(old, data, tmp_path / "new", **options)
     (partial / "part-00001.parquet").write_bytes(b"PAR1")  # as a crash of the machine leaves it
-    encoded, encode = [], Encoder._encode_ids
+    encoded, prepare = [], Encoder._prepare
     monkeypatch.setattr(
-        Encoder,
-        "_encode_ids",
-        lambda self, ids, *more: encoded.extend(ids) or encode(self, ids, *more),
+        Encoder, "_prepare", lambda self, texts: encoded.extend(texts) or prepare(self, texts)
     )
     done = refresh(old, data, tmp_path / "new", **options)
     assert (done.kept, done.changed) == (100, 50)
