@@ -285,6 +285,9 @@ def alignment_loss(user: Tensor, scenario: Tensor, target: Tensor, weight: Tenso
 class KnowledgeMatch(nn.Module):
     """How well a user's knowledge meets an item's: elementwise product of projections, and cosine.
 
+    A linear layer reads them besides a small network: with it the match is a bilinear form from the
+    first step on, without it the ids have learned the training events by heart before it is one.
+
     With meta layers on it, what the match means is generated too: one residual layer by z_u, one by
     z_s (a match of tastes may count for more in search than in a feed).
 
@@ -318,7 +321,7 @@ class KnowledgeMatch(nn.Module):
             assert generator is not None
             self.meta[level] = MetaLayer(features, features, generator, zero=True)
         self.hidden = MLP(features, [16], dropout=0.0)
-        self.out = nn.Linear(16, num_tasks, bias=False)
+        self.out = nn.Linear(16 + features, num_tasks, bias=False)
         nn.init.zeros_(self.out.weight)
 
     def forward(
@@ -343,4 +346,5 @@ class KnowledgeMatch(nn.Module):
             features = torch.cat([features, cosine], dim=1)
         for level, layer in self.meta.items():
             features = features + layer(features, *codes[level])
-        return self.out(self.hidden(features)) * known[:, None]
+        both = torch.cat([self.hidden(features), features], dim=1)
+        return self.out(both) * known[:, None]
