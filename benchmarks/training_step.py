@@ -18,15 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-# Arm to the settings that make it: each adds one part to the one before.
+_NO_LAYERS = {"user_layers": 0, "scenario_layers": 0}
+_INPUTS = {"item_knowledge": "match", "inputs": ["user"]}
+# Arm to the settings that make it: each adds one part to the one before; the last two replace the kind.
 ARMS = {
     "backbone": {"model.meta.enabled": False},
-    "item input": {"user_layers": 0, "scenario_layers": 0, "item_knowledge": "input"},
-    "+ match": {"user_layers": 0, "scenario_layers": 0, "item_knowledge": "match"},
-    "+ scenario layers": {"user_layers": 0, "item_knowledge": "match"},
-    "LLM4MSR": {"item_knowledge": "match"},
-    "LLM4MSR, core": {"item_knowledge": "match", "kind": "core"},
-    "LLM4MSR, gate": {"item_knowledge": "match", "kind": "gate"},
+    "item input": _NO_LAYERS | {"item_knowledge": "input"},
+    "+ match": _NO_LAYERS | {"item_knowledge": "match"},
+    "+ user input": _NO_LAYERS | _INPUTS,
+    "+ scenario layer": _INPUTS | {"kind": "gate", "user_layers": 0},
+    "LLM4MSR": _INPUTS | {"kind": "gate"},
+    "LLM4MSR, core": _INPUTS | {"kind": "core"},
+    "LLM4MSR, low rank": _INPUTS | {"kind": "low_rank"},
 }
 
 
