@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.quality import sensitivity, study, tables
-from benchmarks.quality.arms import ARMS, DATASETS, MAIN, SEEDS, TRIAL_SEED
+from benchmarks.quality.arms import ARMS, DATASETS, MAIN, SEEDS
 from trainer.models import BACKBONES
 
 
@@ -40,9 +40,10 @@ def main() -> None:
     table.add_argument("--work", type=Path, required=True)
     table.add_argument("--out", type=Path, default=Path("benchmarks/quality/results"))
     table.add_argument("--page", type=Path, default=Path("docs/quality.md"))
+    table.add_argument("--jobs", type=int, default=2, help="processes that resample")
     options = parser.parse_args()
     if options.stage == "tables":
-        tables.write(options.work, options.out, options.page)
+        tables.write(options.work, options.out, options.page, options.jobs)
         return
     if options.stage == "sensitivity":
         for name in options.datasets:
@@ -57,19 +58,11 @@ def main() -> None:
         study.make_stores(options.work, name, kinds)
         for backbone in options.backbones:
             cells = [(name, backbone, arm) for arm in options.arms]
-            trials = [
-                study.configuration(options.work, *cell, TRIAL_SEED, trial)
-                for cell in cells
-                for trial in range(len(DATASETS[name].trials))
-            ]
+            trials = [run for cell in cells for run in study.trials(options.work, *cell)]
             if not study.train(trials, options.jobs, (ends - time.monotonic()) / 60):
                 return
             runs = [
-                study.configuration(
-                    options.work, *cell, seed, study.best_trial(options.work, *cell)
-                )
-                for cell in cells
-                for seed in range(options.seeds)
+                run for cell in cells for run in study.seeds(options.work, *cell, options.seeds)
             ]
             if not study.train(runs, options.jobs, (ends - time.monotonic()) / 60):
                 return

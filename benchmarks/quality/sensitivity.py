@@ -1,6 +1,7 @@
 """AUC by the step size of the meta networks, for both forms of the generator.
 
-The paper calls this step size sensitive. Everything but the form and the step size is fixed.
+The paper calls this step size sensitive. Everything but the form and the step size is fixed; layers are
+of low rank, the kind that the paper has.
 """
 
 import json
@@ -20,7 +21,7 @@ def plan(work: Path, name: str, backbone: str) -> list[tuple[Path, list[str]]]:
     for form in FORMS:
         for rate in META_RATES:
             changes = {"model.meta.form": form, "train.meta_learning_rate": rate}
-            cells.append((f"{form}-{rate:g}", "llm4msr", changes))
+            cells.append((f"{form}-{rate:g}", "low_rank", changes))
     return [
         (run, assignments(work, name, backbone, arm, seed, run, {**_FIXED, **changes}))
         for cell, arm, changes in cells

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TRIAL_SEED
+from benchmarks.quality.arms import ARMS, DATASETS, LEVELS
 from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import shuffled_store, write_store
 from trainer.config import load_config, save_config
@@ -25,11 +26,39 @@ def command(*words: str) -> None:
 
 def make_data(work: Path, name: str, raw: Path | None) -> Path:
     """Prepares a data set below `work`."""
-    data = work / name / "data"
+    data, chosen = work / name / "data", DATASETS[name]
     if not (data / "dataset.json").exists():
         given = ["--raw", str(raw)] if raw else []
-        command(*DATASETS[name].prepare, *given, "--out", str(data))
+        log = work / name / "log" if chosen.held_out_users else data
+        if not (log / "dataset.json").exists():
+            command(*chosen.prepare, *given, "--out", str(log))
+        if chosen.held_out_users:
+            _prepare_again(log, data, chosen.held_out_users)
     return data
+
+
+def _prepare_again(log: Path, data: Path, held_out_users: float) -> None:
+    """Prepares the events of a prepared dataset as anyone's log, a share of the users held out."""
+    info = json.loads((log / "dataset.json").read_text())
+    events = log / "events"
+    shutil.rmtree(events, ignore_errors=True)
+    events.mkdir()
+    for split in ("profile", "train", "valid", "test"):
+        for part in sorted((log / split).glob("part-*.parquet")):
+            os.link(part, events / f"{split}-{part.name}")
+    schema = {
+        "name": info["name"],
+        "scenarios": info["scenarios"],
+        "catalogue": {"path": str((log / "items.parquet").resolve()), "categories": "categories"},
+        "split": {"rule": "per_user_time", "held_out_users": held_out_users},
+        "positive_name": info["positive_name"],
+        "negative_name": info["negative_name"],
+    }
+    (log / "schema.yaml").write_text(yaml.safe_dump(schema))
+    command(
+        "prepare", "parquet", "--raw", str(events), "--schema", str(log / "schema.yaml"),
+        "--out", str(data),
+    )  # fmt: skip
 
 
 def make_stores(work: Path, name: str, kinds: set[tuple[str, str]]) -> Path:
@@ -86,13 +115,32 @@ def _leak(data: Path, stores: Path, out: Path) -> None:
     shutil.rmtree(copy)
 
 
-def configuration(
-    work: Path, name: str, backbone: str, arm: str, seed: int, trial: int
-) -> tuple[Path, list[str]]:
-    """Run directory and assignments of one run."""
+def trials(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
+    """Run directory and assignments of every trial, all with seed 0."""
     folder = work / name / "runs" / backbone / arm
-    run = folder / (f"trial-{trial}" if seed == TRIAL_SEED else f"seed-{seed}")
-    return run, assignments(work, name, backbone, arm, seed, run, DATASETS[name].trials[trial])
+    return [
+        (run, assignments(work, name, backbone, arm, 0, run, trial))
+        for number, trial in enumerate(DATASETS[name].trials)
+        for run in [folder / f"trial-{number}"]
+    ]
+
+
+def seeds(
+    work: Path, name: str, backbone: str, arm: str, number: int
+) -> list[tuple[Path, list[str]]]:
+    """The further seeds' runs, by the best trial on the valid split; that trial becomes seed 0."""
+    tried = [run for run, _ in trials(work, name, backbone, arm)]
+    reached = [json.loads((run / "summary.json").read_text())["valid_auc"] or 0.0 for run in tried]
+    best = int(np.argmax(reached))
+    folder = tried[best].parent
+    if not (folder / "seed-0").exists():
+        (folder / "seed-0").symlink_to(tried[best].name)
+    trial = DATASETS[name].trials[best]
+    return [
+        (run, assignments(work, name, backbone, arm, seed, run, trial))
+        for seed in range(1, number)
+        for run in [folder / f"seed-{seed}"]
+    ]
 
 
 def assignments(
@@ -123,7 +171,7 @@ def assignments(
 def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool:
     """Trains the runs that are not there, `jobs` processes at a time.
 
-    A run costs seconds, so each process takes a handful of them. Returns whether all are done;
+    A run costs seconds, so each process takes up to four of them. Returns whether all are done;
     False if the time was over first.
     """
     ends = time.monotonic() + 60 * minutes
@@ -131,7 +179,9 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool
         if (run / "summary.json").exists():  # trained, and killed before it was evaluated
             _evaluate(run)
     pending = [(run, words) for run, words in runs if not (run / "evaluation.json").exists()]
-    batches = [pending[i : i + 4] for i in range(0, len(pending), 4)]
+    rounds = -(-len(pending) // (4 * jobs)) or 1
+    size = -(-len(pending) // (rounds * jobs)) or 1  # so that the jobs end together
+    batches = [pending[i : i + size] for i in range(0, len(pending), size)]
     active: list[tuple[subprocess.Popen, list[Path]]] = []
     done = 0
     while batches or active:
@@ -174,12 +224,3 @@ def _start(batch: list[tuple[Path, list[str]]]) -> subprocess.Popen:
         env=environment,
         stderr=subprocess.DEVNULL if not os.environ.get("STUDY_VERBOSE") else None,
     )
-
-
-def best_trial(work: Path, name: str, backbone: str, arm: str) -> int:
-    """The trial with the highest AUC on the valid split."""
-    found = []
-    for trial in range(len(DATASETS[name].trials)):
-        run, _ = configuration(work, name, backbone, arm, TRIAL_SEED, trial)
-        found.append(json.loads((run / "summary.json").read_text())["valid_auc"] or 0.0)
-    return int(np.argmax(found))

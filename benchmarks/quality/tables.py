@@ -2,13 +2,15 @@
 
 import csv
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.quality import sensitivity
-from benchmarks.quality.arms import ARMS, DATASETS, PAIRS
+from benchmarks.quality.arms import ARMS, DATASETS, LLM4MSR_TO, RESAMPLES, TO_ALONE
 from trainer.compare import compare
 from trainer.models import BACKBONES
 
@@ -21,25 +23,32 @@ SECTIONS = [  # (section, key) in differences.csv to the words over its column
 ]
 
 
-def write(work: Path, out: Path, page: Path) -> None:
+def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     """Writes the CSV files, versions.json, the figures and the page's tables.
 
     Args:
         work: Of the study; everything finished in it is taken.
         out: Folder of the CSV files and figures.
         page: docs/quality.md, whose tables lie between markers.
+        jobs: Processes that resample.
     """
     out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
-    for name in DATASETS:
-        for backbone in BACKBONES:
-            found = _complete(work / name / "runs" / backbone)
-            for arm, folders in found.items():
-                runs += [row for folder in folders for row in _rows(name, backbone, arm, folder)]
-            differences += _differences(name, backbone, found)
-    if not runs:
+    cells = [
+        (name, backbone, folder)
+        for name in DATASETS
+        for backbone in BACKBONES
+        if _complete(folder := work / name / "runs" / backbone)
+    ]
+    if not cells:
         raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        compared = pool.map(_differences, [folder for *_, folder in cells])
+        for (name, backbone, folder), lines in zip(cells, compared, strict=True):
+            for arm, folders in _complete(folder).items():
+                runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
+            differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
     _save(out / "runs.csv", runs)
     _save(out / "differences.csv", differences)
     newest = max(
@@ -94,24 +103,50 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
     ]
 
 
-def _differences(name: str, backbone: str, found: dict[str, list[Path]]) -> list[dict[str, Any]]:
-    """Paired bootstrap over users and seeds, for every pair of arms that has been run."""
+def _differences(folder: Path) -> list[dict[str, Any]]:
+    """Paired bootstrap over users and seeds of a backbone's arms; kept beside them until one changes."""
+    found = _complete(folder)
+    newest = max(
+        (run / "evaluation.json").stat().st_mtime for runs in found.values() for run in runs
+    )
+    content = {arm: [run.name for run in runs] for arm, runs in found.items()}
+    file = folder / "differences.json"
+    if file.exists() and file.stat().st_mtime > newest:
+        kept = json.loads(file.read_text())
+        if kept["arms"] == content:
+            return kept["lines"]
     lines = []
-    for base, arm in PAIRS:
-        if base not in found or arm not in found:
+    for one, others in (("llm4msr", LLM4MSR_TO), ("alone", TO_ALONE)):
+        # Only arms with the same seeds: a difference of unlike seeds is not paired.
+        others = tuple(arm for arm in others if one in found and content.get(arm) == content[one])
+        if not others:
             continue
-        # Only seeds that both arms have: a difference of unlike seeds is not paired.
-        both = {run.name for run in found[base]} & {run.name for run in found[arm]}
-        groups = [(side, [run for run in found[side] if run.name in both]) for side in (base, arm)]
-        for row in compare(groups)["table"]:
+        groups = [(arm, found[arm]) for arm in (one, *others)]
+        for row in compare(groups, RESAMPLES)["table"]:
             if row["difference"] is not None:
+                row = (
+                    _turned(row, one)
+                    if one == "llm4msr"
+                    else row | {"base": one, "arm": row["group"]}
+                )
                 lines.append(
-                    {"dataset": name, "backbone": backbone, "base": base, "arm": arm, "seeds": len(both)}
+                    {"base": row["base"], "arm": row["arm"], "seeds": len(found[one])}
                     | {key: row[key] for key in ("section", "key", "metric", "rows", "users")}
                     | {key: _short(row[key]) for key in ("base_value", "value", "difference", "low", "high")}
                     | {"verdict": row["verdict"]}
                 )  # fmt: skip
+    file.write_text(json.dumps({"arms": content, "lines": lines}))
     return lines
+
+
+def _turned(row: dict[str, Any], arm: str) -> dict[str, Any]:
+    """A line of `compare` seen from the other side: how `arm`, its base, differs from its group."""
+    words = {"better": "worse", "worse": "better"}
+    return row | {
+        "base": row["group"], "arm": arm, "base_value": row["value"], "value": row["base_value"],
+        "difference": -row["difference"], "low": -row["high"], "high": -row["low"],
+        "verdict": words.get(row["verdict"], row["verdict"]),
+    }  # fmt: skip
 
 
 def _short(value: float | None) -> str:

@@ -1,0 +1,86 @@
+"""The study of docs/quality.md: arms, held-out users of the simulated log, tables."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.quality import study, tables
+from benchmarks.quality.arms import ARMS, DATASETS, LLM4MSR_TO, MAIN, TO_ALONE
+from trainer.config import load_config
+from trainer.data.dataset import open_dataset
+from trainer.data.simulate import simulate
+
+
+@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_valid_run_that_reads_its_stores(
+    tmp_path: Path, name: str, arm: str
+) -> None:
+    tried = study.trials(tmp_path, name, "star", arm)
+    assert len(tried) == len(DATASETS[name].trials) > 1
+    for run, words in tried:
+        config = load_config(None, words)
+        assert config.output == str(run)
+        assert config.model.meta.enabled is bool(ARMS[arm].stores)
+        for level in ("user", "scenario", "item"):
+            assert (getattr(config.knowledge, level) is not None) is (level in ARMS[arm].stores)
+
+
+def test_controls_differ_from_llm4msr_in_their_stores_alone(tmp_path: Path) -> None:
+    def settings(arm: str) -> dict:
+        words = study.assignments(tmp_path, "movielens", "star", arm, 0, tmp_path / "run", {})
+        return load_config(None, words).model_dump(exclude={"name"})
+
+    full = settings("llm4msr")
+    for arm in ("shuffled", "random", "constant", "leak"):
+        other = settings(arm)
+        assert other.pop("knowledge") != full["knowledge"]
+        assert other == {key: value for key, value in full.items() if key != "knowledge"}
+    assert set(MAIN) | set(LLM4MSR_TO) | set(TO_ALONE) == set(ARMS)
+
+
+def test_the_simulated_log_is_prepared_again_with_users_held_out(tmp_path: Path) -> None:
+    info = simulate(tmp_path / "log", users=80, items=40, scenarios=2, events=3000, seed=0)
+    study._prepare_again(tmp_path / "log", tmp_path / "data", 0.25)
+    again = open_dataset(tmp_path / "data")
+    assert again.scenarios == info.scenarios
+    assert sum(again.rows.values()) + again.introduction_rows == sum(info.rows.values())
+
+    def people(split: str) -> set[int]:
+        return set(pq.read_table(tmp_path / "data" / split)["user_id"].to_pylist())
+
+    held_out = people("introduction")
+    assert 8 < len(held_out) < 35
+    assert held_out.isdisjoint(people("profile") | people("train") | people("valid"))
+    assert held_out <= people("test")
+    titles = [
+        pq.read_table(tmp_path / of / "items.parquet").sort_by("item_id").select([1, 2])
+        for of in ("log", "data")
+    ]
+    assert titles[0].to_pylist() == titles[1].to_pylist()
+
+
+def test_the_best_trial_is_the_first_seed(tmp_path: Path) -> None:
+    number = len(DATASETS["movielens"].trials)
+    for trial, (run, _) in enumerate(study.trials(tmp_path, "movielens", "star", "alone")):
+        run.mkdir(parents=True)
+        (run / "summary.json").write_text(f'{{"valid_auc": 0.{50 + trial}}}')
+        (run / "evaluation.json").write_text("{}")
+    further = study.seeds(tmp_path, "movielens", "star", "alone", 3)
+    assert [run.name for run, _ in further] == ["seed-1", "seed-2"]
+    first = further[0][0].parent / "seed-0"
+    assert first.resolve().name == f"trial-{number - 1}"
+    best = DATASETS["movielens"].trials[-1]
+    assert load_config(None, further[0][1]).train.learning_rate == best["train.learning_rate"]
+    found = tables._complete(first.parent.parent)
+    assert found == {"alone": [first]}
+
+
+def test_a_turned_difference_is_that_of_the_other_side() -> None:
+    row = {"group": "shuffled", "base_value": 0.7, "value": 0.6, "difference": -0.1, "low": -0.2,
+           "high": 0.05, "verdict": "worse"}  # fmt: skip
+    turned = tables._turned(row, "llm4msr")
+    assert (turned["base"], turned["arm"], turned["verdict"]) == ("shuffled", "llm4msr", "better")
+    assert (turned["base_value"], turned["value"]) == (0.6, 0.7)
+    assert (turned["difference"], turned["low"], turned["high"]) == (0.1, -0.05, 0.2)
