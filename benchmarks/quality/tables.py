@@ -144,7 +144,7 @@ def _turned(row: dict[str, Any], arm: str) -> dict[str, Any]:
     words = {"better": "worse", "worse": "better"}
     return row | {
         "base": row["group"], "arm": arm, "base_value": row["value"], "value": row["base_value"],
-        "difference": -row["difference"], "low": -row["high"], "high": -row["low"],
+        "difference": 0.0 - row["difference"], "low": 0.0 - row["high"], "high": 0.0 - row["low"],
         "verdict": words.get(row["verdict"], row["verdict"]),
     }  # fmt: skip
 
@@ -196,7 +196,8 @@ def _figure(rows: list[dict[str, Any]], file: Path) -> None:
         axis.set_xlabel("difference in AUC, 95 % interval")
     axes[0].set_yticks(range(len(backbones)), backbones)
     axes[0].invert_yaxis()
-    axes[1].legend(fontsize=8)
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(file, dpi=110)
 
 
