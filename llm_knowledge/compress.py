@@ -18,6 +18,7 @@ from llm_knowledge.dated import DatedStores, store_paths
 from llm_knowledge.errors import InputError
 from llm_knowledge.manifest import Compression, DType, Manifest, Part, file_checksum
 from llm_knowledge.store import PROJECTION, KnowledgeStore, check_projection, verify
+from llm_knowledge.vectors import unit_length
 from llm_knowledge.writer import new_directory, write_manifest, write_part
 
 BLOCK_BYTES = 64 << 20  # float32 rows that are in memory at a time
@@ -86,9 +87,7 @@ class Projection:
             # In float64, since a mean far from zero would cancel digits.
             return ((rows_ND - self.mean_D) @ self.basis_DK).astype(np.float32)
         kept = rows_ND[:, : self.dim].astype(np.float32)
-        if self.unit:
-            kept /= np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
-        return kept
+        return unit_length(kept) if self.unit else kept
 
     def restore(self, small_NK: np.ndarray, dim: int) -> np.ndarray:
         """What smaller vectors stand for in the source's space, float64 [N, D]."""

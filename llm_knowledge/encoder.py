@@ -20,6 +20,7 @@ from llm_knowledge.loading import check_layer, find_device, load, refuse_answers
 from llm_knowledge.model_files import default_model_path as default_model_path
 from llm_knowledge.model_files import find_model, model_kind, read_json, weights_hash
 from llm_knowledge.tokens import Tokens, ahead, split_paragraphs
+from llm_knowledge.vectors import join_parts, unit_length
 
 if TYPE_CHECKING:
     from llm_knowledge.answers import Answers
@@ -231,12 +232,13 @@ class Encoder:
             for place, tokens in zip(np.repeat(np.arange(len(texts)), parts), ids, strict=True):
                 if not tokens:
                     raise InputError(f"text {row + place} has no token: {texts[int(place)][:60]!r}")
-            vectors = self._join(self._encode_ids(ids, answers), parts)
+            vectors = join_parts(self._encode_ids(ids, answers), parts, self.normalize)
             bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
             if bad.size:
                 raise InputError(f"text {row + bad[0]}: the model returned NaN or Inf in "
                                  f"{self.dtype_name}; try --dtype float32")  # fmt: skip
             found.append(vectors)
+            self.counters.texts += len(texts)
             row += len(texts)
         return found[1] if len(found) == 2 else np.concatenate(found), answers
 
@@ -246,18 +248,6 @@ class Encoder:
             return texts, np.ones(len(texts), int), self._tokenize(texts, truncate=True)
         pieces, parts = split_paragraphs(texts)
         return texts, parts, self._tokenize(pieces, truncate=True)
-
-    def _join(self, vectors: np.ndarray, parts: np.ndarray) -> np.ndarray:
-        """Means of the vectors of pieces, `parts` of them to a text: [sum of parts, D] to [texts, D].
-
-        Where vectors are to have length 1, those of the pieces have it already, and count alike.
-        """
-        if len(vectors) == len(parts):
-            return vectors
-        means = np.add.reduceat(vectors, np.cumsum(parts) - parts) / parts[:, None]
-        if self.normalize:
-            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-        return means.astype(np.float32)
 
     def _encode_ids(self, ids: list[list[int]], answers: list[str] | None = None) -> np.ndarray:
         """Vectors of tokenised texts, float32 [len(ids), dim], batch by batch; appends answers."""
@@ -298,7 +288,6 @@ class Encoder:
         return out
 
     def _counted(self, ids: list[list[int]], begun: float, shared: int) -> None:
-        self.counters.texts += len(ids)
         self.counters.tokens += sum(map(len, ids))
         self.counters.reused += shared * len(ids)
         self.counters.seconds += time.perf_counter() - begun
@@ -307,7 +296,7 @@ class Encoder:
         """As ``_encode_ids``, by the other backend, which makes its own batches."""
         out = self._engine.embed(ids)
         if self.normalize:
-            out = out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+            out = unit_length(out)
         self.counters.computed += sum(map(len, ids))
         self._counted(ids, begun, 0)
         return out

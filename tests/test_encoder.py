@@ -274,6 +274,7 @@ def test_paragraphs_are_read_one_by_one_and_count_alike(normalize):
     np.testing.assert_allclose(both, expected, atol=2e-6)
     np.testing.assert_allclose(turned, expected, atol=2e-6)
     np.testing.assert_allclose(again, alone, atol=2e-6)
+    assert encoder.counters.texts == 4 + 2  # texts, not their paragraphs
     # Without paragraphs the long one drowns the short one.
     plain = Encoder(device="cpu", normalize=normalize, pooling="mean").encode(
         [f"{habit}\n\n{titles}"]
