@@ -36,17 +36,17 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     runs: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     cells = [
-        (name, backbone, folder)
+        (name, backbone, found)
         for name in DATASETS
         for backbone in BACKBONES
-        if _complete(folder := work / name / "runs" / backbone)
+        if (found := _complete(work / name / "runs" / backbone))
     ]
     if not cells:
         raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        compared = pool.map(_differences, [folder for *_, folder in cells])
-        for (name, backbone, folder), lines in zip(cells, compared, strict=True):
-            for arm, folders in _complete(folder).items():
+        compared = pool.map(_differences, [found for *_, found in cells])
+        for (name, backbone, found), lines in zip(cells, compared, strict=True):
+            for arm, folders in found.items():
                 runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
             differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
     _save(out / "runs.csv", runs)
@@ -103,17 +103,17 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
     ]
 
 
-def _differences(folder: Path) -> list[dict[str, Any]]:
-    """Paired bootstrap over users and seeds of a backbone's arms; kept beside them until one changes."""
-    found = _complete(folder)
+def _differences(found: dict[str, list[Path]]) -> list[dict[str, Any]]:
+    """Paired bootstrap over users and seeds of a backbone's arms; kept beside them while it holds."""
     newest = max(
         (run / "evaluation.json").stat().st_mtime for runs in found.values() for run in runs
     )
     content = {arm: [run.name for run in runs] for arm, runs in found.items()}
-    file = folder / "differences.json"
+    key = json.dumps([content, LLM4MSR_TO, TO_ALONE, RESAMPLES])
+    file = next(iter(found.values()))[0].parents[1] / "differences.json"
     if file.exists() and file.stat().st_mtime > newest:
         kept = json.loads(file.read_text())
-        if kept["arms"] == content:
+        if kept["key"] == key:
             return kept["lines"]
     lines = []
     for one, others in (("llm4msr", LLM4MSR_TO), ("alone", TO_ALONE)):
@@ -135,7 +135,7 @@ def _differences(folder: Path) -> list[dict[str, Any]]:
                     | {key: _short(row[key]) for key in ("base_value", "value", "difference", "low", "high")}
                     | {"verdict": row["verdict"]}
                 )  # fmt: skip
-    file.write_text(json.dumps({"arms": content, "lines": lines}))
+    file.write_text(json.dumps({"key": key, "lines": lines}))
     return lines
 
 
