@@ -146,6 +146,14 @@ def test_single_class_is_none_with_a_reason(tmp_path, label):
     assert math.isfinite(block["logloss"])
 
 
+def test_two_classes_of_different_users_have_auc_and_no_gauc(tmp_path):
+    write_rows(tmp_path, rows_of([0, 0, 1], [1, 1, 0], [0.9, 0.4, 0.6]))
+    block = compute_metrics(tmp_path, None)["overall"]
+    assert block["auc"] == 0.5
+    assert block["gauc"] is None
+    assert block["undefined"] == {"gauc": "0 of 2 users have both classes"}
+
+
 def test_scenarios_segments_and_bayes_gap(tmp_path):
     data = make_dataset(tmp_path / "data")
     run = make_run(tmp_path / "run", data, noisy_truth(data, 0.1, 0))

@@ -53,7 +53,6 @@ DEFINITIONS = {
 def compute_metrics(
     predictions: list[Path] | Path,
     dataset: Path | None,
-    group_by_user: bool = True,
     memory_limit: str = "2GB",
 ) -> dict[str, Any]:
     """Computes exact metrics overall, per scenario and per segment.
@@ -62,7 +61,6 @@ def compute_metrics(
         predictions: Prediction Parquet files, one file, or a directory with `part-*.parquet`.
         dataset: Prepared dataset directory: defines segments, scenarios without rows and the Bayes
             AUC of a simulated log. None: `segments` is empty.
-        group_by_user: False skips GAUC, Recall@10 and NDCG@10 (they need a table per user).
         memory_limit: DuckDB memory limit, for example "2GB"; beyond it tables spill to disk.
 
     Returns:
@@ -83,18 +81,16 @@ def compute_metrics(
     facts = read_dataset_facts(dataset) if dataset is not None else None
     with database(memory_limit) as con:
         load_predictions(con, predictions, dataset)
-        return _all_metrics(con, facts, group_by_user)
+        return _all_metrics(con, facts)
 
 
-def _all_metrics(
-    con: duckdb.DuckDBPyConnection, facts: dict[str, Any] | None, group_by_user: bool
-) -> dict[str, Any]:
+def _all_metrics(con: duckdb.DuckDBPyConnection, facts: dict[str, Any] | None) -> dict[str, Any]:
     truth = ((facts or {}).get("truth") or {}).get("bayes_auc") or {}
-    overall = _grouped(con, "'overall'", group_by_user)
-    scenarios = _grouped(con, "scenario", group_by_user)
+    overall = _grouped(con, "'overall'")
+    scenarios = _grouped(con, "scenario")
     names = [str(entry["scenario_id"]) for entry in facts["scenarios"]] if facts else []
     names += sorted(set(scenarios) - set(names))
-    segments = _grouped(con, "segment", group_by_user) if facts else {}
+    segments = _grouped(con, "segment") if facts else {}
     result = {
         "overall": overall.get("overall") or _empty(),
         "scenarios": {name: scenarios.get(name) or _empty() for name in names},
@@ -112,9 +108,7 @@ def _empty() -> dict[str, Any]:
     return _block((0, 0, 0, None, None), None, None)
 
 
-def _grouped(
-    con: duckdb.DuckDBPyConnection, key: str, group_by_user: bool
-) -> dict[str, dict[str, Any]]:
+def _grouped(con: duckdb.DuckDBPyConnection, key: str) -> dict[str, dict[str, Any]]:
     """Metrics of every value of one of our own column expressions (never user text)."""
     clipped = f"least(greatest(prediction::DOUBLE, {EPSILON}), 1 - {EPSILON})"
     basic = con.execute(
@@ -129,9 +123,9 @@ def _grouped(
                        ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) - neg AS below FROM t)
             SELECT grp, sum(pos * (2 * below + neg)) FROM w GROUP BY 1"""
     ).fetchall()
-    per_user = con.execute(_user_sql(key)).fetchall() if group_by_user else []
+    per_user = con.execute(_user_sql(key)).fetchall()
     wins, users = dict(pairs), {row[0]: row[1:] for row in per_user}
-    return {row[0]: _block(row[1:], wins[row[0]], users.get(row[0])) for row in basic}
+    return {row[0]: _block(row[1:], wins[row[0]], users[row[0]]) for row in basic}
 
 
 def _user_sql(key: str) -> str:
@@ -177,12 +171,11 @@ def _block(
         ne = logloss / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
     else:
         undefined |= {"auc": single, "ne": single}
-        skipped = "not asked for" if per_user is None and rows else ""
     both, with_positive, gauc, recall, ndcg = per_user or (None, None, None, None, None)
     if gauc is None:
-        undefined["gauc"] = skipped or f"0 of {users} users have both classes"
+        undefined["gauc"] = f"0 of {users} users have both classes"
     if recall is None:
-        why = skipped or f"0 of {users} users have a positive"
+        why = f"0 of {users} users have a positive"
         undefined |= {"recall_at_10": why, "ndcg_at_10": why}
     if not rows:
         undefined |= dict.fromkeys(("base_rate", "logloss", "knowledge_coverage"), "0 rows")
@@ -238,11 +231,11 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
     with database() as con:
         load_predictions(con, found.predictions(split), place)
         _check_complete(con, found, split, place, facts)
-        blocks = _all_metrics(con, facts, group_by_user=True)
+        blocks = _all_metrics(con, facts)
         for label in found.config.get("data", {}).get("labels") or {}:
             load_predictions(con, found.predictions(split), place, label)
             # The simulator's truth is that of the first label.
-            more = _all_metrics(con, {**facts, "truth": None}, group_by_user=True)
+            more = _all_metrics(con, {**facts, "truth": None})
             blocks.setdefault("labels", {})[label] = more
     result = {
         "format_version": 1,
