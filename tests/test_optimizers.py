@@ -153,3 +153,27 @@ def test_options_have_the_kernels_names() -> None:
     assert rowwise.kernel_options()["weight_decay_mode"] == WeightDecayMode.DECOUPLE
     with pytest.raises(ValueError, match="ignored by adagrad"):
         TableOptimizer("adagrad", 0.1, weight_decay=0.2).check("cuda")
+
+
+def test_inputs_and_match_move_by_their_own_step_size(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    monkeypatch.setattr(
+        "trainer.train.build", lambda *given: built.append(build(*given)) or built[0]
+    )
+    config = make_config(
+        *inputs,
+        tmp_path / "run",
+        train__knowledge_learning_rate="1.0e-9",
+        model__meta__inputs="[user]",
+    )
+    train(config)
+    reached = dict(built[0].model.module.dense.meta.named_parameters())
+    # What begins at 0 tells how far its step size has moved it.
+    for name in ("inputs.user.weight", "match.out.weight"):
+        assert 0 < reached[name].abs().max() < 1e-6
+    for name in ("user_layers.layers.0.bias", "scenario_layers.out.weight"):
+        assert reached[name].abs().max() > 1e-4
+    line = lines(tmp_path / "run", "train")[-1]
+    assert (line["knowledge_learning_rate"], line["meta_learning_rate"]) == (1e-9, 0.001)

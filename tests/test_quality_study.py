@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.quality import study, tables
-from benchmarks.quality.arms import ARMS, DATASETS, LLM4MSR_TO, MAIN, TO_ALONE
+from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN
 from trainer.config import load_config
 from trainer.data.dataset import open_dataset
 from trainer.data.simulate import simulate
@@ -37,7 +37,19 @@ def test_controls_differ_from_llm4msr_in_their_stores_alone(tmp_path: Path) -> N
         other = settings(arm)
         assert other.pop("knowledge") != full["knowledge"]
         assert other == {key: value for key, value in full.items() if key != "knowledge"}
-    assert set(MAIN) | set(LLM4MSR_TO) | set(TO_ALONE) == set(ARMS)
+    assert set(MAIN).union(DIFFERENCES, *DIFFERENCES.values()) == set(ARMS)
+
+
+def test_slow_layers_keep_the_step_size_of_inputs_and_match(tmp_path: Path) -> None:
+    trial = DATASETS["movielens"].trials[0]
+    found = {}
+    for arm in ("llm4msr", "slow_layers"):
+        words = study.assignments(tmp_path, "movielens", "star", arm, 0, tmp_path / "run", trial)
+        found[arm] = load_config(None, words)
+    slow, full = found["slow_layers"].train, found["llm4msr"].train
+    assert slow.knowledge_learning_rate == full.meta_learning_rate
+    assert slow.meta_learning_rate == pytest.approx(0.1 * full.meta_learning_rate)
+    assert found["slow_layers"].model == found["llm4msr"].model
 
 
 def test_the_simulated_log_is_prepared_again_with_users_held_out(tmp_path: Path) -> None:

@@ -106,6 +106,12 @@ class TrainConfig(Section):
     meta_learning_rate: float = Field(
         default=1e-3, gt=0, description="Adam step size of meta networks."
     )
+    knowledge_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Adam step size of what reads vectors without a generated layer: inputs and match; "
+        "default: `meta_learning_rate`.",
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     meta_schedule: ScheduleConfig = ScheduleConfig()
     weight_decay: float = Field(

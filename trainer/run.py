@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -376,12 +377,19 @@ def _row_encoder(
 
 
 def _dense_optimizer(model: DistributedModelParallel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW on everything that is not a table, meta networks at their own step size."""
-    dense = model.module.dense
-    meta = list(dense.meta.parameters()) if dense.meta is not None else []
-    of_meta = {id(parameter) for parameter in meta}
-    rest = [parameter for parameter in dense.parameters() if id(parameter) not in of_meta]
-    groups = [{"params": rest, "lr": config.train.learning_rate, "name": "dense"}]
-    if meta:
-        groups.append({"params": meta, "lr": config.train.meta_learning_rate, "name": "meta"})
-    return torch.optim.AdamW(groups, weight_decay=config.train.weight_decay, fused=True)
+    """AdamW on everything that is not a table; what reads knowledge has step sizes of its own.
+
+    `set_learning_rates` writes the rate of each group, by its name, before every update.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"dense": [], "meta": [], "knowledge": []}
+    for name, parameter in model.module.dense.named_parameters():
+        if name.startswith(("meta.inputs.", "meta.match.")):
+            groups["knowledge"].append(parameter)
+        else:
+            groups["meta" if name.startswith("meta.") else "dense"].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "name": name} for name, parameters in groups.items() if parameters],
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        fused=True,
+    )

@@ -35,20 +35,21 @@ def set_learning_rates(run: Run, step: int, total: int) -> dict[str, float]:
         total: Updates of the whole run.
 
     Returns:
-        `learning_rate` (dense), `meta_learning_rate` if there are meta networks, `table_learning_rate`.
+        `learning_rate` (dense), `table_learning_rate` and, if the model has such parts,
+        `meta_learning_rate` and `knowledge_learning_rate`.
     """
     train, tables = run.config.train, run.config.tables
+    meta_share = share_of_peak(train.meta_schedule, step, total)
     rates = {
         "dense": train.learning_rate * share_of_peak(train.schedule, step, total),
-        "meta": train.meta_learning_rate * share_of_peak(train.meta_schedule, step, total),
+        "meta": train.meta_learning_rate * meta_share,
+        "knowledge": (train.knowledge_learning_rate or train.meta_learning_rate) * meta_share,
         "tables": tables.learning_rate * share_of_peak(tables.schedule, step, total),
     }
     shown = {}
     for group in run.optimizer.param_groups:
         group["lr"] = rates[group["name"]]
-        if group["name"] != "tables":
-            shown["learning_rate" if group["name"] == "dense" else "meta_learning_rate"] = group[
-                "lr"
-            ]
+        prefix = "" if group["name"] == "dense" else f"{group['name']}_"
+        shown[f"{prefix}learning_rate"] = group["lr"]
     set_table_learning_rate(run.model, rates["tables"])
     return shown | {"table_learning_rate": rates["tables"]}

@@ -71,11 +71,13 @@ class Arm:
         meta: Settings below model.meta; empty is the backbone alone.
         stores: Level to kind of store: "true", "shuffled", "random", "constant" or "leak".
         question: What the arm is there to tell.
+        layer_step: Step size of the meta networks as a share of that of inputs and match.
     """
 
     question: str
     stores: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    layer_step: float = 1.0
 
 
 _TRUE = dict.fromkeys(LEVELS, "true")
@@ -99,6 +101,14 @@ ARMS = {
     ),
     "low_rank": Arm(
         "llm4msr with layers of low rank in place of gates", _TRUE, _FULL | {"kind": "low_rank"}
+    ),
+    "slow_layers": Arm(
+        "llm4msr, its generated layers learning at a tenth of the step size", _TRUE, _FULL, 0.1
+    ),
+    "no_layers": Arm(
+        "llm4msr without generated layers, the scenario's vector as an input too",
+        _TRUE,
+        {**_FULL, **_NO_LAYERS, "inputs": ["user", "scenario"]},
     ),
     "no_input": Arm(
         "llm4msr without the user's vector as an input", _TRUE, {**_FULL, "inputs": []}
@@ -134,11 +144,16 @@ ARMS = {
     ),
 }
 MAIN = ("alone", "llm4msr", "shuffled")
-# The differences that docs/quality.md reports: of llm4msr to these arms, and of these to alone.
-LLM4MSR_TO = (
-    "alone", "shuffled", "random", "constant", "low_rank", "no_input", "features", "match_only", "item_only",
-)  # fmt: skip
-TO_ALONE = ("features", "paper", "user_only", "scenario_only", "item_only", "leak")
+# The differences that docs/quality.md reports: of an arm to others, and of others to alone.
+DIFFERENCES = {
+    "llm4msr": (
+        "alone", "shuffled", "random", "constant", "low_rank", "slow_layers", "no_layers", "no_input",
+        "features", "match_only", "item_only",
+    ),
+    "slow_layers": ("features",),
+    "no_layers": ("features",),
+    "alone": ("features", "paper", "user_only", "scenario_only", "item_only", "leak"),
+}  # fmt: skip
 RESAMPLES = 500  # of the users and seeds, for every interval
 
 # How sensitive each form of the generator is to the step size of the meta networks.

@@ -165,6 +165,10 @@ def assignments(
         **DATASETS[name].changes,
         **further,
     }
+    if chosen.layer_step != 1.0:
+        rate = changes["train.meta_learning_rate"]
+        changes["train.knowledge_learning_rate"] = rate
+        changes["train.meta_learning_rate"] = chosen.layer_step * rate
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.quality import sensitivity
-from benchmarks.quality.arms import ARMS, DATASETS, LLM4MSR_TO, RESAMPLES, TO_ALONE
+from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, RESAMPLES
 from trainer.compare import compare
 from trainer.models import BACKBONES
 
@@ -109,14 +109,14 @@ def _differences(found: dict[str, list[Path]]) -> list[dict[str, Any]]:
         (run / "evaluation.json").stat().st_mtime for runs in found.values() for run in runs
     )
     content = {arm: [run.name for run in runs] for arm, runs in found.items()}
-    key = json.dumps([content, LLM4MSR_TO, TO_ALONE, RESAMPLES])
+    key = json.dumps([content, DIFFERENCES, RESAMPLES])
     file = next(iter(found.values()))[0].parents[1] / "differences.json"
     if file.exists() and file.stat().st_mtime > newest:
         kept = json.loads(file.read_text())
         if kept["key"] == key:
             return kept["lines"]
     lines = []
-    for one, others in (("llm4msr", LLM4MSR_TO), ("alone", TO_ALONE)):
+    for one, others in DIFFERENCES.items():
         # Only arms with the same seeds: a difference of unlike seeds is not paired.
         others = tuple(arm for arm in others if one in found and content.get(arm) == content[one])
         if not others:
@@ -125,9 +125,9 @@ def _differences(found: dict[str, list[Path]]) -> list[dict[str, Any]]:
         for row in compare(groups, RESAMPLES)["table"]:
             if row["difference"] is not None:
                 row = (
-                    _turned(row, one)
-                    if one == "llm4msr"
-                    else row | {"base": one, "arm": row["group"]}
+                    row | {"base": one, "arm": row["group"]}
+                    if one == "alone"
+                    else _turned(row, one)
                 )
                 lines.append(
                     {"base": row["base"], "arm": row["arm"], "seeds": len(found[one])}
