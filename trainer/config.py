@@ -109,7 +109,7 @@ class TrainConfig(Section):
     knowledge_learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Adam step size of what reads vectors without a generated layer: inputs and match; "
+        description="Adam step size of knowledge inputs and of the match, meta layers on it included; "
         "default: `meta_learning_rate`.",
     )
     schedule: ScheduleConfig = ScheduleConfig()
