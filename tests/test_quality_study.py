@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import study, tables
+from benchmarks.quality import bound, study, tables
 from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN
 from trainer.config import load_config
 from trainer.data.dataset import open_dataset
@@ -96,3 +97,28 @@ def test_a_turned_difference_is_that_of_the_other_side() -> None:
     assert (turned["base"], turned["arm"], turned["verdict"]) == ("shuffled", "llm4msr", "better")
     assert (turned["base_value"], turned["value"]) == (0.6, 0.7)
     assert (turned["difference"], turned["low"], turned["high"]) == (0.1, -0.05, 0.2)
+
+
+def test_the_summary_counts_intervals_beside_zero() -> None:
+    def row(backbone: str, metric: str, low: float, value: float, high: float) -> dict[str, str]:
+        return {"dataset": "movielens", "backbone": backbone, "arm": "llm4msr", "base": "alone",
+                "section": "overall", "key": "overall", "metric": metric, "low": f"{low}",
+                "difference": f"{value}", "high": f"{high}"}  # fmt: skip
+
+    rows = [row("star", "auc", 0.01, 0.02, 0.03), row("mmoe", "auc", -0.01, 0.04, 0.09),
+            row("star", "gauc", -0.03, -0.02, -0.01), row("mmoe", "gauc", 0.1, 0.2, 0.3)]  # fmt: skip
+    rows += [row | {"section": "segment", "key": "new_user"} for row in rows]
+    cells = tables._summary(rows).splitlines()[2].split(" | ")
+    assert cells[:3] == ["| movielens", "llm4msr - alone", "2"]
+    assert cells[3] == "+0.030 (+0.020 to +0.040); 1 above, 0 below"
+    assert cells[5] == "+0.090 (-0.020 to +0.200); 1 above, 1 below"
+
+
+def test_auc_inside_users_sees_their_taste_and_not_how_easily_they_are_pleased() -> None:
+    users = np.repeat(["easy", "hard", "pleased by all"], [4, 2, 3])
+    labels = np.array([1, 1, 1, 0, 1, 0, 1, 1, 1])
+    pleased = np.repeat([0.9, 0.1, 1.0], [4, 2, 3])
+    assert bound.gauc(users, labels, pleased) == 0.5  # ties
+    assert bound.auc(labels, pleased) == pytest.approx(11 / 14)
+    taste = np.array([0.3, 0.2, 0.1, 0.25, 0.9, 0.8, 0, 0, 0])
+    assert bound.gauc(users, labels, taste) == pytest.approx((4 * 1 / 3 + 2 * 1) / 6)

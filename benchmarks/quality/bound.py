@@ -1,13 +1,16 @@
 """What a user's first events tell of later ones: a logistic model of three numbers, no ids, no text.
 
-    python -m benchmarks.quality.bound --data study/movielens/data --users study/movielens/stores/user
+    python -m benchmarks.quality.bound --data study/movielens/data \
+        --users study/movielens/stores/user --items study/movielens/stores/item
 
 The numbers are the item's share of likes in profile and training windows (without the event itself),
 the user's share of likes in the events that prompts may read, and how much more than that the user
 liked the item's categories there. What this model gains over the item's share alone is in the events
 behind the prompts; an arm that gains less has lost it on the way from events to text, from text to
 vector, or from vector to prediction. With --users, the last lines are the same model of the item's
-share and a store's vectors: what is left on the second of these ways.
+share and a store's vectors: what is left on the second of these ways. With --items too, so is the
+cosine of the user's and the item's vector, which is all that ranks the items of one user without
+training.
 """
 
 import argparse
@@ -64,10 +67,10 @@ def events(data: Path, *splits: str) -> list[tuple]:
     return found
 
 
-def features(data: Path) -> dict[str, tuple[Tensor, Tensor, np.ndarray]]:
-    """Numbers [N, 3], labels [N] and users [N] of the train and test splits."""
-    items = pq.read_table(data / "items.parquet", columns=["item_id", "categories"]).to_pydict()
-    categories = dict(zip(items["item_id"], items["categories"], strict=True))
+def features(data: Path) -> dict[str, tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
+    """Numbers [N, 3], labels [N], users [N] and items [N] of the train and test splits."""
+    catalogue = pq.read_table(data / "items.parquet", columns=["item_id", "categories"])
+    categories = dict(zip(*(column.to_pylist() for column in catalogue.columns), strict=True))
     by_item, by_user, by_category = Counts(), Counts(), Counts()
     for _, item, label in events(data, "profile", "train"):
         by_item.add(item, label)
@@ -92,7 +95,8 @@ def features(data: Path) -> dict[str, tuple[Tensor, Tensor, np.ndarray]]:
         rows = events(data, split)
         values = [numbers(u, i, label if split == "train" else None) for u, i, label in rows]
         labels = torch.tensor([float(label) for *_, label in rows])
-        found[split] = torch.tensor(values), labels, np.array([user for user, *_ in rows])
+        users, items = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
+        found[split] = torch.tensor(values), labels, users, items
     return found
 
 
@@ -118,32 +122,56 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(user_aucs(everyone, labels, scores, 1)[0])
 
 
+def gauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> float:
+    """Mean of the AUC inside each user, weighted by events, over users with both classes."""
+    number = np.unique(users, return_inverse=True)[1]
+    events = np.bincount(number)
+    own = user_aucs(number, labels, scores, len(events))
+    both = ~np.isnan(own)
+    return float(np.average(own[both], weights=events[both]))
+
+
+def _vectors(path: Path, *keys: np.ndarray) -> list[Tensor]:
+    """Standardised vectors [N, dim] of every list of keys; zeros where a store has none."""
+    store = KnowledgeStore.open(path)
+    vectors = torch.from_numpy(standardise(store.read_vectors(0, store.manifest.rows)))
+    vectors = torch.cat([vectors, torch.zeros(1, vectors.shape[1])])  # -1: no vector
+    return [vectors[store.row_of(wanted)] for wanted in keys]
+
+
 def main() -> None:
-    """Prints a Markdown table: test AUC of all events, and of users without a training row."""
+    """Prints a Markdown table: test AUC and GAUC of all events, and of users never trained on."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="prepared dataset with ratings")
     parser.add_argument("--users", type=Path, nargs="*", default=[], help="stores of user vectors")
+    parser.add_argument("--items", type=Path, help="store of item vectors")
     options = parser.parse_args()
     found = features(options.data)
-    (x, y, trained), (test_x, test_y, users) = found["train"], found["test"]
+    (x, y, trained, seen), (test_x, test_y, users, items) = found["train"], found["test"]
     mean, spread = x.mean(0), x.std(0)
     x, test_x = (x - mean) / spread, (test_x - mean) / spread
     unseen, labels = ~np.isin(users, np.unique(trained)), test_y.numpy()
 
     def line(name: str, x: Tensor, test_x: Tensor, penalised: int = 0) -> None:
         scores = (test_x @ fit(x, y, penalised)[:-1]).numpy()
-        print(f"| {name} | {auc(labels, scores):.4f} | {auc(labels[unseen], scores[unseen]):.4f} |")
+        cells = [
+            measured
+            for part in (np.ones(len(labels), dtype=bool), unseen)
+            for measured in (
+                auc(labels[part], scores[part]),
+                gauc(users[part], labels[part], scores[part]),
+            )
+        ]
+        print(f"| {name} | {' | '.join(f'{cell:.4f}' for cell in cells)} |")
 
-    print("| a logistic model of | all test events | users never seen |\n|---|---|---|")
+    print("| a logistic model of | AUC | GAUC | AUC, users never seen | GAUC, users never seen |")
+    print("|---|---|---|---|---|")
     for name, columns in FEATURES.items():
         line(name, x[:, columns], test_x[:, columns])
     for path in options.users:
-        store = KnowledgeStore.open(path)
-        vectors = torch.from_numpy(standardise(store.read_vectors(0, store.manifest.rows)))
-        vectors = torch.cat([vectors, torch.zeros(1, vectors.shape[1])])  # -1: no vector
-        own, test_own = vectors[store.row_of(trained)], vectors[store.row_of(users)]
+        own, test_own = _vectors(path, trained, users)
         name = f"item's share of likes, {path.name} vector"
         line(
             name,
@@ -151,6 +179,15 @@ def main() -> None:
             torch.cat([test_x[:, :1], test_own], 1),
             own.shape[1],
         )
+        if options.items:
+            item, test_item = _vectors(options.items, seen, items)
+            cosine, test_cosine = (own * item).sum(1), (test_own * test_item).sum(1)
+            mean, spread = cosine.mean(), cosine.std()
+            line(
+                f"item's share of likes, cosine of {path.name} and {options.items.name} vector",
+                torch.stack([x[:, 0], (cosine - mean) / spread], 1),
+                torch.stack([test_x[:, 0], (test_cosine - mean) / spread], 1),
+            )
 
 
 if __name__ == "__main__":

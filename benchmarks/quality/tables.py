@@ -15,11 +15,14 @@ from trainer.compare import compare
 from trainer.models import BACKBONES
 
 METRICS = ("auc", "gauc", "logloss")
-SECTIONS = [  # (section, key) in differences.csv to the words over its column
-    (("overall", "overall"), "all test events"),
-    (("segment", "new_user"), "users never seen"),
-    (("segment", "new_in_scenario"), "users new in the scenario"),
-    (("segment", "sparse"), "users with few positives"),
+ALL, NEW_USER = ("overall", "overall"), ("segment", "new_user")  # (section, key)
+COLUMNS = [  # of the tables of differences
+    (ALL, "auc", "all test events"),
+    (NEW_USER, "auc", "users never seen"),
+    (("segment", "new_in_scenario"), "auc", "users new in the scenario"),
+    (("segment", "sparse"), "auc", "users with few positives"),
+    (ALL, "gauc", "GAUC, all"),
+    (NEW_USER, "gauc", "GAUC, never seen"),
 ]
 
 
@@ -50,7 +53,8 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
                 runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
             differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
     _save(out / "runs.csv", runs)
-    _save(out / "differences.csv", differences)
+    short = [{key: row[key] for key in row if key != "verdict"} for row in differences]
+    _save(out / "differences.csv", [row for row in short if row["metric"] != "logloss"])
     newest = max(
         work.glob("*/runs/*/*/seed-*/versions.json"), key=lambda file: file.stat().st_mtime
     )
@@ -62,8 +66,8 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
         for row in sensitivity.rows(work, name, backbone)
     ]
     if curves:
-        short = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
-        _save(out / "sensitivity.csv", short)
+        rows = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
+        _save(out / "sensitivity.csv", rows)
     for name in DATASETS:
         own = [row for row in curves if row["dataset"] == name]
         if own:
@@ -176,7 +180,7 @@ def _figure(rows: list[dict[str, Any]], file: Path) -> None:
         return
     figure = Figure(figsize=(10, 1.6 + 0.34 * len(backbones)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (section, title) in zip(axes, SECTIONS[:2], strict=True):
+    for axis, (section, _, title) in zip(axes, COLUMNS[:2], strict=True):
         for number, base in enumerate(bases):
             chosen = {row["backbone"]: row for row in _of(section, rows) if row["base"] == base}
             places = [
@@ -209,6 +213,7 @@ def _page(
 ) -> None:
     """Writes the tables of docs/quality.md between its markers; the words around them stay."""
     text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
+    text = _between(text, "summary", _summary(differences))
     for name in DATASETS:
         own = [row for row in runs if row["dataset"] == name]
         tables = [_means(own), _intervals([row for row in differences if row["dataset"] == name])]
@@ -234,6 +239,29 @@ def _arms() -> str:
     return "\n".join(lines + [f"| {name} | {arm.question} |" for name, arm in ARMS.items()])
 
 
+def _summary(differences: list[dict[str, Any]]) -> str:
+    """Mean and range of every difference over the backbones, and how many intervals exclude 0."""
+    columns = [column for column in COLUMNS if column[0] in (ALL, NEW_USER)]
+    words = " | ".join(words for *_, words in columns)
+    lines = [
+        f"| data set | difference | backbones | {words} |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
+    for name, arm, base in dict.fromkeys((r["dataset"], r["arm"], r["base"]) for r in differences):
+        own = [r for r in differences if (r["dataset"], r["arm"], r["base"]) == (name, arm, base)]
+        cells = []
+        for section, metric, _ in columns:
+            found = [row for row in _of(section, own) if row["metric"] == metric]
+            values = [float(row["difference"]) for row in found]
+            above = sum(float(row["low"]) > 0 for row in found)
+            below = sum(float(row["high"]) < 0 for row in found)
+            spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):+.3f}{spread}; {above} above, {below} below")
+        number = len({row["backbone"] for row in own})
+        lines.append(f"| {name} | {arm} - {base} | {number} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _means(runs: list[dict[str, Any]]) -> str:
     """Mean test AUC of every arm over its seeds, per section."""
     sections = list(dict.fromkeys((row["section"], row["key"]) for row in runs if row["auc"]))
@@ -255,18 +283,17 @@ def _means(runs: list[dict[str, Any]]) -> str:
 
 
 def _intervals(rows: list[dict[str, Any]]) -> str:
-    """Differences in AUC with 95 % intervals: overall, and where ids know little."""
-    words = " | ".join(words for _, words in SECTIONS)
+    """Differences with 95 % intervals: in AUC overall and where ids know little, and in GAUC."""
+    words = " | ".join(words for *_, words in COLUMNS)
     lines = [
         f"| backbone | difference | seeds | {words} |",
-        "|---|---|---|" + "---|" * len(SECTIONS),
+        "|---|---|---|" + "---|" * len(COLUMNS),
     ]
-    rows = [row for row in rows if row["metric"] == "auc"]
     for backbone, arm, base in dict.fromkeys((r["backbone"], r["arm"], r["base"]) for r in rows):
         own = [r for r in rows if (r["backbone"], r["arm"], r["base"]) == (backbone, arm, base)]
         cells = []
-        for section, _ in SECTIONS:
-            found = _of(section, own)
+        for section, metric, _ in COLUMNS:
+            found = [row for row in _of(section, own) if row["metric"] == metric]
             if not found:
                 cells.append("–")
                 continue
