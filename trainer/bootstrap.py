@@ -138,16 +138,18 @@ class WeightedAuc:
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """AUC for each column of weights [users, samples]: float64 [samples], or NaN."""
-        samples = weights.shape[1]
-        below = np.zeros((len(self._negative_user) + 1, samples))
-        np.cumsum(weights[self._negative_user], axis=0, out=below[1:])
-        positive = weights[self._positive_user]
-        won = below[self._start]
-        if self._has_ties:
-            won = (won + below[self._stop]) / 2
-        pairs = positive.sum(axis=0) * below[-1]
-        wins = np.einsum("ij,ij->j", positive, won)
-        return np.divide(wins, pairs, out=np.full(samples, np.nan), where=pairs > 0)
+        found = np.empty(weights.shape[1])
+        below = np.zeros(len(self._negative_user) + 1)
+        # One sample at a time: its user weights stay in the cache while rows pick from them.
+        for sample, weight in enumerate(np.ascontiguousarray(weights.T)):
+            np.cumsum(weight[self._negative_user], out=below[1:])
+            won = below[self._start]
+            if self._has_ties:
+                won = (won + below[self._stop]) / 2
+            positive = weight[self._positive_user]
+            pairs = positive.sum() * below[-1]
+            found[sample] = (positive @ won) / pairs if pairs > 0 else np.nan
+        return found
 
 
 def user_aucs(
