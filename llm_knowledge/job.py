@@ -167,7 +167,7 @@ class Job:
             with open_part(self.profiles) as old:
                 if (old.schema_arrow.metadata or {}).get(JOB_KEY) == job.encode():
                     return
-        options = profile_options(self.config)
+        options = profile_options(self.config, self.template)
         rows = self._chunk()
         temporary = self.config.out / f".profiles.{os.getpid()}.tmp"
         writer = None
@@ -264,11 +264,11 @@ class Job:
         write_manifest(out, manifest)
 
 
-def profile_options(config: ExtractConfig) -> ProfileOptions:
+def profile_options(config: ExtractConfig, template: Template) -> ProfileOptions:
     """What the profiles of an extraction are made with."""
     return ProfileOptions(
         config.per_scenario, config.total, min_interactions=config.min_interactions,
-        cutoff=config.cutoff,
+        cutoff=config.cutoff, tastes="{tastes}" in template.body,
         engine=config.engine, spark_master=config.spark_master, memory_limit=config.memory_limit)  # fmt: skip
 
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_TITLE = 1000  # characters of a title or a list of categories that reach a profile
+# Categories that a user prefers, and as many that the user avoids; how far the share of liked items
+# must be from the user's own to say so; items that a category is held to have besides, at that share.
+TASTES, LEAST_TASTE, TASTE_PRIOR = 4, 0.03, 3
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ def user_query(
     negatives: bool,
     at_least: int,
     cutoff: int | None,
+    tastes: bool = False,
 ) -> str:
     """Rows (key, cutoff, data), by key: each user's newest items, most recent first.
 
-    Where label 0 means disliked, `data` also says of how many items, and how many of them were liked.
+    Where label 0 means disliked, `data` also says of how many items, and how many of them were liked;
+    with `tastes`, which categories the user likes more and less than others, the most marked first.
     An item without a title is named by its categories; one without either is left out of the lists. An
     item met twice in a scenario counts once, with its newest label (the liked one of two at the same
     time). Ties in time go by item, then by scenario.
@@ -73,12 +78,18 @@ def user_query(
         negatives: whether label 0 means disliked; without, those items are left out.
         at_least: users with fewer events have no row.
         cutoff: the row's cut-off; None: the user's newest event.
+        tastes: whether categories are compared; without `negatives` they never are.
     """
     shown = dialect.struct(scenario="scenario_id", liked="label = 1", title="text")
     newest = "max(newest)" if cutoff is None else f"CAST({cutoff} AS BIGINT)"
     items = dialect.ordered_list(shown, "-newest", "item_id", "scenario_id")
     wanted = "" if negatives else "AND label = 1"
     counts = [f"""'"{name}":' || CAST(e.{name} AS STRING) || ','""" for name in ("met", "liked")]
+    with_tastes, join_tastes = "", ""
+    if tastes and negatives:
+        with_tastes = _tastes(dialect)
+        join_tastes = "LEFT JOIN tastes t ON e.user_id = t.user_id"
+        counts.append("""'"tastes":' || coalesce(CAST(to_json(t.tastes) AS STRING), '[]') || ','""")
     head = " || ".join(["'{'", *(counts if negatives else [])])
     return f"""
 WITH met AS (
@@ -106,11 +117,38 @@ WITH met AS (
   FROM per_scenario WHERE place <= {per_scenario}
 ), lists AS (
   SELECT user_id, {items} AS items FROM recent WHERE position <= {total} GROUP BY user_id
-)
+){with_tastes}
 SELECT e.user_id AS key, e.cutoff AS cutoff,
        {head} || '"items":' || coalesce(CAST(to_json(l.items) AS STRING), '[]') || '}}' AS data
-FROM enough e LEFT JOIN lists l ON e.user_id = l.user_id ORDER BY key
+FROM enough e LEFT JOIN lists l ON e.user_id = l.user_id {join_tastes} ORDER BY key
 """
+
+
+def _tastes(dialect: Dialect) -> str:
+    """Tables behind `enough`: per user a list of {category, liked}, preferred ones first.
+
+    A category's lean is its share of liked items less the user's own, with some items of the user's
+    own share added: (liked + p * own) / (met + p) - own. Every item counts once in each scenario.
+    """
+    shown = dialect.struct(category="category", liked="lean > 0")
+    names = dialect.ordered_list(shown, "lean <= 0", "place")
+    return f""", category_of AS (
+  SELECT item_id, {dialect.explode}(array_distinct(categories)) AS category FROM items
+), counted AS (
+  SELECT m.user_id, c.category, count(*) AS met, sum(m.label) AS liked
+  FROM met m JOIN category_of c ON m.item_id = c.item_id
+  WHERE {_readable("c.category")} <> '' GROUP BY m.user_id, c.category
+), leaning AS (
+  SELECT c.user_id, c.category, CAST(c.liked * e.met - c.met * e.liked AS DOUBLE)
+         / CAST(e.met * (c.met + {TASTE_PRIOR}) AS DOUBLE) AS lean
+  FROM counted c JOIN enough e ON c.user_id = e.user_id
+), marked AS (
+  SELECT *, row_number() OVER (PARTITION BY user_id, lean > 0
+                               ORDER BY abs(lean) DESC, category) AS place
+  FROM leaning WHERE abs(lean) > CAST({LEAST_TASTE} AS DOUBLE)
+), tastes AS (
+  SELECT user_id, {names} AS tastes FROM marked WHERE place <= {TASTES} GROUP BY user_id
+)"""
 
 
 def item_query(dialect: Dialect) -> str:

@@ -134,6 +134,7 @@ class ProfileOptions:
     categories: int = 6  # category names in a scenario's lists
     min_interactions: int = 1  # users with fewer events have no profile
     cutoff: int | None = None  # newest second that enters; None: the whole profile window
+    tastes: bool = False  # whether a user's categories are compared, for templates that name them
     engine: str = "duckdb"
     spark_master: str | None = None
     memory_limit: str = "2GB"
@@ -177,7 +178,8 @@ def profile_batches(
             if level == "user":
                 query = user_query(
                     engine.dialect, options.per_scenario, options.total,
-                    dataset.negative_name is not None, options.min_interactions, options.cutoff)  # fmt: skip
+                    dataset.negative_name is not None, options.min_interactions, options.cutoff,
+                    options.tastes)  # fmt: skip
             found = False
             stream = engine.stream(query, rows, by_user=level == "user")
             for batch in _rebatch((_cast(batch, schema) for batch in stream), rows):

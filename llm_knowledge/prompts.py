@@ -31,10 +31,10 @@ _COMMON = {"scenario_names", "positive_name", "negative_name"}
 _ALLOWED = {
     "instruction": {level: _COMMON for level in ("user", "scenario", "item")},
     "body": {
-        "user": _COMMON | {"habit", "sections", "liked", "disliked"},
+        "user": _COMMON | {"habit", "tastes", "sections", "liked", "disliked"},
         "scenario": _COMMON | {"name", "description", "activity", "top_categories",
                                "distinct_categories", "relations"},
-        "item": _COMMON | {"title", "categories", "title_or_categories"},
+        "item": _COMMON | {"title", "categories", "title_or_categories", "title_and_categories"},
     },
     "section": {"user": {"scenario", "liked", "disliked"}},
     "liked": {"user": {"titles", "positive_name", "negative_name"}},
@@ -238,6 +238,7 @@ class Renderer:
                     {"scenario": self._say(facts["name"]), **self._lists(mine)}))  # fmt: skip
         return {
             "habit": self._habit(profile),
+            "tastes": self._tastes(profile),
             "sections": "\n".join(sections),
             **self._lists(items),
         }
@@ -249,6 +250,15 @@ class Renderer:
         share = (profile["liked"] + 1) / (profile["met"] + 2)
         words = next(words for least, words in _HABITS if share >= least)
         return f"{self.positive_name.capitalize()} {words}."
+
+    def _tastes(self, profile: dict[str, Any]) -> str:
+        """Categories that the user likes more than others, and less: a paragraph each."""
+        found = []
+        for words, liked in (("Prefers", True), ("Not", False)):
+            names = [clean(t["category"]) for t in profile.get("tastes", []) if t["liked"] is liked]
+            said = ", ".join(self._say(name) for name in names if name)
+            found += [f"{words} {said}."] if said else []
+        return "\n\n".join(found)
 
     def _lists(self, items: list[dict[str, Any]]) -> dict[str, str]:
         names = {"positive_name": self.positive_name, "negative_name": self.negative_name or ""}
@@ -270,7 +280,8 @@ class Renderer:
             return {}
         shown = self._say(title, MAX_ITEM_CHARS)
         return {"title": shown, "categories": categories or "unknown",
-                "title_or_categories": shown if title else categories}  # fmt: skip
+                "title_or_categories": shown if title else categories,
+                "title_and_categories": ": ".join(filter(None, [title and shown, categories]))}  # fmt: skip
 
     def _scenario(self, profile: dict[str, Any], keep: int | None) -> dict[str, str]:
         def named(start: str, names: list[str]) -> str:

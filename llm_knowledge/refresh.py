@@ -210,7 +210,7 @@ def _parts(
     from llm_knowledge.profiles import profile_batches
 
     config = job.config
-    options = profile_options(config)
+    options = profile_options(config, job.template)
     seen, index, unmet = np.zeros(len(old), bool), 0, set(forget)
     waiting: list[tuple[int, _Chunk]] = []
     with tempfile.TemporaryDirectory(dir=out, prefix=".spill.") as scratch:

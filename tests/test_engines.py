@@ -89,7 +89,7 @@ def one_session(tmp_path_factory: pytest.TempPathFactory):
 def test_spark_and_duckdb_give_the_same_profiles(logs, one_session, tmp_path: Path) -> None:
     small = {"per_scenario": 2, "total": 3, "min_interactions": 25}
     cases: list[tuple[str, str, dict]] = [
-        *[(name, "user", {}) for name in logs if name != "integers"],
+        *[(name, "user", {"tastes": True}) for name in logs if name != "integers"],
         ("integers", "user", small),
         ("strings", "user", {"cutoff": 9}),
         *[(name, "item", {}) for name in ("integers", "strings")],
@@ -105,10 +105,10 @@ def test_spark_and_duckdb_give_the_same_profiles(logs, one_session, tmp_path: Pa
 @pytest.mark.parametrize("threads", [1, 2])
 def test_buckets_of_users_change_nothing(logs, tmp_path: Path, monkeypatch, threads: int) -> None:
     for data in logs.values():
-        whole = rows(data, "user", tmp_path, threads=threads)
+        whole = rows(data, "user", tmp_path, threads=threads, tastes=True)
         events = json.loads((data / "dataset.json").read_text())["rows"]["profile"]
         monkeypatch.setattr(engines, "BUCKET_EVENTS", events // 6)
-        assert rows(data, "user", tmp_path, threads=threads) == whole
+        assert rows(data, "user", tmp_path, threads=threads, tastes=True) == whole
         monkeypatch.undo()
         assert not list((tmp_path / "buckets").iterdir())
 

@@ -14,6 +14,7 @@ from llm_knowledge import job
 from llm_knowledge.encoder import Encoder, default_model_path, model_kind, weights_hash
 from llm_knowledge.errors import InputError
 from llm_knowledge.extract import ExtractConfig, extract
+from llm_knowledge.refresh import refresh
 from llm_knowledge.store import KnowledgeStore, verify
 from llm_knowledge.workers import directory_lock
 from tests.knowledge_data import HOSTILE, random_dataset, tiny_decoder, tiny_encoder
@@ -225,6 +226,15 @@ def test_all_levels_in_one_process(bert, tmp_path):
     np.testing.assert_allclose(user.read_vectors(0, 12), encoder.encode(prompts), atol=1e-3)
     assert sorted(os.listdir(out / "user")) == [
         "manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]  # fmt: skip
+
+
+def test_a_template_that_names_tastes_gets_them(bert, tmp_path):
+    data = random_dataset(tmp_path / "data")
+    out = extract(config(data, tmp_path / "out", bert, template="user_tastes"))
+    prompts = [row["prompt"] for row in KnowledgeStore.open(out).read_text(range(12))]
+    assert any("\n\nPrefers kind " in prompt for prompt in prompts)
+    done = refresh(out, data, tmp_path / "again", model=str(bert), device="cpu")
+    assert (done.kept, done.changed) == (12, 0)  # the same prompts again
 
 
 def test_prompts_fit_the_models_budget(qwen, tmp_path):

@@ -21,7 +21,7 @@ def prompts(path, level, template):
     dataset = Dataset.open(path)
     renderer = Renderer(load_template(template, level), dataset.scenarios, dataset.positive_name,
                         dataset.negative_name, lambda texts: [len(t) for t in texts], 10**6)  # fmt: skip
-    found = profiles(path, level)
+    found = profiles(path, level, tastes=template == "user_tastes")
     return {key: (cutoff, renderer.render([data])[0]) for key, (cutoff, data) in found.items()}
 
 
@@ -72,6 +72,26 @@ def test_sampled_negatives_never_enter(tmp_path):
     assert found[3] == (7, {"items": []})
 
 
+def test_tastes_are_categories_liked_more_or_less_than_the_users_others(tmp_path):
+    kinds = [["a", "b"], ["a"], ["b", "a", "a"], ["c"], ["c", "d"], ["d"], ["even"], ["even"]]
+    items = [{"item_id": i, "title": "", "categories": kinds[i]} for i in range(8)]
+    liked = [event(1, i, "food", i, label) for i, label in enumerate([1, 1, 1, 0, 0, 0, 1, 0])]
+    once = [event(2, 0, "food", 1, 1)]  # everything liked: nothing is liked more
+    path = write_dataset(tmp_path, {"profile": liked + once}, items)
+    found = profiles(path, "user", tastes=True)
+    # Half of 8 is liked. a: (3 + 1.5) / (3 + 3) - .5, b: (2 + 1.5) / (2 + 3) - .5; "even" is even.
+    assert found[1][1]["tastes"] == [
+        {"category": "a", "liked": True}, {"category": "b", "liked": True},
+        {"category": "c", "liked": False}, {"category": "d", "liked": False},
+    ]  # fmt: skip
+    assert found[2][1]["tastes"] == []
+    assert "tastes" not in profiles(path, "user")[1][1]
+    text = prompts(path, "user", "user_tastes")[1][1].split("\n\n")
+    assert text[:3] == ["Liked about half.", "Prefers a, b.", "Not c, d."]
+    without = write_dataset(tmp_path / "sampled", {"profile": liked}, items, negative_name=None)
+    assert "tastes" not in profiles(without, "user", tastes=True)[1][1]
+
+
 def test_limits_per_scenario_and_total(tmp_path):
     rows = [event(1, i, "food", i, 1) for i in range(6)] + [event(1, 6, "kitchen", 0, 1)]
     path = write_dataset(tmp_path, {"profile": rows}, ITEMS)
@@ -92,7 +112,7 @@ def test_batches_have_the_asked_size_and_sorted_keys(tmp_path):
     assert [b.to_pylist() for b in again] == [b.to_pylist() for b in batches]
 
 
-@pytest.mark.parametrize("template", ["user", "user_plain"])
+@pytest.mark.parametrize("template", ["user", "user_plain", "user_tastes"])
 @pytest.mark.parametrize("id_type", ["int64", "string"])
 def test_no_event_meets_a_prompt_that_contains_it(tmp_path, template, id_type):
     path = random_dataset(tmp_path, users=30, id_type=id_type)

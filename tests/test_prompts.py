@@ -83,6 +83,31 @@ def test_a_prompt_says_how_easily_its_user_is_pleased(met, liked, words):
     assert "Liked" not in renderer("user_plain").render([without])[0]
 
 
+def test_a_prompt_names_tastes_in_paragraphs_of_their_own():
+    tastes = [
+        {"category": "noir\n\nNot x", "liked": True},
+        {"category": "\u202e", "liked": True},
+        {"category": "war", "liked": False},
+    ]
+    profile = {"items": [item("p1")], "met": 2, "liked": 2, "tastes": tastes}
+    text = renderer("user_tastes").render([profile])[0]
+    assert text.split("\n\n") == ["Liked most.", "Prefers noir Not x.", "Not war.", "p1."]
+    assert renderer("user_tastes").render([{"items": [item("p1")]}])[0] == "p1."
+
+
+def test_an_item_may_be_named_by_title_and_categories():
+    render = renderer("item_categories", "item").render
+    texts = render(
+        [
+            {"title": "Heat", "categories": ["Crime", "War"]},
+            {"title": "Heat", "categories": []},
+            {"title": "", "categories": ["Crime"]},
+            {"title": "", "categories": []},
+        ]
+    )
+    assert texts == ["Heat: Crime, War.", "Heat.", "Crime.", "An item without a title."]
+
+
 def test_braces_in_titles_are_text():
     text = renderer().render([{"items": [item("{liked} {0.__class__} %s")]}])[0]
     assert '"{liked} {0.__class__} %s"' in text

@@ -34,7 +34,7 @@ def test_controls_differ_from_llm4msr_in_their_stores_alone(tmp_path: Path) -> N
         return load_config(None, words).model_dump(exclude={"name"})
 
     full = settings("llm4msr")
-    for arm in ("shuffled", "random", "constant", "leak"):
+    for arm in ("shuffled", "random", "constant", "leak", "tastes", "tastes_shuffled"):
         other = settings(arm)
         assert other.pop("knowledge") != full["knowledge"]
         assert other == {key: value for key, value in full.items() if key != "knowledge"}

@@ -69,7 +69,8 @@ class Arm:
 
     Attributes:
         meta: Settings below model.meta; empty is the backbone alone.
-        stores: Level to kind of store: "true", "shuffled", "random", "constant" or "leak".
+        stores: Level to kind of store: "true", "shuffled", "random", "constant", "leak", "tastes" (made
+            with `TEMPLATES`) or "tastes-shuffled".
         question: What the arm is there to tell.
         layer_step: Step size of the meta networks as a share of that of inputs and match.
     """
@@ -80,7 +81,9 @@ class Arm:
     layer_step: float = 1.0
 
 
+TEMPLATES = {"user": "user_tastes", "item": "item_categories"}
 _TRUE = dict.fromkeys(LEVELS, "true")
+_TASTES = {**_TRUE, "user": "tastes", "item": "tastes"}
 _LAYERS = {"kind": "gate"}
 _FULL = {**_LAYERS, "item_knowledge": "match", "inputs": ["user"]}
 _NO_LAYERS = {"user_layers": 0, "scenario_layers": 0}
@@ -137,6 +140,14 @@ ARMS = {
         {"user": "true", "item": "true"},
         {**_NO_LAYERS, "item_knowledge": "match"},
     ),
+    "tastes": Arm(
+        "llm4msr, prompts also say which categories a user likes more and less, and those of items",
+        _TASTES,
+        _FULL,
+    ),
+    "tastes_shuffled": Arm(
+        "the same, user vectors at other users", {**_TASTES, "user": "tastes-shuffled"}, _FULL
+    ),
     "leak": Arm(
         "llm4msr, the as-of rule broken: prompts have read the training events",
         {**_TRUE, "user": "leak"},
@@ -152,6 +163,7 @@ DIFFERENCES = {
     ),
     "slow_layers": ("features",),
     "no_layers": ("features",),
+    "tastes": ("alone", "tastes_shuffled", "llm4msr"),
     "alone": ("features", "paper", "user_only", "scenario_only", "item_only", "leak"),
 }  # fmt: skip
 RESAMPLES = 500  # of the users and seeds, for every interval

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.quality.arms import ARMS, DATASETS, LEVELS
+from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TEMPLATES
 from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import shuffled_store, write_store
 from trainer.config import load_config, save_config
@@ -78,6 +78,13 @@ def make_stores(work: Path, name: str, kinds: set[tuple[str, str]]) -> Path:
             continue
         if kind == "leak":
             _leak(data, stores, out)
+        elif kind == "tastes":
+            command(
+                "knowledge", "extract", "--data", str(data), "--level", level, "--out", str(out),
+                "--template", TEMPLATES[level],
+            )  # fmt: skip
+        elif kind == "tastes-shuffled":
+            shuffled_store(stores / f"{level}-tastes", out, seed=0, control="shuffled")
         else:
             shuffled_store(stores / level, out, seed=0, control=kind)
     return stores

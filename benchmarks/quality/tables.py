@@ -113,18 +113,20 @@ def _differences(found: dict[str, list[Path]]) -> list[dict[str, Any]]:
         (run / "evaluation.json").stat().st_mtime for runs in found.values() for run in runs
     )
     content = {arm: [run.name for run in runs] for arm, runs in found.items()}
-    key = json.dumps([content, DIFFERENCES, RESAMPLES])
+    # Only arms with the same seeds: a difference of unlike seeds is not paired.
+    pairs = {
+        one: others
+        for one, wanted in DIFFERENCES.items()
+        if (others := [arm for arm in wanted if one in found and content.get(arm) == content[one]])
+    }
+    key = json.dumps([content, pairs, RESAMPLES])
     file = next(iter(found.values()))[0].parents[1] / "differences.json"
     if file.exists() and file.stat().st_mtime > newest:
         kept = json.loads(file.read_text())
         if kept["key"] == key:
             return kept["lines"]
     lines = []
-    for one, others in DIFFERENCES.items():
-        # Only arms with the same seeds: a difference of unlike seeds is not paired.
-        others = tuple(arm for arm in others if one in found and content.get(arm) == content[one])
-        if not others:
-            continue
+    for one, others in pairs.items():
         groups = [(arm, found[arm]) for arm in (one, *others)]
         for row in compare(groups, RESAMPLES)["table"]:
             if row["difference"] is not None:
