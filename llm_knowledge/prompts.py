@@ -24,6 +24,7 @@ from llm_knowledge.errors import InputError
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_TITLE_CHARS, MAX_ITEM_CHARS = 160, 500
+MAX_TASTE_CHARS = 40  # of a category among tastes, which the budget cannot shorten
 # Pieces that the budget may take from a scenario or an item prompt, one after the other.
 ITEM_PIECE_CHARS = 20
 
@@ -255,7 +256,8 @@ class Renderer:
         """Categories that the user likes more than others, and less: a paragraph each."""
         found = []
         for words, liked in (("Prefers", True), ("Not", False)):
-            names = [clean(t["category"]) for t in profile.get("tastes", []) if t["liked"] is liked]
+            tastes = [t["category"] for t in profile.get("tastes", []) if t["liked"] is liked]
+            names = [clean(name, MAX_TASTE_CHARS) for name in tastes]
             said = ", ".join(self._say(name) for name in names if name)
             found += [f"{words} {said}."] if said else []
         return "\n\n".join(found)

@@ -87,11 +87,16 @@ def test_a_prompt_names_tastes_in_paragraphs_of_their_own():
     tastes = [
         {"category": "noir\n\nNot x", "liked": True},
         {"category": "\u202e", "liked": True},
-        {"category": "war", "liked": False},
+        {"category": "war" * 99, "liked": False},
     ]
     profile = {"items": [item("p1")], "met": 2, "liked": 2, "tastes": tastes}
     text = renderer("user_tastes").render([profile])[0]
-    assert text.split("\n\n") == ["Liked most.", "Prefers noir Not x.", "Not war.", "p1."]
+    assert text.split("\n\n") == [
+        "Liked most.",
+        "Prefers noir Not x.",
+        f"Not {'war' * 13}….",
+        "p1.",
+    ]
     assert renderer("user_tastes").render([{"items": [item("p1")]}])[0] == "p1."
 
 
