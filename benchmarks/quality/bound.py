@@ -156,20 +156,17 @@ def main() -> None:
 
     def line(name: str, x: Tensor, test_x: Tensor, penalised: int = 0) -> None:
         scores = (test_x @ fit(x, y, penalised)[:-1]).numpy()
-        cells = [
-            measured
-            for part in (np.ones(len(labels), dtype=bool), unseen)
-            for measured in (
-                auc(labels[part], scores[part]),
-                gauc(users[part], labels[part], scores[part]),
-            )
-        ]
+        cells = []
+        for part in (np.ones(len(labels), dtype=bool), unseen):
+            cells.append(auc(labels[part], scores[part]))
+            cells.append(gauc(users[part], labels[part], scores[part]))
         print(f"| {name} | {' | '.join(f'{cell:.4f}' for cell in cells)} |")
 
     print("| a logistic model of | AUC | GAUC | AUC, users never seen | GAUC, users never seen |")
     print("|---|---|---|---|---|")
     for name, columns in FEATURES.items():
         line(name, x[:, columns], test_x[:, columns])
+    item, test_item = _vectors(options.items, seen, items) if options.items else (None, None)
     for path in options.users:
         own, test_own = _vectors(path, trained, users)
         name = f"item's share of likes, {path.name} vector"
@@ -179,8 +176,7 @@ def main() -> None:
             torch.cat([test_x[:, :1], test_own], 1),
             own.shape[1],
         )
-        if options.items:
-            item, test_item = _vectors(options.items, seen, items)
+        if item is not None:
             cosine, test_cosine = (own * item).sum(1), (test_own * test_item).sum(1)
             mean, spread = cosine.mean(), cosine.std()
             line(

@@ -166,9 +166,21 @@ def _save(file: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _of(section: tuple[str, str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one (section, key)."""
-    return [row for row in rows if (row["section"], row["key"]) == section]
+def _of(
+    section: tuple[str, str], rows: list[dict[str, Any]], metric: str | None = None
+) -> list[dict[str, Any]]:
+    """The rows of one (section, key), and of one metric where rows have one each."""
+    return [
+        row
+        for row in rows
+        if (row["section"], row["key"]) == section and metric in (None, row.get("metric"))
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; empty without rows."""
+    first, *rest = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([first, "|" + "---|" * len(head), *rest]) if rows else ""
 
 
 def _figure(rows: list[dict[str, Any]], file: Path) -> None:
@@ -237,31 +249,26 @@ def _between(text: str, name: str, body: str) -> str:
 
 def _arms() -> str:
     """What every arm is there to tell."""
-    lines = ["| arm | what it is there to tell |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {arm.question} |" for name, arm in ARMS.items()])
+    rows = [[name, arm.question] for name, arm in ARMS.items()]
+    return _table(["arm", "what it is there to tell"], rows)
 
 
 def _summary(differences: list[dict[str, Any]]) -> str:
     """Mean and range of every difference over the backbones, and how many intervals exclude 0."""
     columns = [column for column in COLUMNS if column[0] in (ALL, NEW_USER)]
-    words = " | ".join(words for *_, words in columns)
-    lines = [
-        f"| data set | difference | backbones | {words} |",
-        "|---|---|---|" + "---|" * len(columns),
-    ]
+    rows = []
     for name, arm, base in dict.fromkeys((r["dataset"], r["arm"], r["base"]) for r in differences):
         own = [r for r in differences if (r["dataset"], r["arm"], r["base"]) == (name, arm, base)]
         cells = []
         for section, metric, _ in columns:
-            found = [row for row in _of(section, own) if row["metric"] == metric]
+            found = _of(section, own, metric)
             values = [float(row["difference"]) for row in found]
             above = sum(float(row["low"]) > 0 for row in found)
             below = sum(float(row["high"]) < 0 for row in found)
             spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):+.3f}{spread}; {above} above, {below} below")
-        number = len({row["backbone"] for row in own})
-        lines.append(f"| {name} | {arm} - {base} | {number} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, f"{arm} - {base}", str(len({row["backbone"] for row in own})), *cells])
+    return _table(["data set", "difference", "backbones", *(words for *_, words in columns)], rows)
 
 
 def _means(runs: list[dict[str, Any]]) -> str:
@@ -269,38 +276,31 @@ def _means(runs: list[dict[str, Any]]) -> str:
     sections = list(dict.fromkeys((row["section"], row["key"]) for row in runs if row["auc"]))
     if not sections:
         return ""
-    lines = [
-        "| backbone | arm | seeds | " + " | ".join(key or name for name, key in sections) + " |"
-    ]
-    lines.append("|---|---|---|" + "---|" * len(sections))
+    rows = []
     for backbone, arm in dict.fromkeys((row["backbone"], row["arm"]) for row in runs):
         own = [row for row in runs if (row["backbone"], row["arm"]) == (backbone, arm)]
         cells = []
         for section in sections:
             found = [float(row["auc"]) for row in _of(section, own) if row["auc"]]
             cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
-        seeds = len({row["seed"] for row in own})
-        lines.append(f"| {backbone} | {arm} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([backbone, arm, str(len({row["seed"] for row in own})), *cells])
+    return _table(["backbone", "arm", "seeds", *(key or name for name, key in sections)], rows)
 
 
-def _intervals(rows: list[dict[str, Any]]) -> str:
+def _intervals(differences: list[dict[str, Any]]) -> str:
     """Differences with 95 % intervals: in AUC overall and where ids know little, and in GAUC."""
-    words = " | ".join(words for *_, words in COLUMNS)
-    lines = [
-        f"| backbone | difference | seeds | {words} |",
-        "|---|---|---|" + "---|" * len(COLUMNS),
-    ]
-    for backbone, arm, base in dict.fromkeys((r["backbone"], r["arm"], r["base"]) for r in rows):
-        own = [r for r in rows if (r["backbone"], r["arm"], r["base"]) == (backbone, arm, base)]
+    rows = []
+    for pair in dict.fromkeys((r["backbone"], r["arm"], r["base"]) for r in differences):
+        backbone, arm, base = pair
+        own = [r for r in differences if (r["backbone"], r["arm"], r["base"]) == pair]
         cells = []
         for section, metric, _ in COLUMNS:
-            found = [row for row in _of(section, own) if row["metric"] == metric]
+            found = _of(section, own, metric)
             if not found:
                 cells.append("–")
                 continue
             value, low, high = (float(found[0][k]) for k in ("difference", "low", "high"))
             mark = "**" if low > 0 or high < 0 else ""
             cells.append(f"{mark}{value:+.4f}{mark} [{low:+.4f}, {high:+.4f}]")
-        lines.append(f"| {backbone} | {arm} - {base} | {own[0]['seeds']} | {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+        rows.append([backbone, f"{arm} - {base}", str(own[0]["seeds"]), *cells])
+    return _table(["backbone", "difference", "seeds", *(words for *_, words in COLUMNS)], rows)
