@@ -156,7 +156,7 @@ class MetaNetworks(nn.Module):
 
     def codes(
         self, vectors: Tensor | None, known: Tensor, rows: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+    ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], Tensor]:
         """The small codes that generators read, per level that is configured.
 
         Args:
@@ -165,27 +165,33 @@ class MetaNetworks(nn.Module):
             rows: Row of each sample's scenario in the scenario store, -1 without one, int64 [B].
 
         Returns:
-            "user": z_u [B, rank] and None; "scenario": z_s [S + 1, rank] and the row of each sample.
+            The codes: "user": z_u [B, rank] and None; "scenario": z_s [S + 1, rank] and the row of each
+            sample. And which samples' z_u reads the user's vector, not the default, bool [B].
         """
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
         if self.user_adapter is not None:
-            found["user"] = self.user_adapter(vectors, known), None
+            z, known = self.user_adapter(vectors, known)
+            found["user"] = z, None
         if self.scenario_adapter is not None:
             padded = F.pad(self.scenario_vectors, (0, 0, 0, 1))
             none = len(padded) - 1  # the last row stands for "no knowledge"
             has_vector = torch.arange(len(padded), device=rows.device) < none
-            z = self.scenario_adapter(padded, has_vector)
+            z, _ = self.scenario_adapter(padded, has_vector)
             found["scenario"] = z, torch.where(rows < 0, none, rows)
-        return found
+        return found, known
 
     def align(
-        self, codes: dict[str, tuple[Tensor, Tensor | None]], batch: Batch, known: Tensor
+        self, codes: dict[str, tuple[Tensor, Tensor | None]], batch: Batch, read: Tensor
     ) -> Tensor:
-        """Weighted loss that aligns the levels, over positives that have knowledge on both."""
+        """Weighted loss that aligns the levels, over positives that have knowledge on both.
+
+        Not where z_u is the default, for want of a vector or by dropout (`read` bool [B] is false): it
+        stands for all users, and begins at 0, where a direction has no gradient.
+        """
         z, rows = codes["scenario"]
         assert rows is not None
         none = len(z) - 1
-        weight = batch.weight * batch.label * known * (rows < none)
+        weight = batch.weight * batch.label * read * (rows < none)
         loss = alignment_loss(codes["user"][0], z[:none], rows.clamp(max=none - 1), weight)
         return self.alignment * loss
 
@@ -235,9 +241,9 @@ class DenseModel(nn.Module):
         codes = {}
         if meta is not None:
             user_vectors = knowledge["user"] if meta.user_adapter is not None else None
-            codes = meta.codes(user_vectors, known["user"], batch.scenario_knowledge)
+            codes, read = meta.codes(user_vectors, known["user"], batch.scenario_knowledge)
             if meta.alignment:
-                extra = meta.align(codes, batch, known["user"])
+                extra = meta.align(codes, batch, read)
         if meta is not None and meta.user_layers is not None:
             h = meta.user_layers(x, codes["user"][0])
         logits = self.backbone(h, batch.scenario)

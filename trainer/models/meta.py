@@ -56,14 +56,18 @@ class KnowledgeAdapter(nn.Module):
         self.default = nn.Parameter(torch.zeros(rank))
         self.noise, self.dropout = noise, dropout
 
-    def forward(self, vectors: Tensor, known: Tensor) -> Tensor:
-        """Maps vectors [N, dim], with `known` bool [N], to z [N, rank]; unknown rows get the default."""
+    def forward(self, vectors: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps vectors [N, dim], with `known` bool [N], to z [N, rank]; unknown rows get the default.
+
+        Returns:
+            z, and which rows of it read their vector, bool [N]: `known` less what was dropped.
+        """
         z = self.first(vectors)
         if self.training and self.noise:
             z = z + self._projected_noise(len(z))
         if self.training and self.dropout:
             known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
-        return torch.where(known[:, None], self.rest(z), self.default)
+        return torch.where(known[:, None], self.rest(z), self.default), known
 
     def _projected_noise(self, rows: int) -> Tensor:
         """What noise on the vectors becomes behind the first projection W, [rows, width of it].
