@@ -1,13 +1,14 @@
 """The study of docs/quality.md: arms, held-out users of the simulated log, tables."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import bound, study, tables
-from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN
+from benchmarks.quality import bound, regularisation, study, tables
+from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN, REGULARISATION, REGULARISED
 from trainer.config import load_config
 from trainer.data.dataset import open_dataset
 from trainer.data.simulate import simulate
@@ -90,6 +91,100 @@ def test_the_best_trial_is_the_first_seed(tmp_path: Path) -> None:
     assert found == {"alone": [first]}
 
 
+def finished(run: Path, valid: float, auc: float = 0.5) -> None:
+    """What a trained and evaluated run leaves that the study reads."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "summary.json").write_text(json.dumps({"valid_auc": valid}))
+    block = {"auc": auc, "rows": 1, "users": 1}
+    evaluation = {"overall": block, "scenarios": {}, "segments": {"new_user": block}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def test_every_arm_is_regularised_by_the_same_budget(tmp_path: Path) -> None:
+    best = DATASETS["movielens"].trials[1]
+    for arm in REGULARISED:
+        for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", "star", arm)):
+            finished(run, 0.6 + 0.1 * number)
+        study.seeds(tmp_path, "movielens", "star", arm, 1)
+        for seed in range(1, 5):
+            finished(tmp_path / "movielens/runs/star" / arm / f"seed-{seed}", 0.7, auc=0.61)
+        tried = regularisation.trials(tmp_path, "movielens", "star", arm)
+        assert len(tried) == len(REGULARISATION) == len({run for run, _ in tried})
+        for (run, words), changes in zip(tried, REGULARISATION.values(), strict=True):
+            config = load_config(None, words)  # the arm's own step sizes
+            assert config.train.learning_rate == best["train.learning_rate"]
+            assert all(f"{key}={value}" in words for key, value in changes.items())
+            # Of "llm4msr" the second variation is better than the arm as the study has it.
+            better = arm == "llm4msr" and run == tried[1][0]
+            finished(run, 0.9 if better else 0.3)
+    assert regularisation.seeds(tmp_path, "movielens", "star", "alone") == []
+    further = regularisation.seeds(tmp_path, "movielens", "star", "llm4msr")
+    assert [run.parent for run, _ in further] == [
+        tried[1][0].parents[2] / "llm4msr/dropout-0.5"
+    ] * 4
+    assert regularisation.complete(tmp_path, "movielens", "star") == {}
+    for run, _ in further:
+        finished(run, 0.9, auc=0.81)
+    found = regularisation.complete(tmp_path, "movielens", "star")
+    assert list(found) == list(REGULARISED)
+    assert {arm for arm in found if found[arm]["chosen"] != "as in the study"} == {"llm4msr"}
+    assert [run.name for run in found["llm4msr"]["runs"]] == [f"seed-{seed}" for seed in range(5)]
+    assert found["alone"]["runs"] == found["alone"]["before"]
+
+
+def test_the_best_possible_auc_is_that_of_the_simulators_probabilities(tmp_path: Path) -> None:
+    work = tmp_path / "simulated"
+    info = simulate(work / "log", users=200, items=40, scenarios=2, events=8000, seed=0)
+    study._prepare_again(work / "log", work / "data", 0.25)
+    found = study.truth(tmp_path, "simulated")
+    assert found["overall"]["rows"] == open_dataset(work / "data").rows["test"]
+    # The log's own statement is of all its test events, of other users.
+    assert found["overall"]["auc"] == pytest.approx(info.truth.bayes_auc["overall"], abs=0.02)
+    assert found["segments"]["new_user"]["auc"] > 0.6
+    assert study.truth(tmp_path, "movielens") == {}
+    rows = [{"backbone": "", "arm": "truth", "seed": 0} | tables._metrics(*block)
+            for block in tables._sections(found)]  # fmt: skip
+    assert f"|  | truth | 1 | {found['overall']['auc']:.4f} |" in tables._means(rows)
+
+
+def failing(run: Path, message: str) -> list[str]:
+    """Assignments of a run that ends with a message."""
+    return ["name=failing", f"output={run}", f"data.path={run.parent / message}"]
+
+
+def test_a_failed_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
+    runs = [
+        (tmp_path / f"run-{n}", failing(tmp_path / f"run-{n}", "no such data")) for n in range(2)
+    ]
+    with pytest.raises(RuntimeError, match=r"(?s)run-\d\.log.*no such data"):
+        study.train(runs, 2, 1.0)
+
+
+def test_what_is_there_is_not_trained_again_and_what_was_not_evaluated_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[Path] = []
+
+    def evaluate(run: Path) -> None:
+        evaluated.append(run)
+        (run / "evaluation.json").write_text("{}")
+
+    monkeypatch.setattr(study, "write_evaluation", evaluate)
+    done, killed = tmp_path / "done", tmp_path / "killed"
+    finished(done, 0.5)
+    finished(killed, 0.5)
+    (killed / "evaluation.json").unlink()
+    assert study.train([(done, ["bad"]), (killed, ["bad"])], 1, 1.0)
+    assert evaluated == [killed]
+    half = tmp_path / "half"  # killed while it trained: neither summary nor evaluation
+    half.mkdir()
+    (half / "rest").touch()
+    assert not study.train([(half, failing(half, "x"))], 1, 0.0)  # no time left
+    with pytest.raises(RuntimeError, match="half"):
+        study.train([(half, failing(half, "x"))], 1, 1.0)
+    assert not (half / "rest").exists()
+
+
 def test_a_turned_difference_is_that_of_the_other_side() -> None:
     row = {"group": "shuffled", "base_value": 0.7, "value": 0.6, "difference": -0.1, "low": -0.2,
            "high": 0.05, "verdict": "worse"}  # fmt: skip
@@ -111,7 +206,8 @@ def test_the_summary_counts_intervals_beside_zero() -> None:
     cells = tables._summary(rows).splitlines()[2].split(" | ")
     assert cells[:3] == ["| movielens", "llm4msr - alone", "2"]
     assert cells[3] == "+0.030 (+0.020 to +0.040); 1 above, 0 below"
-    assert cells[5] == "+0.090 (-0.020 to +0.200); 1 above, 1 below"
+    assert cells[5] == "–"  # no user was new in a scenario
+    assert cells[7] == "+0.090 (-0.020 to +0.200); 1 above, 1 below"
 
 
 def test_auc_inside_users_sees_their_taste_and_not_how_easily_they_are_pleased() -> None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality run --work study --datasets movielens --backbones star shared_bottom
     python -m benchmarks.quality sensitivity --work study --datasets movielens
+    python -m benchmarks.quality regularisation --work study --datasets movielens
     python -m benchmarks.quality tables --work study
 
 `run` is resumable: what is there is not done again. `tables` reads whatever has been run.
@@ -11,8 +12,8 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.quality import sensitivity, study, tables
-from benchmarks.quality.arms import ARMS, DATASETS, MAIN, SEEDS
+from benchmarks.quality import regularisation, sensitivity, study, tables
+from benchmarks.quality.arms import ARMS, DATASETS, MAIN, REGULARISED, SEEDS
 from trainer.models import BACKBONES
 
 
@@ -32,10 +33,12 @@ def main() -> None:
     run.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
     run.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     curve = stages.add_parser("sensitivity", help="AUC by the meta networks' step size and form")
-    curve.add_argument("--work", type=Path, required=True, help="the folder that `run` has filled")
-    curve.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
-    curve.add_argument("--backbone", choices=list(BACKBONES), default="shared_bottom")
-    curve.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
+    again = stages.add_parser("regularisation", help="tunes dropout and the like for every arm")
+    for stage in (curve, again):
+        stage.add_argument("--work", type=Path, required=True, help="that `run` has filled")
+        stage.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
+        stage.add_argument("--backbone", choices=list(BACKBONES), default="shared_bottom")
+        stage.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
     table = stages.add_parser("tables", help="CSV files and figures of what has been run")
     table.add_argument("--work", type=Path, required=True)
     table.add_argument("--out", type=Path, default=Path("benchmarks/quality/results"))
@@ -48,6 +51,13 @@ def main() -> None:
     if options.stage == "sensitivity":
         for name in options.datasets:
             study.train(sensitivity.plan(options.work, name, options.backbone), options.jobs, 1e9)
+        return
+    if options.stage == "regularisation":
+        for name in options.datasets:
+            cells = [(options.work, name, options.backbone, arm) for arm in REGULARISED]
+            for stage in (regularisation.trials, regularisation.seeds):
+                runs = [run for cell in cells for run in stage(*cell)]
+                study.train(runs, options.jobs, 1e9)
         return
     ends = time.monotonic() + 60 * options.minutes
     folders = {"movielens": "ml-latest-small", "food_kitchen": "amazon-food-kitchen"}

@@ -35,7 +35,8 @@ def _trials(*steps: tuple[float, float, float]) -> list[dict[str, Any]]:
 
 
 # What was left of a wider search on Food-Kitchen with SharedBottom, where larger and smaller steps of
-# the meta networks, more noise, dropout and weight decay did not do better.
+# the meta networks, more noise, dropout and weight decay did not do better. REGULARISATION below asks
+# that again of every arm.
 _TRIALS = _trials((5e-4, 5e-3, 0.05), (2e-3, 1e-2, 0.02))
 # A model that knows the ids of all training users learns little from their texts.
 _ALWAYS: dict[str, Any] = {"model.user_dropout": 0.5, "train.patience": 2}
@@ -116,6 +117,21 @@ ARMS = {
     "no_input": Arm(
         "llm4msr without the user's vector as an input", _TRUE, {**_FULL, "inputs": []}
     ),
+    "no_match": Arm(
+        "llm4msr, item knowledge as an input only: without its match with the user's",
+        _TRUE,
+        {**_FULL, "item_knowledge": "input"},
+    ),
+    "match_layers": Arm(
+        "llm4msr with layers on the match that user and scenario generate",
+        _TRUE,
+        {**_FULL, "match_layers": ["user", "scenario"]},
+    ),
+    "aligned": Arm(
+        "llm4msr with a loss that aligns the codes of users and scenarios",
+        _TRUE,
+        {**_FULL, "alignment": 0.1},
+    ),
     "paper": Arm(
         "the paper's: linear generator, user and scenario layers only",
         {"user": "true", "scenario": "true"},
@@ -159,13 +175,26 @@ MAIN = ("alone", "llm4msr", "shuffled")
 DIFFERENCES = {
     "llm4msr": (
         "alone", "shuffled", "random", "constant", "low_rank", "slow_layers", "no_layers", "no_input",
-        "features", "match_only", "item_only",
+        "no_match", "features", "match_only", "item_only", "leak",
     ),
+    "match_layers": ("llm4msr",),
+    "aligned": ("llm4msr",),
+    "match_only": ("item_only",),
     "slow_layers": ("features",),
     "no_layers": ("features",),
     "tastes": ("alone", "tastes_shuffled", "llm4msr"),
     "alone": ("features", "paper", "user_only", "scenario_only", "item_only", "leak"),
 }  # fmt: skip
+
+# What every arm tries besides, with the step sizes that its trials chose.
+REGULARISATION: dict[str, dict[str, Any]] = {
+    "dropout .1": {"model.dropout": 0.1},
+    "dropout .5": {"model.dropout": 0.5},
+    "weight decay .01": {"train.weight_decay": 0.01},
+    "no user dropout": {"model.user_dropout": 0.0},
+}
+REGULARISED = ("alone", "llm4msr", "shuffled", "random", "features")
+
 RESAMPLES = 500  # of the users and seeds, for every interval
 
 # How sensitive each form of the generator is to the step size of the meta networks.

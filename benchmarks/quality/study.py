@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import yaml
 
@@ -16,7 +17,7 @@ from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TEMPLATES
 from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import shuffled_store, write_store
 from trainer.config import load_config, save_config
-from trainer.metrics import write_evaluation
+from trainer.metrics import compute_metrics, write_evaluation
 
 
 def command(*words: str) -> None:
@@ -59,6 +60,31 @@ def _prepare_again(log: Path, data: Path, held_out_users: float) -> None:
         "prepare", "parquet", "--raw", str(events), "--schema", str(log / "schema.yaml"),
         "--out", str(data),
     )  # fmt: skip
+
+
+def truth(work: Path, name: str) -> dict[str, Any]:
+    """Metrics of the simulator's own probabilities on the test events: the best any model can reach.
+
+    `prepare parquet` has left them out of the data that models see; empty for a log without them.
+    """
+    log, data = work / name / "log", work / name / "data"
+    if not (log / "events").exists():
+        return {}
+    file = work / name / "truth.parquet"
+    keys = ("user_id", "item_id", "scenario_id", "timestamp", "label")
+    with duckdb.connect() as connection:
+        connection.execute(
+            f"""COPY (SELECT {", ".join(f"t.{key}" for key in keys)},
+                      e.truth_probability AS prediction, false AS has_knowledge
+                      FROM read_parquet(?) t LEFT JOIN read_parquet(?) e USING ({", ".join(keys)}))
+                TO '{file}' (FORMAT parquet)""",
+            [str(data / "test" / "*.parquet"), str(log / "events" / "*.parquet")],
+        )
+    found = compute_metrics(file, data)
+    expected = json.loads((data / "dataset.json").read_text())["rows"]["test"]
+    if found["overall"]["rows"] != expected:
+        raise RuntimeError(f"{file}: {found['overall']['rows']} rows, the split has {expected}")
+    return found
 
 
 def make_stores(work: Path, name: str, kinds: set[tuple[str, str]]) -> Path:
@@ -136,18 +162,27 @@ def seeds(
     work: Path, name: str, backbone: str, arm: str, number: int
 ) -> list[tuple[Path, list[str]]]:
     """The further seeds' runs, by the best trial on the valid split; that trial becomes seed 0."""
-    tried = [run for run, _ in trials(work, name, backbone, arm)]
-    reached = [json.loads((run / "summary.json").read_text())["valid_auc"] or 0.0 for run in tried]
-    best = int(np.argmax(reached))
-    folder = tried[best].parent
+    best, trial = best_trial(work, name, backbone, arm)
+    folder = best.parent
     if not (folder / "seed-0").exists():
-        (folder / "seed-0").symlink_to(tried[best].name)
-    trial = DATASETS[name].trials[best]
+        (folder / "seed-0").symlink_to(best.name)
     return [
         (run, assignments(work, name, backbone, arm, seed, run, trial))
         for seed in range(1, number)
         for run in [folder / f"seed-{seed}"]
     ]
+
+
+def best_trial(work: Path, name: str, backbone: str, arm: str) -> tuple[Path, dict[str, Any]]:
+    """The trial with the best AUC on the valid split, and its settings; all have been trained."""
+    tried = [run for run, _ in trials(work, name, backbone, arm)]
+    best = int(np.argmax([valid_auc(run) for run in tried]))
+    return tried[best], DATASETS[name].trials[best]
+
+
+def valid_auc(run: Path) -> float:
+    """The best AUC on the valid split that a run has reached."""
+    return json.loads((run / "summary.json").read_text())["valid_auc"] or 0.0
 
 
 def assignments(
@@ -195,24 +230,40 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool
     batches = [pending[i : i + size] for i in range(0, len(pending), size)]
     active: list[tuple[subprocess.Popen, list[Path]]] = []
     done = 0
-    while batches or active:
-        while batches and len(active) < jobs and time.monotonic() < ends:
-            batch = batches.pop(0)
-            active.append((_start(batch), [run for run, _ in batch]))
-        if not active:
-            return False
-        time.sleep(0.5)
-        for process, folders in list(active):
-            if process.poll() is None:
-                continue
-            active.remove((process, folders))
-            if process.returncode:
-                raise RuntimeError(f"training failed (exit code {process.returncode}): {folders}")
-            for folder in folders:
-                _evaluate(folder)
-            done += len(folders)
-            print(f"{done}/{len(pending)} {folders[-1].parent}", file=sys.stderr, flush=True)
+    try:
+        while batches or active:
+            while batches and len(active) < jobs and time.monotonic() < ends:
+                batch = batches.pop(0)
+                active.append((_start(batch), [run for run, _ in batch]))
+            if not active:
+                return False
+            time.sleep(0.5)
+            for process, folders in list(active):
+                if process.poll() is None:
+                    continue
+                active.remove((process, folders))
+                if process.returncode:
+                    said = _messages(folders[0])
+                    tail = said.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(
+                        f"training failed (exit code {process.returncode}), one of "
+                        f"{', '.join(map(str, folders))}. It said ({said}):\n{tail}"
+                    )
+                _messages(folders[0]).unlink()
+                for folder in folders:
+                    _evaluate(folder)
+                done += len(folders)
+                print(f"{done}/{len(pending)} {folders[-1].parent}", file=sys.stderr, flush=True)
+    finally:
+        for process, _ in active:  # else they would write on while a new study begins below them
+            process.terminate()
+            process.wait()
     return True
+
+
+def _messages(run: Path) -> Path:
+    """Where the process whose first run this is writes its messages."""
+    return run.parent / f"{run.name}.log"
 
 
 def _evaluate(run: Path) -> None:
@@ -230,8 +281,9 @@ def _start(batch: list[tuple[Path, list[str]]]) -> subprocess.Popen:
         save_config(load_config(None, words), file)
         files.append(str(file))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch", "train", "--config", *files],
-        env=environment,
-        stderr=subprocess.DEVNULL if not os.environ.get("STUDY_VERBOSE") else None,
-    )
+    with _messages(batch[0][0]).open("w") as messages:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch", "train", "--config", *files],
+            env=environment,
+            stderr=messages,
+        )

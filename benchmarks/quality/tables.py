@@ -1,4 +1,4 @@
-"""From run directories to two small CSV files and a figure per data set."""
+"""From run directories to small CSV files, the page's tables and a figure per data set."""
 
 import csv
 import json
@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.quality import sensitivity
-from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, RESAMPLES
+from benchmarks.quality import regularisation, sensitivity, study
+from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, REGULARISED, RESAMPLES
 from trainer.compare import compare
 from trainer.models import BACKBONES
 
@@ -47,11 +47,17 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     if not cells:
         raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        compared = pool.map(_differences, [found for *_, found in cells])
+        files = [
+            work / name / "runs" / backbone / "differences.json" for name, backbone, _ in cells
+        ]
+        compared = pool.map(_differences, [found for *_, found in cells], files)
         for (name, backbone, found), lines in zip(cells, compared, strict=True):
             for arm, folders in found.items():
                 runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
             differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
+    for name in dict.fromkeys(name for name, *_ in cells):
+        head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
+        runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
     _save(out / "runs.csv", runs)
     short = [{key: row[key] for key in row if key != "verdict"} for row in differences]
     _save(out / "differences.csv", [row for row in short if row["metric"] != "logloss"])
@@ -68,12 +74,20 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     if curves:
         rows = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
         _save(out / "sensitivity.csv", rows)
+    tuned = [
+        row
+        for name in DATASETS
+        for backbone in BACKBONES
+        for row in _regularised(work, name, backbone)
+    ]
+    if tuned:
+        _save(out / "regularisation.csv", tuned)
     for name in DATASETS:
         own = [row for row in curves if row["dataset"] == name]
         if own:
             sensitivity.figure(own, out / f"{name}_sensitivity.png")
         _figure([row for row in differences if row["dataset"] == name], out / f"{name}.png")
-    _page(runs, differences, curves, page)
+    _page(runs, differences, curves, tuned, page)
 
 
 def _complete(folder: Path) -> dict[str, list[Path]]:
@@ -89,9 +103,6 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
     """One line per section of one run."""
     found = json.loads((run / "evaluation.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
-    sections = [("overall", "", found["overall"])]
-    sections += [("scenario", key, block) for key, block in found["scenarios"].items()]
-    sections += [("segment", key, block) for key, block in found["segments"].items()]
     head = {
         "dataset": name, "backbone": backbone, "arm": arm, "seed": int(run.name.split("-")[1]),
         "learning_rate": config["train"]["learning_rate"],
@@ -99,16 +110,26 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
         "table_learning_rate": config["tables"]["learning_rate"],
         "dropout": config["model"]["dropout"],
     }  # fmt: skip
-    return [
-        head
-        | {"section": section, "key": key, "rows": block["rows"], "users": block["users"]}
-        | {metric: _short(block[metric]) for metric in METRICS}
-        for section, key, block in sections
-    ]
+    return [head | _metrics(*block) for block in _sections(found)]
 
 
-def _differences(found: dict[str, list[Path]]) -> list[dict[str, Any]]:
-    """Paired bootstrap over users and seeds of a backbone's arms; kept beside them while it holds."""
+def _sections(evaluation: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(section, key, metrics) of an evaluation; none of an empty one."""
+    if not evaluation:
+        return []
+    sections = [("overall", "", evaluation["overall"])]
+    sections += [("scenario", key, block) for key, block in evaluation["scenarios"].items()]
+    return sections + [("segment", key, block) for key, block in evaluation["segments"].items()]
+
+
+def _metrics(section: str, key: str, block: dict[str, Any]) -> dict[str, Any]:
+    return {"section": section, "key": key, "rows": block["rows"], "users": block["users"]} | {
+        metric: _short(block[metric]) for metric in METRICS
+    }
+
+
+def _differences(found: dict[str, list[Path]], file: Path) -> list[dict[str, Any]]:
+    """Paired bootstrap over users and seeds of a backbone's arms; kept in `file` while it holds."""
     newest = max(
         (run / "evaluation.json").stat().st_mtime for runs in found.values() for run in runs
     )
@@ -120,7 +141,6 @@ def _differences(found: dict[str, list[Path]]) -> list[dict[str, Any]]:
         if (others := [arm for arm in wanted if one in found and content.get(arm) == content[one]])
     }
     key = json.dumps([content, pairs, RESAMPLES])
-    file = next(iter(found.values()))[0].parents[1] / "differences.json"
     if file.exists() and file.stat().st_mtime > newest:
         kept = json.loads(file.read_text())
         if kept["key"] == key:
@@ -223,11 +243,13 @@ def _page(
     runs: list[dict[str, Any]],
     differences: list[dict[str, Any]],
     curves: list[dict[str, Any]],
+    tuned: list[dict[str, Any]],
     page: Path,
 ) -> None:
     """Writes the tables of docs/quality.md between its markers; the words around them stay."""
     text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
     text = _between(text, "summary", _summary(differences))
+    text = _between(text, "regularisation", _tuned(tuned) or "Not run yet.")
     for name in DATASETS:
         own = [row for row in runs if row["dataset"] == name]
         tables = [_means(own), _intervals([row for row in differences if row["dataset"] == name])]
@@ -255,20 +277,68 @@ def _arms() -> str:
 
 def _summary(differences: list[dict[str, Any]]) -> str:
     """Mean and range of every difference over the backbones, and how many intervals exclude 0."""
-    columns = [column for column in COLUMNS if column[0] in (ALL, NEW_USER)]
     rows = []
     for name, arm, base in dict.fromkeys((r["dataset"], r["arm"], r["base"]) for r in differences):
         own = [r for r in differences if (r["dataset"], r["arm"], r["base"]) == (name, arm, base)]
         cells = []
-        for section, metric, _ in columns:
+        for section, metric, _ in COLUMNS:
             found = _of(section, own, metric)
+            if not found:
+                cells.append("–")
+                continue
             values = [float(row["difference"]) for row in found]
             above = sum(float(row["low"]) > 0 for row in found)
             below = sum(float(row["high"]) < 0 for row in found)
             spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):+.3f}{spread}; {above} above, {below} below")
         rows.append([name, f"{arm} - {base}", str(len({row["backbone"] for row in own})), *cells])
-    return _table(["data set", "difference", "backbones", *(words for *_, words in columns)], rows)
+    return _table(["data set", "difference", "backbones", *(words for *_, words in COLUMNS)], rows)
+
+
+def _regularised(work: Path, name: str, backbone: str) -> list[dict[str, Any]]:
+    """One line per arm whose regularisation was tuned: what was chosen, and what it changed."""
+    found = regularisation.complete(work, name, backbone)
+    if not found:
+        return []
+    file = work / name / "regularisation" / backbone / "differences.json"
+    lines = _differences({arm: one["runs"] for arm, one in found.items()}, file)
+    rows = []
+    for arm in REGULARISED:
+        one = found[arm]
+        row = {"dataset": name, "backbone": backbone, "arm": arm, "chosen": one["chosen"]}
+        row |= {f"valid {words}": _short(value) for words, value in one["valid"].items()}
+        for section, key in (ALL, NEW_USER):
+            for words in ("before", "runs"):
+                row[f"{key} {words}"] = _short(_mean_auc(one[words], section, key))
+            (pair,) = [
+                line for line in _of((section, key), lines, "auc")
+                if (line["arm"], line["base"]) == ("llm4msr", arm)
+            ] or [{}]  # fmt: skip
+            row |= {
+                f"{key} llm4msr {end}": pair.get(end, "") for end in ("difference", "low", "high")
+            }
+        rows.append(row)
+    return rows
+
+
+def _mean_auc(runs: list[Path], section: str, key: str) -> float:
+    evaluations = [json.loads((run / "evaluation.json").read_text()) for run in runs]
+    blocks = [e["overall"] if section == "overall" else e["segments"][key] for e in evaluations]
+    return sum(block["auc"] for block in blocks) / len(blocks)
+
+
+def _tuned(rows: list[dict[str, Any]]) -> str:
+    """What tuning the regularisation as well changes: AUC before and after, LLM4MSR's lead after."""
+    cells = []
+    for row in rows:
+        line = [row["dataset"], row["backbone"], row["arm"], row["chosen"]]
+        for key in ("overall", "new_user"):
+            line.append(f"{float(row[f'{key} runs']):.4f} ({float(row[f'{key} before']):.4f})")
+            ends = [row[f"{key} llm4msr {end}"] for end in ("difference", "low", "high")]
+            line.append(_interval(*map(float, ends)) if ends[0] else "–")
+        cells.append(line)
+    head = ["data set", "backbone", "arm", "chosen", "AUC (before)", "LLM4MSR - it"]
+    return _table([*head, "never seen (before)", "LLM4MSR - it"], cells)
 
 
 def _means(runs: list[dict[str, Any]]) -> str:
@@ -287,6 +357,11 @@ def _means(runs: list[dict[str, Any]]) -> str:
     return _table(["backbone", "arm", "seeds", *(key or name for name, key in sections)], rows)
 
 
+def _interval(value: float, low: float, high: float) -> str:
+    mark = "**" if low > 0 or high < 0 else ""
+    return f"{mark}{value:+.4f}{mark} [{low:+.4f}, {high:+.4f}]"
+
+
 def _intervals(differences: list[dict[str, Any]]) -> str:
     """Differences with 95 % intervals: in AUC overall and where ids know little, and in GAUC."""
     rows = []
@@ -300,7 +375,6 @@ def _intervals(differences: list[dict[str, Any]]) -> str:
                 cells.append("–")
                 continue
             value, low, high = (float(found[0][k]) for k in ("difference", "low", "high"))
-            mark = "**" if low > 0 or high < 0 else ""
-            cells.append(f"{mark}{value:+.4f}{mark} [{low:+.4f}, {high:+.4f}]")
+            cells.append(_interval(value, low, high))
         rows.append([backbone, f"{arm} - {base}", str(own[0]["seeds"]), *cells])
     return _table(["backbone", "difference", "seeds", *(words for *_, words in COLUMNS)], rows)

@@ -238,7 +238,7 @@ class DenseModel(nn.Module):
             scenario = scenario + meta.scenario_as_input(batch.scenario_knowledge)
         x = torch.cat([user, item, scenario, history, user * item, history * item], dim=1)
         h, extra = x, x.new_zeros(())
-        codes = {}
+        codes: dict[str, tuple[Tensor, Tensor | None]] = {}
         if meta is not None:
             user_vectors = knowledge["user"] if meta.user_adapter is not None else None
             codes, read = meta.codes(user_vectors, known["user"], batch.scenario_knowledge)
