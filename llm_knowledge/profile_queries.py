@@ -4,6 +4,9 @@ Every query reads the views ``events`` (user_id, item_id, scenario_id, timestamp
 (item_id, title, categories). What the two engines spell differently is the ``Dialect``; both give the
 same rows, text and order: strings are ordered by their UTF-8 bytes, every order is total, and no
 aggregate depends on the order of its input.
+
+Rows of label 0 are events only where label 0 means something (``negatives``). Elsewhere they were sampled:
+nobody met those items, and whoever counts them counts the sampling.
 """
 
 from __future__ import annotations
@@ -47,6 +50,11 @@ DUCKDB = Dialect(
 SPARK = Dialect("spark", "explode", "array_join", "filter({list}, c -> c IS NOT NULL)", "array()")
 
 
+def _met(negatives: bool) -> str:
+    """Which rows of ``events`` happened."""
+    return "" if negatives else "WHERE label = 1"
+
+
 def _readable(text: str) -> str:
     """Text in one piece, empty where a reader would see nothing (spaces, control characters)."""
     start = f"substring({text}, 1, {MAX_TITLE})"
@@ -75,7 +83,7 @@ def user_query(
         dialect: of the engine.
         per_scenario: liked items of each scenario, and as many disliked ones.
         total: liked items over all scenarios, and as many disliked ones.
-        negatives: whether label 0 means disliked; without, those items are left out.
+        negatives: whether label 0 means disliked; without, such rows are no events.
         at_least: users with fewer events have no row.
         cutoff: the row's cut-off; None: the user's newest event.
         tastes: whether categories are compared; without `negatives` they never are.
@@ -83,7 +91,6 @@ def user_query(
     shown = dialect.struct(scenario="scenario_id", liked="label = 1", title="text")
     newest = "max(newest)" if cutoff is None else f"CAST({cutoff} AS BIGINT)"
     items = dialect.ordered_list(shown, "-newest", "item_id", "scenario_id")
-    wanted = "" if negatives else "AND label = 1"
     counts = [f"""'"{name}":' || CAST(e.{name} AS STRING) || ','""" for name in ("met", "liked")]
     with_tastes, join_tastes = "", ""
     if tastes and negatives:
@@ -95,7 +102,7 @@ def user_query(
 WITH met AS (
   SELECT user_id, scenario_id, item_id, count(*) AS times, max(timestamp) AS newest,
          max(2 * timestamp + label) - 2 * max(timestamp) AS label
-  FROM events GROUP BY user_id, scenario_id, item_id
+  FROM events {_met(negatives)} GROUP BY user_id, scenario_id, item_id
 ), enough AS (
   SELECT user_id, {newest} AS cutoff, count(*) AS met, sum(label) AS liked
   FROM met GROUP BY user_id HAVING sum(times) >= {at_least}
@@ -110,7 +117,7 @@ WITH met AS (
 ), per_scenario AS (
   SELECT *, row_number() OVER (PARTITION BY user_id, scenario_id, label
                                ORDER BY newest DESC, item_id) AS place
-  FROM named WHERE text <> '' {wanted}
+  FROM named WHERE text <> ''
 ), recent AS (
   SELECT *, row_number() OVER (PARTITION BY user_id, label
                                ORDER BY newest DESC, item_id, scenario_id) AS position
@@ -164,19 +171,24 @@ FROM items ORDER BY key
 """
 
 
-# The largest number of events that a user has.
-MOST_EVENTS = "SELECT max(n) FROM (SELECT count(*) AS n FROM events GROUP BY user_id) AS counts"
+def most_events_query(negatives: bool) -> str:
+    """The largest number of events that a user has."""
+    return f"""
+SELECT max(n) FROM (SELECT count(*) AS n FROM events {_met(negatives)} GROUP BY user_id) AS counts
+"""
 
-# Per scenario: events, users, items, rate of label 1, newest event.
-ACTIVITY = """
+
+def activity_query(negatives: bool) -> str:
+    """Per scenario: events, users, items, rate of label 1, newest event."""
+    return f"""
 SELECT scenario_id, count(*) AS events, count(DISTINCT user_id) AS users,
        count(DISTINCT item_id) AS items, avg(label) AS rate, max(timestamp) AS newest
-FROM events GROUP BY scenario_id
+FROM events {_met(negatives)} GROUP BY scenario_id
 """
 
 
 def category_query(dialect: Dialect) -> str:
-    """How often each category is liked: events of label 1 (all, where negatives mean nothing)."""
+    """How often each category is liked: events of label 1, whatever label 0 means."""
     return f"""
 WITH liked AS (
   SELECT e.scenario_id, {dialect.explode}(array_distinct(i.categories)) AS category
@@ -188,12 +200,15 @@ ORDER BY scenario_id, liked DESC, category
 """
 
 
-# For every ordered pair of scenarios: common users, and whether who likes much here likes much there.
-# A user's rate is in ten-thousandths, so that sums are whole numbers and do not depend on their order.
-PAIRS = """
+def pairs_query(negatives: bool) -> str:
+    """Per ordered pair of scenarios: common users, and sums for whether who likes much here does there.
+
+    A user's rate is in ten-thousandths: sums of whole numbers do not depend on their order.
+    """
+    return f"""
 WITH tastes AS (
   SELECT user_id, scenario_id, CAST(floor(10000 * avg(label)) AS BIGINT) AS rate
-  FROM events GROUP BY user_id, scenario_id
+  FROM events {_met(negatives)} GROUP BY user_id, scenario_id
 )
 SELECT a.scenario_id, b.scenario_id, count(*) AS common, sum(a.rate) AS x, sum(b.rate) AS y,
        sum(a.rate * a.rate) AS xx, sum(b.rate * b.rate) AS yy, sum(a.rate * b.rate) AS xy

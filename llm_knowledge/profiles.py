@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
 from llm_knowledge.profile_queries import (
-    ACTIVITY,
-    MOST_EVENTS,
-    PAIRS,
+    activity_query,
     category_query,
     correlation,
     item_query,
+    most_events_query,
+    pairs_query,
     user_query,
 )
 
@@ -86,6 +86,11 @@ class Dataset:
                        str(raw.get("positive_name") or "liked"), raw.get("negative_name"), raw)  # fmt: skip
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: field {error} is missing or has a wrong type") from error
+
+    @property
+    def negatives(self) -> bool:
+        """Whether rows of label 0 happened. Where it has no name they were sampled."""
+        return self.negative_name is not None
 
     def files(self, level: str, cutoff: int | None = None) -> list[Path]:
         """The Parquet files that a level's profiles are made of, in a fixed order: items, events.
@@ -177,16 +182,16 @@ def profile_batches(
             query = item_query(engine.dialect)
             if level == "user":
                 query = user_query(
-                    engine.dialect, options.per_scenario, options.total,
-                    dataset.negative_name is not None, options.min_interactions, options.cutoff,
-                    options.tastes)  # fmt: skip
+                    engine.dialect, options.per_scenario, options.total, dataset.negatives,
+                    options.min_interactions, options.cutoff, options.tastes)  # fmt: skip
             found = False
             stream = engine.stream(query, rows, by_user=level == "user")
             for batch in _rebatch((_cast(batch, schema) for batch in stream), rows):
                 found = True
                 yield batch
             if level == "user" and not found:
-                raise _nobody(dataset, options, engine.fetch(MOST_EVENTS)[0][0] or 0)
+                most = engine.fetch(most_events_query(dataset.negatives))[0][0]
+                raise _nobody(dataset, options, most or 0)
         except engine.errors as error:
             names = ", ".join(sorted({str(file.parent) for file in files}))
             text = str(error).splitlines()[0]
@@ -199,7 +204,10 @@ def profile_batches(
 def _nobody(dataset: Dataset, options: ProfileOptions, most: int) -> InputError:
     until = "" if options.cutoff is None else f" up to the cut-off {options.cutoff}"
     if not most:
-        return InputError(f"{dataset.path}: no event{until}: no user has a profile")
+        sampled = (
+            "" if dataset.negatives else " (label 0 means nothing here: negative_name is null)"
+        )
+        return InputError(f"{dataset.path}: no event{until}: no user has a profile{sampled}")
     return InputError(f"--min-interactions: no user has {options.min_interactions} events{until} in "
                       f"{dataset.path}; the most that one has is {most}")  # fmt: skip
 
@@ -236,11 +244,12 @@ def _scenario_batches(
 ) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    activity = {row[0]: row[1:] for row in engine.fetch(ACTIVITY)}
+    activity = {row[0]: row[1:] for row in engine.fetch(activity_query(dataset.negatives))}
     liked: dict[Any, dict[str, int]] = {}
     for scenario, category, count in engine.fetch(category_query(engine.dialect)):
         liked.setdefault(scenario, {})[category] = count
-    pairs = {row[:2]: (row[2], correlation(*row[2:])) for row in engine.fetch(PAIRS)}
+    pairs = {row[:2]: (row[2], correlation(*row[2:]))
+             for row in engine.fetch(pairs_query(dataset.negatives))}  # fmt: skip
     unknown = [scenario for scenario in activity if scenario not in dataset.scenarios]
     if unknown:
         raise InputError(f"{dataset.path / 'profile'}: scenario_id {unknown[0]!r} is not in "
@@ -267,7 +276,6 @@ def _scenario_data(
     pairs: dict[Any, Any],
 ) -> dict[str, Any]:
     """Aggregates of one scenario as JSON values; ``rate`` is None where negatives are sampled."""
-    rated = dataset.negative_name is not None
     events, users, items, rate, _ = activity.get(key, (0, 0, 0, None, None))
     own = liked.get(key, {})
     others: list[dict[str, Any]] = []
@@ -278,7 +286,7 @@ def _scenario_data(
         others.append({
             "name": dataset.scenarios[other]["name"],
             "common_users": common / users if users else 0.0,
-            "agreement": agreement if rated and common >= 30 else None,
+            "agreement": agreement if dataset.negatives and common >= 30 else None,
             "category_similarity": _cosine(own, liked.get(other, {})),
         })  # fmt: skip
     others.sort(key=lambda other: (-other["common_users"], other["name"]))
@@ -287,7 +295,7 @@ def _scenario_data(
         "events": events,
         "users": users,
         "items": items,
-        "rate": rate if rated else None,
+        "rate": rate if dataset.negatives else None,
         "top_categories": list(own)[: options.categories],
         "distinct_categories": _distinct(key, liked, options.categories),
         "others": others,

@@ -92,6 +92,7 @@ def test_spark_and_duckdb_give_the_same_profiles(logs, one_session, tmp_path: Pa
         *[(name, "user", {"tastes": True}) for name in logs if name != "integers"],
         ("integers", "user", small),
         ("strings", "user", {"cutoff": 9}),
+        ("positives", "scenario", {"cutoff": 9}),
         *[(name, "item", {}) for name in ("integers", "strings")],
         *[(name, "scenario", {}) for name in logs if name != "positives"],
     ]

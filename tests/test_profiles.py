@@ -68,8 +68,44 @@ def test_user_profile_is_recent_first_with_newest_label(tmp_path):
 
 def test_sampled_negatives_never_enter(tmp_path):
     found = profiles(small(tmp_path, negative_name=None), "user")
-    assert all(item["liked"] for _, data in found.values() for item in data["items"])
-    assert found[3] == (7, {"items": []})
+    assert list(found) == [1, 2]  # of user 3 nothing but a negative is there
+    # A purchase stays one, though its item was drawn as a negative later.
+    shown = [(item["title"], item["liked"]) for item in found[1][1]["items"]]
+    assert shown == [("title4", True), ("title2", True), ("title3", True), ("title0", True)]
+    assert found[1][0] == 30
+
+
+def test_sampled_negatives_are_no_events_of_dated_profiles(tmp_path):
+    """Training holds sampled negatives, and a cut-off lets training events in."""
+    bought = [(1, 0, "food", 10), (2, 1, "food", 20), (2, 2, "kitchen", 22)]
+    drawn = [(1, 3, "food", 10), (1, 4, "food", 10), (2, 5, "food", 20), (2, 6, "kitchen", 22),
+             (1, 7, "kitchen", 10), (1, 1, "kitchen", 30)]  # fmt: skip
+    rows = [event(*row, label=1) for row in bought] + [event(*row, label=0) for row in drawn]
+    events = {"profile": [event(2, 0, "food", 5, 1)], "train": rows}
+    path = write_dataset(tmp_path / "sampled", events, ITEMS, negative_name=None)
+    food, kitchen = (data for _, data in profiles(path, "scenario", cutoff=40).values())
+    assert (food["events"], food["users"], food["items"], food["rate"]) == (3, 2, 2, None)
+    assert (kitchen["events"], kitchen["users"], kitchen["items"]) == (1, 1, 1)
+    assert food["others"][0]["common_users"] == 0.5  # user 1 bought nothing in the kitchen
+    assert list(profiles(path, "user", cutoff=40, min_interactions=3)) == [2]
+    with pytest.raises(InputError, match=r"no user has 4 events .* the most that one has is 3"):
+        profiles(path, "user", cutoff=40, min_interactions=4)
+    only = write_dataset(tmp_path / "none", {"train": rows[3:]}, ITEMS, negative_name=None)
+    for level in ("user", "scenario"):
+        with pytest.raises(InputError, match=r"no event up to .*label 0 means nothing here"):
+            profiles(only, level, cutoff=40)
+    # Where label 0 is an opinion, it is an event.
+    path = write_dataset(tmp_path / "rated", events, ITEMS)
+    assert profiles(path, "scenario", cutoff=40)["food"][1]["events"] == 6
+    assert list(profiles(path, "user", cutoff=40, min_interactions=5)) == [1, 2]
+
+
+def test_the_newest_purchase_dates_a_scenario(tmp_path):
+    rows = [event(1, 0, "food", 10, 1), event(1, 1, "food", 30, 0)]
+    for negative_name, newest in ((None, 10), ("disliked", 30)):
+        path = write_dataset(tmp_path / str(negative_name), {"profile": rows}, ITEMS,
+                             rule="global_time", negative_name=negative_name)  # fmt: skip
+        assert profiles(path, "scenario")["food"][0] == newest
 
 
 def test_tastes_are_categories_liked_more_or_less_than_the_users_others(tmp_path):
