@@ -9,6 +9,7 @@ as bare lines (``quoting: line``: nothing inside can start a line).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import string
 import unicodedata
@@ -24,8 +25,9 @@ from llm_knowledge.errors import InputError
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_TITLE_CHARS, MAX_ITEM_CHARS = 160, 500
-MAX_TASTE_CHARS = 40  # of a category among tastes, which the budget cannot shorten
-# Pieces that the budget may take from a scenario or an item prompt, one after the other.
+# Of a category: a prompt names up to twelve, beside what it is about.
+MAX_CATEGORY_CHARS, ITEM_CATEGORIES = 40, 8
+# The budget takes so much of a title at a time.
 ITEM_PIECE_CHARS = 20
 
 _COMMON = {"scenario_names", "positive_name", "negative_name"}
@@ -164,11 +166,12 @@ class Renderer:
     def render(self, data: Iterable[dict[str, Any]]) -> list[str]:
         """Prompts of profiles (``data`` of ``profiles.profile_batches``), each within the budget.
 
-        What does not fit is dropped whole, oldest first (user), least related first (scenario),
-        from the end (item title). The instruction and the closing are never cut.
+        What does not fit is dropped: of a user the oldest items; of a scenario the least related
+        others, then categories; of an item categories, then the end of the title. The instruction,
+        the closing, and a scenario's name and description are never cut.
 
         Raises:
-            InputError: the template alone is longer than the budget.
+            InputError: what is never cut is longer than the budget.
         """
         profiles = list(data)
         prompts = [self.text(profile) for profile in profiles]
@@ -183,8 +186,7 @@ class Renderer:
         best = self.text(profile, 0)
         need = self.count_tokens([best])[0]
         if need > self.max_tokens:
-            raise InputError(f"template {self.template.name!r} needs {need} tokens without any "
-                             f"item, max_tokens is {self.max_tokens}; raise it")  # fmt: skip
+            raise self._too_long(profile, need)
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
             text = self.text(profile, middle)
@@ -194,13 +196,48 @@ class Renderer:
                 too_many = middle
         return best
 
+    def _too_long(self, profile: dict[str, Any], need: int) -> InputError:
+        about, without, remedy = f"template {self.template.name!r}", "any item", "raise it"
+        if self.template.level == "scenario":  # of a user or an item nothing of its own is left
+            keys = [
+                key for key, facts in self.scenarios.items() if facts["name"] == profile["name"]
+            ]
+            about = f"scenario {(keys or [profile['name']])[0]!r}: {about}"
+            without, remedy = "categories and relations", "shorten its description or raise it"
+        elif self.template.level == "item":
+            without = "title and categories"
+        return InputError(f"{about} needs {need} tokens without {without}, max_tokens is "
+                          f"{self.max_tokens}; {remedy}")  # fmt: skip
+
     def pieces(self, profile: dict[str, Any]) -> int:
         """Number of pieces that the budget may drop from a profile."""
+        return sum(map(len, self._pieces(profile)))
+
+    def _pieces(self, profile: dict[str, Any], keep: int | None = None) -> list[list[Any]]:
+        """What the budget may drop, in lists that it empties from the last one's end.
+
+        Of a user: items. Of a scenario: top categories, distinct ones, others. Of an item: pieces of
+        the title, categories. With ``keep``, that many pieces are left.
+        """
         if self.template.level == "user":
-            return len(profile["items"])
-        if self.template.level == "scenario":
-            return len(profile["others"])
-        return -(-len(clean(profile["title"], MAX_ITEM_CHARS)) // ITEM_PIECE_CHARS)
+            lists = [profile["items"]]
+        elif self.template.level == "scenario":
+            lists = [self._names(profile["top_categories"]),
+                     self._names(profile["distinct_categories"]), profile["others"]]  # fmt: skip
+        else:
+            title = clean(profile["title"], MAX_ITEM_CHARS)
+            starts = range(0, len(title), ITEM_PIECE_CHARS)
+            lists = [[title[at : at + ITEM_PIECE_CHARS] for at in starts],
+                     self._names(profile["categories"][:ITEM_CATEGORIES])]  # fmt: skip
+        if keep is None:
+            return lists
+        before = itertools.accumulate(map(len, lists), initial=0)
+        return [own[: max(0, keep - count)] for own, count in zip(lists, before, strict=False)]
+
+    def _names(self, categories: list[str]) -> list[str]:
+        """Categories as they are said, short; those of which nothing is seen are left out."""
+        names = [clean(category, MAX_CATEGORY_CHARS) for category in categories]
+        return [self._say(name) for name in names if name]
 
     def text(self, profile: dict[str, Any], keep: int | None = None) -> str:
         """The prompt of one profile with its first ``keep`` pieces (None: all)."""
@@ -227,7 +264,8 @@ class Renderer:
         return quote(text, limit) if self.template.quoting == "json" else clean(text, limit)
 
     def _user(self, profile: dict[str, Any], keep: int | None) -> dict[str, str]:
-        items = [dict(item, title=clean(item["title"])) for item in profile["items"][:keep]]
+        [kept] = self._pieces(profile, keep)
+        items = [dict(item, title=clean(item["title"])) for item in kept]
         items = [item for item in items if item["title"]]
         if not items:
             return {}
@@ -257,9 +295,8 @@ class Renderer:
         found = []
         for words, liked in (("Prefers", True), ("Not", False)):
             tastes = [t["category"] for t in profile.get("tastes", []) if t["liked"] is liked]
-            names = [clean(name, MAX_TASTE_CHARS) for name in tastes]
-            said = ", ".join(self._say(name) for name in names if name)
-            found += [f"{words} {said}."] if said else []
+            names = self._names(tastes)
+            found += [f"{words} {', '.join(names)}."] if names else []
         return "\n\n".join(found)
 
     def _lists(self, items: list[dict[str, Any]]) -> dict[str, str]:
@@ -273,11 +310,8 @@ class Renderer:
         return out
 
     def _item(self, profile: dict[str, Any], keep: int | None) -> dict[str, str]:
-        title = clean(profile["title"], MAX_ITEM_CHARS)
-        if keep is not None:
-            title = title[: keep * ITEM_PIECE_CHARS].rstrip()
-        names = [name for name in map(clean, profile["categories"][:8]) if name]
-        categories = ", ".join(self._say(name) for name in names if keep != 0)
+        pieces, names = self._pieces(profile, keep)
+        title, categories = "".join(pieces).rstrip(), ", ".join(names)
         if not title and not categories:
             return {}
         shown = self._say(title, MAX_ITEM_CHARS)
@@ -287,20 +321,20 @@ class Renderer:
 
     def _scenario(self, profile: dict[str, Any], keep: int | None) -> dict[str, str]:
         def named(start: str, names: list[str]) -> str:
-            return f"{start}: {', '.join(self._say(name) for name in names)}." if names else ""
+            return f"{start}: {', '.join(names)}." if names else ""
 
+        top, distinct, others = self._pieces(profile, keep)
         rate = profile["rate"]
         activity = (f"{profile['events']} events of {profile['users']} users on {profile['items']} "
                     f"items")  # fmt: skip
         share = "" if rate is None else f"; {rate:.0%} of the events are {self.positive_name}"
-        others = profile["others"][:keep]
         return {
             "name": self._say(profile["name"]),
             "description": self._say(profile["description"], 600) if profile["description"] else "",
             "activity": f"{activity}{share}." if profile["events"] else "No events so far.",
-            "top_categories": named(f"Most {self.positive_name} here", profile["top_categories"]),
+            "top_categories": named(f"Most {self.positive_name} here", top),
             "distinct_categories": named(f"{self.positive_name.capitalize()} here more than elsewhere",
-                                         profile["distinct_categories"]),
+                                         distinct),
             "relations": " ".join(self._relation(other) for other in others),
         }  # fmt: skip
 

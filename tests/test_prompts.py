@@ -180,6 +180,71 @@ def test_budget_of_items_and_scenarios():
     assert "50% of the events are liked" in cut
 
 
+def quarters(texts):
+    return [-(-len(text) // 4) for text in texts]
+
+
+LONG = [f"{letter * 149}{letter.upper()}" for letter in "abcdefgh"]
+CLIPPED = [f"{letter * 39}…" for letter in "abcdefgh"]
+
+
+@pytest.mark.parametrize("name", ["item", "item_categories"])
+def test_long_categories_do_not_cost_an_item_its_title(name):
+    profile = {"title": "Toy Story", "categories": LONG}
+    render = lambda budget: renderer(name, "item", budget, count=quarters).render([profile])[0]  # noqa: E731
+    whole = render(256)
+    assert "Toy Story" in whole
+    assert all(category in whole for category in CLIPPED)
+    # The budget takes categories, the last first, before it takes anything of the title.
+    need = quarters([whole])[0]
+    for budget in range(need - 1, need - 70, -11):
+        text = render(budget)
+        kept = [category in text for category in CLIPPED]
+        assert quarters([text])[0] <= budget
+        assert "Toy Story" in text
+        assert 0 < sum(kept) < 8
+        assert kept == sorted(kept, reverse=True)
+
+
+def test_an_item_without_title_keeps_the_categories_that_fit():
+    profile = {"title": "", "categories": LONG}
+    text = renderer("item_plain", "item", 35, count=quarters).render([profile])[0]
+    assert text == ", ".join(CLIPPED[:3])
+
+
+def scenario_facts(**update):
+    other = {"common_users": 0.5, "agreement": None, "category_similarity": 0.9}
+    return {"name": "Food", "description": "Eat.", "events": 3, "users": 2, "items": 2, "rate": 0.5,
+            "top_categories": LONG[:6], "distinct_categories": ["\u202e", *LONG[5:]],
+            "others": [{"name": f"S{i}", **other} for i in range(9)], **update}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scenario", "scenario_plain"])
+def test_budget_of_a_scenario_takes_relations_then_categories(name):
+    template = load_template(name, "scenario")
+    facts = scenario_facts(description="d" * 600)
+    whole, least = renderer(name, "scenario").text(facts), renderer(name, "scenario").text(facts, 0)
+    assert f"more than elsewhere: {renderer(name, 'scenario')._say(CLIPPED[5])}, " in whole
+    seen = []
+    for budget in range(quarters([whole])[0], quarters([least])[0] + 20, -1):
+        text = renderer(name, "scenario", budget, count=quarters).render([facts])[0]
+        assert quarters([text])[0] <= budget
+        assert text.endswith(template.closing)
+        told = (sum(c in text for c in CLIPPED[:6]), "more than elsewhere" in text, "S0" in text)
+        seen += [told] if told not in seen else []
+    assert seen[0] == (6, True, True)
+    assert seen == sorted(seen, reverse=True)
+    assert {(6, True, False), (6, False, False), (1, False, False)} <= set(seen)
+
+
+def test_a_scenario_that_cannot_fit_is_named():
+    facts = scenario_facts(description="d" * 600)
+    render = renderer("scenario_plain", "scenario", 100, count=quarters).render
+    with pytest.raises(InputError, match=r"scenario 'food': .*'scenario_plain' needs 152 tokens with"
+                       r"out categories .*max_tokens is 100; shorten its description"):  # fmt: skip
+        render([scenario_facts(), facts])
+
+
 def test_shipped_templates_load_and_have_their_defaults():
     for level in ("user", "scenario", "item"):
         for kind in ("encoder", "decoder"):
