@@ -8,6 +8,7 @@ as bare lines (``quoting: line``: nothing inside can start a line).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -143,6 +144,20 @@ def _check_placeholders(file: Path, part: str, text: str, allowed: set[str]) -> 
                              f"{', '.join(sorted(allowed)) or 'none'}")  # fmt: skip
 
 
+def _fill(pattern: str, values: dict[str, str]) -> str:
+    """A pattern with its placeholders filled, without the lines that stay empty then.
+
+    So only blank lines of the pattern part paragraphs, and those of a value made of several: a line
+    that has nothing to say makes none of the line behind it.
+    """
+    paragraphs: list[str] = []
+    for part in pattern.split("\n\n"):
+        filled = (line.format_map(values) for line in part.splitlines())
+        paragraphs += "\n".join(text for text in filled if text.strip()).split("\n\n")
+    lines = ((line.strip() for line in part.splitlines()) for part in paragraphs)
+    return "\n\n".join(text for text in ("\n".join(filter(None, own)) for own in lines) if text)
+
+
 @dataclass(frozen=True)
 class Renderer:
     """Turns profile data into prompts of at most ``max_tokens`` tokens.
@@ -242,23 +257,21 @@ class Renderer:
     def text(self, profile: dict[str, Any], keep: int | None = None) -> str:
         """The prompt of one profile with its first ``keep`` pieces (None: all)."""
         build = {"user": self._user, "scenario": self._scenario, "item": self._item}
-        common = {
-            "scenario_names": ", ".join(self._say(s["name"]) for s in self.scenarios.values()),
-            "positive_name": self.positive_name,
-            "negative_name": self.negative_name or "",
-        }
         values = build[self.template.level](profile, keep)
-        body = self.template.body.format_map({**common, **values}) if values else ""
-        paragraphs = (
-            "\n".join(line.strip() for line in part.splitlines() if line.strip())
-            for part in body.split("\n\n")
-        )
-        body = "\n\n".join(part for part in paragraphs if part)
+        body = _fill(self.template.body, {**self._common, **values}) if values else ""
         return (
-            self.template.instruction.format_map(common)
+            self.template.instruction.format_map(self._common)
             + (body or self.template.empty)
             + self.template.closing
         )
+
+    @functools.cached_property
+    def _common(self) -> dict[str, str]:
+        return {
+            "scenario_names": ", ".join(self._say(s["name"]) for s in self.scenarios.values()),
+            "positive_name": clean(self.positive_name),
+            "negative_name": clean(self.negative_name or ""),
+        }
 
     def _say(self, text: str, limit: int = MAX_TITLE_CHARS) -> str:
         return quote(text, limit) if self.template.quoting == "json" else clean(text, limit)
@@ -273,12 +286,12 @@ class Renderer:
         for scenario, facts in self.scenarios.items():
             mine = [item for item in items if item["scenario"] == scenario]
             if mine and self.template.section:
-                sections.append(self.template.section.format_map(
-                    {"scenario": self._say(facts["name"]), **self._lists(mine)}))  # fmt: skip
+                names = {"scenario": self._say(facts["name"])}
+                sections.append(_fill(self.template.section, {**names, **self._lists(mine)}))
         return {
             "habit": self._habit(profile),
             "tastes": self._tastes(profile),
-            "sections": "\n".join(sections),
+            "sections": "\n".join(filter(None, sections)),
             **self._lists(items),
         }
 
@@ -288,7 +301,7 @@ class Renderer:
             return ""
         share = (profile["liked"] + 1) / (profile["met"] + 2)
         words = next(words for least, words in _HABITS if share >= least)
-        return f"{self.positive_name.capitalize()} {words}."
+        return f"{self._common['positive_name'].capitalize()} {words}."
 
     def _tastes(self, profile: dict[str, Any]) -> str:
         """Categories that the user likes more than others, and less: a paragraph each."""
@@ -300,13 +313,14 @@ class Renderer:
         return "\n\n".join(found)
 
     def _lists(self, items: list[dict[str, Any]]) -> dict[str, str]:
-        names = {"positive_name": self.positive_name, "negative_name": self.negative_name or ""}
         out = {}
         for part, wanted in (("liked", True), ("disliked", False)):
             titles = [self._say(item["title"]) for item in items if item["liked"] is wanted]
             joined = self.template.title_separator.join(titles)
             pattern = getattr(self.template, part)
-            out[part] = pattern.format_map({**names, "titles": joined}) if titles else ""
+            out[part] = (
+                pattern.format_map({**self._common, "titles": joined}).strip("\n") if titles else ""
+            )
         return out
 
     def _item(self, profile: dict[str, Any], keep: int | None) -> dict[str, str]:
@@ -324,17 +338,16 @@ class Renderer:
             return f"{start}: {', '.join(names)}." if names else ""
 
         top, distinct, others = self._pieces(profile, keep)
-        rate = profile["rate"]
+        rate, positive = profile["rate"], self._common["positive_name"]
         activity = (f"{profile['events']} events of {profile['users']} users on {profile['items']} "
                     f"items")  # fmt: skip
-        share = "" if rate is None else f"; {rate:.0%} of the events are {self.positive_name}"
+        share = "" if rate is None else f"; {rate:.0%} of the events are {positive}"
         return {
             "name": self._say(profile["name"]),
             "description": self._say(profile["description"], 600) if profile["description"] else "",
             "activity": f"{activity}{share}." if profile["events"] else "No events so far.",
-            "top_categories": named(f"Most {self.positive_name} here", top),
-            "distinct_categories": named(f"{self.positive_name.capitalize()} here more than elsewhere",
-                                         distinct),
+            "top_categories": named(f"Most {positive} here", top),
+            "distinct_categories": named(f"{positive.capitalize()} here more than elsewhere", distinct),
             "relations": " ".join(self._relation(other) for other in others),
         }  # fmt: skip
 

@@ -237,6 +237,47 @@ def test_budget_of_a_scenario_takes_relations_then_categories(name):
     assert {(6, True, False), (6, False, False), (1, False, False)} <= set(seen)
 
 
+@pytest.mark.parametrize("name", ["scenario", "scenario_plain"])
+@pytest.mark.parametrize(
+    "absent", ["description", "top_categories", "distinct_categories", "others"]
+)
+def test_what_a_scenario_lacks_makes_no_paragraph(name, absent):
+    """Every paragraph weighs the same in a vector: a line must not become one by chance."""
+    said = renderer(name, "scenario").text
+    whole = said(scenario_facts()).split("\n")
+    lines = said(scenario_facts(**{absent: type(scenario_facts()[absent])()})).split("\n")
+    assert "" not in whole + lines
+    assert len(lines) == len(whole) - (absent != "description")
+
+
+def test_only_blank_lines_of_a_template_part_paragraphs(tmp_path):
+    own = {"body": "{habit}\n{sections}\n{tastes}\n\n{disliked}\n\n{liked}\nEnd.",
+           "section": "In {scenario}\n{disliked}\n{liked}\n", "liked": "L {titles}\n",
+           "disliked": "D {titles}", "quoting": "line"}  # fmt: skip
+    template = load_template(write(tmp_path / "own.yaml", **own), "user")
+    blank = "a\n\nb\r\n\x0b\x85\u2028\u2029\n \nc"
+    data = {"items": [item(blank), item("k", scenario="kitchen")],
+            "tastes": [{"category": blank, "liked": liked} for liked in (True, False)]}  # fmt: skip
+    assert renderer(template).text(data).split("\n\n") == [
+        "In Food\nL a b c\nIn Kit chen\nL k\nPrefers a b c.",  # of tastes each list ends a paragraph
+        "Not a b c.",
+        "L a b c, k\nEnd.",
+    ]
+    own = {"body": "Begin.\n{sections}", "section": "{liked}"}
+    template = load_template(write(tmp_path / "own.yaml", **own), "user")
+    data = {"items": [item("n", False), item("k", scenario="kitchen")]}
+    assert renderer(template).text(data) == 'Begin.\n"k"'
+
+
+def test_names_of_a_dataset_make_no_paragraph():
+    blank = "\n\n".join("xy")
+    said = Renderer(
+        load_template("scenario_plain", "scenario"), {}, blank, blank, words, 10**6
+    ).text(scenario_facts(name=blank, description=blank, top_categories=[blank]))
+    assert "\n\n" not in said
+    assert said.startswith("x y. x y\nMost x y here: x y.\nX y here more")
+
+
 def test_a_scenario_that_cannot_fit_is_named():
     facts = scenario_facts(description="d" * 600)
     render = renderer("scenario_plain", "scenario", 100, count=quarters).render
