@@ -26,7 +26,7 @@ class Dialect:
     name: str
     explode: str  # list -> rows
     join_texts: str  # (list, separator) -> text, nulls left out
-    without_nulls: str  # list as {list}
+    choose: str  # those c of {list} that are {kept}
     empty_list: str
 
     def struct(self, **fields: str) -> str:
@@ -44,10 +44,8 @@ class Dialect:
         return f"transform(array_sort(collect_list({rows})), entry -> entry.value)"
 
 
-DUCKDB = Dialect(
-    "duckdb", "unnest", "array_to_string", "[c FOR c IN {list} IF c IS NOT NULL]", "[]"
-)
-SPARK = Dialect("spark", "explode", "array_join", "filter({list}, c -> c IS NOT NULL)", "array()")
+DUCKDB = Dialect("duckdb", "unnest", "array_to_string", "[c FOR c IN {list} IF {kept}]", "[]")
+SPARK = Dialect("spark", "explode", "array_join", "filter({list}, c -> {kept})", "array()")
 
 
 def _met(negatives: bool) -> str:
@@ -55,11 +53,24 @@ def _met(negatives: bool) -> str:
     return "" if negatives else "WHERE label = 1"
 
 
+# What a reader sees nothing of: spaces, characters of control and format, private ones, fillers, an empty
+# Braille cell, variation selectors, tags. ``clean`` of ``prompts`` leaves nothing of such a text either.
+_UNSEEN = (
+    r"[\p{Z}\p{Cc}\p{Cf}\p{Co}\x{34F}\x{115F}\x{1160}\x{17B4}\x{17B5}\x{180B}-\x{180F}\x{2800}\x{3164}"
+    r"\x{FE00}-\x{FE0F}\x{FFA0}\x{E0000}-\x{E0FFF}]"
+)
+
+
 def _readable(text: str) -> str:
-    """Text in one piece, empty where a reader would see nothing (spaces, control characters)."""
+    """Text in one piece, empty where a reader would see nothing."""
     start = f"substring({text}, 1, {MAX_TITLE})"
-    return (f"CASE WHEN regexp_replace({start}, '^[\\p{{Z}}\\p{{Cc}}\\p{{Cf}}\\p{{Co}}]+', '') = '' "
-            f"THEN '' ELSE {start} END")  # fmt: skip
+    return f"CASE WHEN regexp_replace({start}, '^{_UNSEEN}+', '') = '' THEN '' ELSE {start} END"
+
+
+def _categories(dialect: Dialect) -> str:
+    """An item's readable categories, never null."""
+    kept = f"c IS NOT NULL AND {_readable('c')} <> ''"
+    return f"coalesce({dialect.choose.format(list='categories', kept=kept)}, {dialect.empty_list})"
 
 
 def user_query(
@@ -111,7 +122,7 @@ WITH met AS (
          CASE WHEN i.title_text <> '' THEN i.title_text ELSE i.category_text END AS text
   FROM met m JOIN enough e ON m.user_id = e.user_id JOIN (
     SELECT item_id, {_readable("coalesce(title, '')")} AS title_text,
-           {_readable(f"coalesce({dialect.join_texts}(categories, ', '), '')")} AS category_text
+           {_readable(f"{dialect.join_texts}({_categories(dialect)}, ', ')")} AS category_text
     FROM items
   ) i ON m.item_id = i.item_id
 ), per_scenario AS (
@@ -159,12 +170,8 @@ def _tastes(dialect: Dialect) -> str:
 
 
 def item_query(dialect: Dialect) -> str:
-    """Rows (key, cutoff null, data), by key: title and categories."""
-    categories = dialect.without_nulls.format(list="categories")
-    shown = dialect.struct(
-        title=f"substring(coalesce(title, ''), 1, {MAX_TITLE})",
-        categories=f"coalesce({categories}, {dialect.empty_list})",
-    )
+    """Rows (key, cutoff null, data), by key: title and categories, what is readable of them."""
+    shown = dialect.struct(title=_readable("coalesce(title, '')"), categories=_categories(dialect))
     return f"""
 SELECT item_id AS key, CAST(NULL AS BIGINT) AS cutoff, CAST(to_json({shown}) AS STRING) AS data
 FROM items ORDER BY key

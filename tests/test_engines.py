@@ -11,7 +11,7 @@ import llm_knowledge.engines as engines
 from llm_knowledge.engines import open_engine
 from llm_knowledge.errors import InputError
 from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
-from tests.knowledge_data import HOSTILE, random_dataset, write_dataset
+from tests.knowledge_data import HOSTILE, NOTHING, random_dataset, write_dataset
 from trainer.data.movielens import find_movielens, prepare_movielens
 from trainer.data.simulate import simulate
 
@@ -33,6 +33,7 @@ TITLES = [
     "".join(map(chr, range(1, 33))) + "\x7f\x80\x9f", "𝄞 clef and \U0010ffff", "ｆｕｌｌ width", "İıſK",
     "{0} {title}",
     "é", "e\u0301", "Z", "a", "Ä", "z", "😀", "\ufffd",
+    *NOTHING.values(),
 ]  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def rows(data: Path, level: str, scratch: Path, **options) -> list[dict]:
 def hostile(path: Path, id_type: str, negative_name: str | None = "disliked") -> Path:
     """Every kind of title and category, ties in time, repeated items, keys in many scripts."""
     name = (lambda i: i - 9) if id_type == "int64" else (lambda i: f"{TITLES[-1 - i % 9]}{i}")
-    kinds = [["a", None, "b", "a"], [], [""], [INVISIBLE], ["😀, kitchen"], None]
+    kinds = [["a", None, "b", "a"], [], [""], [INVISIBLE, NOTHING["tags"]], ["😀, kitchen"], None]
     items = [{"item_id": name(i), "title": title, "categories": kinds[i % len(kinds)]}
              for i, title in enumerate(TITLES)]  # fmt: skip
     events = [

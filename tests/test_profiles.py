@@ -1,12 +1,16 @@
 import json
+from unicodedata import ucd_3_2_0
 
+import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.profile_queries import _readable
 from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
-from llm_knowledge.prompts import Renderer, load_template
-from tests.knowledge_data import SPLITS, random_dataset, write_dataset
+from llm_knowledge.prompts import Renderer, clean, load_template
+from tests.knowledge_data import NOTHING, SPLITS, random_dataset, write_dataset
 
 
 def profiles(path, level, rows=256, **options):
@@ -233,6 +237,33 @@ def test_hostile_titles_pass_the_database_whole(tmp_path):
     path = write_dataset(tmp_path, {"profile": rows}, items)
     found = [item["title"] for item in profiles(path, "user")[1][1]["items"]]
     assert found == [titles[0], titles[1], titles[2], "x" * 1000, titles[4]]
+
+
+@pytest.mark.parametrize("text", NOTHING.values(), ids=NOTHING)
+def test_what_a_reader_cannot_see_is_no_title_and_no_category(tmp_path, text):
+    """The queries see as little as ``clean`` does."""
+    titles = [(text, [text, "seen"]), (text, [text, text]), ("shown" + text, [text])]
+    items = [{"item_id": i, "title": title, "categories": kinds}
+             for i, (title, kinds) in enumerate(titles)]  # fmt: skip
+    rows = [event(1, i, "food", 9 - i, 1) for i in range(3)]
+    path = write_dataset(tmp_path, {"profile": rows}, items)
+    found = [data for _, data in profiles(path, "item").values()]
+    assert found == [{"title": "", "categories": ["seen"]}, {"title": "", "categories": []},
+                     {"title": "shown" + text, "categories": []}]  # fmt: skip
+    listed = [item["title"] for item in profiles(path, "user")[1][1]["items"]]
+    assert listed == ["seen", "shown" + text]
+    assert profiles(path, "scenario")["food"][1]["top_categories"] == ["seen"]
+
+
+def test_queries_and_prompts_agree_on_every_character_that_is_not_seen():
+    # Those of an old Unicode, whose categories the tables of Python and DuckDB share, and all tags.
+    codes = [code for code in [*range(1, 0xD800), *range(0xE000, 0x30000), *range(0xE0000, 0xE1000)]
+             if ucd_3_2_0.category(chr(code)) != "Cn" or code >= 0xE0000]  # fmt: skip
+    table = pa.table({"code": codes, "text": list(map(chr, codes))})
+    database = duckdb.connect().register("characters", table)
+    query = f"SELECT code FROM characters WHERE {_readable('text')} = ''"
+    unseen = {code for (code,) in database.execute(query).fetchall()}
+    assert unseen == {code for code in codes if not clean(chr(code))}
 
 
 def test_bad_datasets_are_refused(tmp_path):

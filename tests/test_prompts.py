@@ -13,7 +13,7 @@ from llm_knowledge.prompts import (
     load_template,
     quote,
 )
-from tests.knowledge_data import HOSTILE
+from tests.knowledge_data import HOSTILE, NOTHING
 
 SCENARIOS = {
     "food": {"name": "Food", "description": ""},
@@ -50,6 +50,24 @@ def test_clean_keeps_scripts_and_clips_characters():
     assert len(long) == MAX_TITLE_CHARS
     assert long.endswith("…")
     assert clean("") == ""
+
+
+def test_clean_text_hides_nothing():
+    tags = NOTHING["tags"]
+    assert clean(f"{tags}He{tags}at\u00ad\u2060\ufeff\u061c\U0001d173\U000e0080 2") == "Heat 2"
+    for text in ("می\u200cخواهم", "ක්\u200dෂ", "葛\U000e0100", "❤\ufe0f", "\U0001fae8"):
+        assert (
+            clean(text) == text
+        )  # what scripts and emoji need, and emoji newer than Python's tables
+    assert clean("x" * 39 + "\u200b" * 30 + "y", 40) == "x" * 39 + "y"
+
+
+@pytest.mark.parametrize("text", NOTHING.values(), ids=NOTHING)
+def test_text_of_which_nothing_is_seen_is_none(text):
+    assert clean(text) == ""
+    profile = {"title": text, "categories": [text, "Comedy"]}
+    texts = [renderer(name, "item").text(profile) for name in ("item_plain", "item_categories")]
+    assert texts == ["Comedy", "Comedy."]
 
 
 def test_hostile_title_cannot_leave_its_quotes():
