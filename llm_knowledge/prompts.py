@@ -25,6 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llm_knowledge.errors import InputError
 
 TEMPLATES = Path(__file__).parent / "templates"
+# Raised where the code below makes another prompt of the same template and profile: a store, its dates and
+# a refresh must not mix both. It enters the hash of every template; shipped ones get a new version, too.
+RENDERING = 2
 MAX_TITLE_CHARS, MAX_ITEM_CHARS = 160, 500
 # Of a category: a prompt names up to twelve, beside what it is about.
 MAX_CATEGORY_CHARS, ITEM_CATEGORIES = 40, 8
@@ -89,7 +92,7 @@ def quote(text: str, limit: int = MAX_TITLE_CHARS) -> str:
 
 
 class Template(BaseModel):
-    """One template file. ``hash`` covers every field, so that any change of wording is seen."""
+    """One template file. ``hash`` covers every field and how it is rendered: any change is seen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -108,8 +111,9 @@ class Template(BaseModel):
 
     @property
     def hash(self) -> str:
-        """Hex digest (32 characters) of the template's content."""
-        text = json.dumps(self.model_dump(), sort_keys=True, ensure_ascii=False)
+        """Hex digest (32 characters) of the template's content and ``RENDERING``."""
+        about = {**self.model_dump(), "rendering": RENDERING}
+        text = json.dumps(about, sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

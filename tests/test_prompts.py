@@ -6,6 +6,7 @@ import pytest
 from llm_knowledge.errors import InputError
 from llm_knowledge.prompts import (
     MAX_TITLE_CHARS,
+    RENDERING,
     Renderer,
     Template,
     clean,
@@ -310,6 +311,14 @@ def test_shipped_templates_load_and_have_their_defaults():
             template = load_template(default_template(level, kind), level)
             assert bool(template.instruction) == (kind == "decoder")
     assert load_template("user", "user").hash != load_template("user_plain", "user").hash
+
+
+def test_a_template_that_is_rendered_differently_is_another_one(monkeypatch, tmp_path):
+    """Parts and dates of a store are told apart by it, also those made with a template of one's own."""
+    own = load_template(write(tmp_path / "own.yaml"), "user")
+    before = own.hash
+    monkeypatch.setattr("llm_knowledge.prompts.RENDERING", RENDERING + 1)
+    assert own.hash != before
 
 
 def write(path, **update):
