@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql, spark_path
 from llm_knowledge.profile_queries import DUCKDB, SPARK, Dialect
 
 if TYPE_CHECKING:
@@ -89,9 +90,8 @@ class DuckDB:
             )
 
     def _view(self, name: str, files: Sequence[Path]) -> None:
-        listed = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
         self._database.execute(
-            f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM read_parquet([{listed}])"
+            f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM {parquet_sql(files)}"
         )
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
@@ -177,9 +177,10 @@ class Spark:
 
     def open(self, items: Path, events: Sequence[Path], until: int | None) -> None:
         """See ``Engine``."""
-        self._session.read.parquet(str(items)).createOrReplaceTempView("items")
+        self._session.read.parquet(spark_path(items)).createOrReplaceTempView("items")
         if events:
-            log = self._session.read.parquet(*map(str, events)).selectExpr(*COLUMNS.split(", "))
+            log = self._session.read.parquet(*map(spark_path, events))
+            log = log.selectExpr(*COLUMNS.split(", "))
             kept = log if until is None else log.where(f"timestamp <= {int(until)}")
             kept.createOrReplaceTempView("events")
 

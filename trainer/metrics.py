@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.predictions import (
     SPARSE_BELOW,
     Run,
@@ -258,11 +259,11 @@ def _check_complete(
     where = f"{run.path}/predictions/{split}"
     rows = con.execute("SELECT count(*) FROM p").fetchone()
     count, expected = (rows[0] if rows else 0), facts["rows"].get(split)
+    files = split_files(dataset, split)
     odd = con.execute(
         f"""SELECT {keys}, sum(side) AS extra FROM (SELECT {keys}, 1 AS side FROM p UNION ALL
-            SELECT {keys}, -1 FROM read_parquet(?)) GROUP BY ALL HAVING extra <> 0
-            ORDER BY abs(extra) DESC, extra DESC, user_id, timestamp LIMIT 1""",
-        [split_files(dataset, split)],
+            SELECT {keys}, -1 FROM {parquet_sql(files)}) GROUP BY ALL HAVING extra <> 0
+            ORDER BY abs(extra) DESC, extra DESC, user_id, timestamp LIMIT 1"""
     ).fetchone()
     if odd:
         verb = "too often" if odd[5] > 0 else "too rarely"

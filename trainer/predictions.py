@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 
 if TYPE_CHECKING:
     import duckdb
@@ -199,34 +200,32 @@ def load_predictions(
     if label is not None:
         columns |= {name: f"{name}_{label}" for name in ("label", "prediction")}
     _check_files(files, columns)
-    names = [str(file) for file in files]
     quoted = {name: '"' + column.replace('"', '""') + '"' for name, column in columns.items()}
-    _check_values(con, names, quoted)
+    _check_values(con, files, quoted)
     if dataset is None:
-        segment, join, extra = "NULL::VARCHAR", "", []
+        segment, join = "NULL::VARCHAR", ""
     else:
         train = split_files(dataset, "train")
         profile = split_files(dataset, "profile", may_be_empty=True)
-        _check_key_types(files[0], Path(train[0]))
+        _check_key_types(files[0], train[0])
         segment = f"""CASE WHEN u.user_id IS NULL THEN 'new_user'
                            WHEN s.user_id IS NULL THEN 'new_in_scenario'
                            WHEN u.positives < {SPARSE_BELOW} THEN 'sparse' ELSE 'known' END"""
-        join = """LEFT JOIN (SELECT user_id, sum(label) AS positives FROM read_parquet(?)
+        join = f"""LEFT JOIN (SELECT user_id, sum(label) AS positives FROM {parquet_sql(train)}
                              GROUP BY user_id) u USING (user_id)
-                  LEFT JOIN (SELECT DISTINCT user_id, scenario_id FROM read_parquet(?)) s
+                  LEFT JOIN (SELECT DISTINCT user_id, scenario_id
+                             FROM {parquet_sql(profile + train)}) s
                   USING (user_id, scenario_id)"""
-        extra = [train, profile + train]
     con.execute(
         f"""CREATE OR REPLACE TABLE p AS
             SELECT {", ".join(f"r.{column} AS {name}" for name, column in quoted.items())},
             r.scenario_id::VARCHAR AS scenario, {segment} AS segment
-            FROM read_parquet(?) r {join}""",
-        [names, *extra],
+            FROM {parquet_sql(files)} r {join}"""
     )
 
 
 def _check_values(
-    con: duckdb.DuckDBPyConnection, names: list[str], columns: dict[str, str]
+    con: duckdb.DuckDBPyConnection, files: Sequence[Path], columns: dict[str, str]
 ) -> None:
     """Raises InputError for the first row with a null, a NaN or a value out of range."""
     import duckdb
@@ -236,13 +235,12 @@ def _check_values(
     try:
         bad = con.execute(
             f"""SELECT filename, file_row_number, {label}, {prediction}, {nulls} AS nulls
-                FROM read_parquet(?, filename = true, file_row_number = true)
+                FROM {parquet_sql(files, filename=True, file_row_number=True)}
                 WHERE nulls > 0 OR {label} NOT IN (0, 1) OR {prediction} NOT BETWEEN 0 AND 1
-                ORDER BY filename, file_row_number LIMIT 1""",
-            [names],
+                ORDER BY filename, file_row_number LIMIT 1"""
         ).fetchone()
     except duckdb.Error as error:
-        raise InputError(f"{names[0]}, … : the prediction files do not read: {error}") from error
+        raise InputError(f"{files[0]}, … : the prediction files do not read: {error}") from error
     if bad:
         if bad[4]:
             problem = "holds a null"
@@ -299,9 +297,9 @@ def _check_key_types(predictions: Path, events: Path) -> None:
             )
 
 
-def split_files(dataset: Path, split: str, may_be_empty: bool = False) -> list[str]:
+def split_files(dataset: Path, split: str, may_be_empty: bool = False) -> list[Path]:
     """Lists the Parquet files of one split; InputError when there is none."""
-    files = sorted(str(file) for file in (Path(dataset) / split).glob("part-*.parquet"))
+    files = sorted((Path(dataset) / split).glob("part-*.parquet"))
     if not files and not may_be_empty:
         raise InputError(f"{dataset}: no {split}/part-*.parquet. Prepare the dataset again.")
     return files

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.bootstrap import read_sorted
 from trainer.metrics import EPSILON
 from trainer.predictions import Run, database, split_files
@@ -100,11 +101,10 @@ def _main_scenarios(dataset: Path, users: np.ndarray) -> list[str]:
     with database() as con:
         con.register("wanted", pa.table({"user_id": users.tolist()}))
         found = con.execute(
-            """SELECT user_id, arg_max(scenario, (n, scenario)) FROM (
+            f"""SELECT user_id, arg_max(scenario, (n, scenario)) FROM (
                  SELECT user_id, scenario_id::VARCHAR AS scenario, count(*) AS n
-                 FROM read_parquet(?) SEMI JOIN wanted USING (user_id) GROUP BY ALL)
-               GROUP BY user_id""",
-            [files],
+                 FROM {parquet_sql(files)} SEMI JOIN wanted USING (user_id) GROUP BY ALL)
+               GROUP BY user_id"""
         ).fetchall()
     main = dict(found)
     return [main.get(user, "") for user in users.tolist()]

@@ -13,6 +13,7 @@ from embeddings.ids import UNKNOWN_ROW, HashedIds, HashedKeys, IdMap, Vocabulary
 from embeddings.remap import ZeroCollisionTables
 from embeddings.zero_collision import ZeroCollision
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.config import RunConfig
 from trainer.data.dataset import split_files
 from trainer.distributed import Runtime, together
@@ -148,19 +149,21 @@ def _distinct_ids(config: RunConfig, column: str) -> pa.Array:
     import duckdb
 
     files = [
-        str(file)
+        file
         for split in config.data.train_splits
         for file in split_files(Path(config.data.path), split)
     ]
-    # The column's name is a constant of this module.
-    query = f"SELECT DISTINCT {column} AS id FROM read_parquet($files) ORDER BY id"
+
+    def query(files: list[Path]) -> str:  # the column's name is a constant of this module
+        return f"SELECT DISTINCT {column} AS id FROM {parquet_sql(files)} ORDER BY id"
+
     with duckdb.connect() as connection:
         try:
-            found = connection.execute(query, {"files": files}).to_arrow_table()
+            found = connection.execute(query(files)).to_arrow_table()
         except duckdb.Error:
             for file in files:  # which one is it?
                 try:
-                    connection.execute(query, {"files": [file]}).fetchall()
+                    connection.execute(query([file])).fetchall()
                 except duckdb.Error as error:
                     raise InputError(
                         f"{file}: column {column} cannot be read ({error}); prepare the data again"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
     SPLITS,
     DatasetInfo,
@@ -33,7 +34,7 @@ from trainer.data.dataset import (
 from trainer.data.log_schema import LogSchema, load_schema
 from trainer.data.pipeline import Staging, stage_log, time_quantile
 from trainer.data.prepare import log_relation, write_items
-from trainer.data.writer import connect, output_directory, parquet_sql, write_info, write_sorted
+from trainer.data.writer import connect, output_directory, write_info, write_sorted
 
 if TYPE_CHECKING:
     import duckdb

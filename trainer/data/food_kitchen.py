@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
     DatasetInfo,
     Negatives,
@@ -23,7 +24,7 @@ from trainer.data.dataset import (
 )
 from trainer.data.movielens import usual_places
 from trainer.data.pipeline import Staging, finish, hold_out, run_codes, split_per_user
-from trainer.data.writer import connect, output_directory, parquet_sql
+from trainer.data.writer import connect, output_directory
 
 NAME = "amazon-food-kitchen"
 FRACTIONS: dict[SplitName, float] = {"profile": 0.5, "train": 0.25, "valid": 0.125, "test": 0.125}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
     EVENT_COLUMNS,
     HISTORY_LENGTH,
@@ -25,7 +26,7 @@ from trainer.data.dataset import (
     SplitInfo,
     read_footer,
 )
-from trainer.data.writer import EVENT_ORDER, parquet_sql, write_info, write_sorted
+from trainer.data.writer import EVENT_ORDER, write_info, write_sorted
 
 if TYPE_CHECKING:
     import duckdb

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
     SPLITS,
     DatasetInfo,
@@ -20,7 +21,7 @@ from trainer.data.dataset import (
 )
 from trainer.data.log_schema import Catalogue, LogSchema, SplitChoice, load_schema
 from trainer.data.pipeline import Staging, finish, stage_log, time_quantile
-from trainer.data.writer import connect, output_directory, parquet_sql, quote_name
+from trainer.data.writer import connect, output_directory, quote_name
 
 if TYPE_CHECKING:
     import duckdb

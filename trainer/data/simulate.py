@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
     DatasetInfo,
     Scenario,
@@ -33,7 +34,7 @@ from trainer.data.dataset import (
 )
 from trainer.data.pipeline import Staging, finish, progress, split_global
 from trainer.data.simulated_texts import SCENARIO_TEXTS, TOPICS
-from trainer.data.writer import connect, output_directory, parquet_sql, write_info
+from trainer.data.writer import connect, output_directory, write_info
 
 if TYPE_CHECKING:
     import duckdb

@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import escape_glob, parquet_sql
 from trainer.data.dataset import DatasetInfo
 
 if TYPE_CHECKING:
@@ -63,15 +64,11 @@ def output_directory(out: Path) -> Iterator[Path]:
 
 def _remove_abandoned(out: Path) -> None:
     """Remove what killed runs on this machine left beside `out`; live or foreign ones stay."""
-    for folder in out.parent.glob(f"{_escape_glob(out.name)}.tmp-*"):
+    for folder in out.parent.glob(f"{escape_glob(out.name)}.tmp-*"):
         with contextlib.suppress(OSError, ValueError):
             host, pid = (folder / "owner").read_text().split()
             if host == socket.gethostname() and not Path(f"/proc/{int(pid)}").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _escape_glob(text: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in text)
 
 
 @contextlib.contextmanager
@@ -105,13 +102,6 @@ def connect(scratch: Path, memory: str = "2GB") -> duckdb.DuckDBPyConnection:
     con = duckdb.connect(config={**config, "preserve_insertion_order": False})
     con.execute("SET enable_progress_bar = false")  # it would go to stdout
     return con
-
-
-def parquet_sql(files: Iterable[Path], **options: bool) -> str:
-    """SQL text of read_parquet over exactly these files (no glob in a name is expanded)."""
-    names = ", ".join("'" + _escape_glob(str(f)).replace("'", "''") + "'" for f in files)
-    extra = "".join(f", {name}={str(value).lower()}" for name, value in options.items())
-    return f"read_parquet([{names}], hive_partitioning=false{extra})"
 
 
 def quote_name(name: str) -> str:
