@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from llm_knowledge.errors import InputError
 
@@ -196,7 +197,15 @@ def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
         predict(options.run_dir, options.split, options.set)
         if os.environ.get("RANK", "0") != "0":
             return None  # every rank has written its part; one measures them all
-    print(json.dumps(write_evaluation(options.run_dir, options.split), indent=1))
+    place = None
+    if options.set:
+        from trainer.config import load_config
+        from trainer.continuation import check_data
+
+        config = load_config(options.run_dir / "config.yaml", options.set)
+        check_data(config, options.run_dir)
+        place = Path(config.data.path)
+    print(json.dumps(write_evaluation(options.run_dir, options.split, place), indent=1))
     return None
 
 

@@ -10,7 +10,7 @@ from llm_knowledge.errors import InputError
 from trainer.checkpoint import checkpoints, read_state
 from trainer.config import RunConfig, differences, load_config, save_config
 from trainer.data.append import fingerprint, new_training_rows
-from trainer.data.dataset import DatasetInfo, split_files
+from trainer.data.dataset import DatasetInfo, open_dataset, split_files
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,23 @@ def note_data(config: RunConfig, folder: Path) -> None:
             f"{config.data.path}: has changed since {folder} began, whose position in it would be wrong; "
             "put the old data back, or start a new run (with train.continue_from after "
             "`prepare parquet --append-to`)"
+        )
+
+
+def check_data(config: RunConfig, folder: Path) -> None:
+    """Checks that a finished run is scored on the data that it was trained on, wherever that now lies.
+
+    Raises:
+        InputError: It is other data, or none.
+    """
+    open_dataset(config.data.path)  # says so if there is none
+    file, found = folder / "data.json", fingerprint(config.data.path)
+    known = json.loads(file.read_text()) if file.exists() else {"fingerprint": found}
+    if known["fingerprint"] != found:
+        raise InputError(
+            f"data.path: {config.data.path} (fingerprint {found}) is not the data of {folder}, which was "
+            f"trained on {known['path']} (fingerprint {known['fingerprint']}); nothing was changed; give "
+            "the place where that dataset lies now, or train a run on this one"
         )
 
 

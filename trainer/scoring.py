@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_knowledge.errors import InputError
 from trainer.checkpoint import best_of, checkpoints, load_checkpoint, problem_of, read_state
 from trainer.config import load_config
+from trainer.continuation import check_data
 from trainer.data.loader import EventStream
 from trainer.distributed import distributed, together
 from trainer.models.llm4msr import Predictions
@@ -136,10 +137,16 @@ class _PartWriter:
 
 
 def predict(folder: Path, split: str, overrides: list[str] | None = None) -> Path:
-    """Scores a split with a finished run's best checkpoint and writes the predictions."""
+    """Scores a split with a finished run's best checkpoint and writes the predictions.
+
+    Raises:
+        InputError: The data is not what the run was trained on, or there is no checkpoint of this model.
+    """
     config = load_config(folder / "config.yaml", overrides)
     with distributed(config.train.timeout_seconds) as runtime:
-        run = build(config, runtime, folder, open_inputs(config, runtime))
+        inputs = open_inputs(config, runtime)
+        together(lambda: check_data(config, folder))  # before good predictions are replaced
+        run = build(config, runtime, folder, inputs)
         saved = folder / "checkpoints"
         whole = [path for path in checkpoints(saved) if problem_of(path) is None]
         if not whole:

@@ -1,0 +1,75 @@
+"""Evaluating a finished run: on the data that it was trained on, and nothing else of it changes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.knowledge_data import random_dataset
+from tests.training_data import make_config, make_inputs
+from trainer.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Returns (dataset, run)."""
+    root = tmp_path_factory.mktemp("trained")
+    data, stores = make_inputs(root)
+    return data, train(make_config(data, stores, root / "run", train__epochs=1))
+
+
+@pytest.fixture
+def run(trained: tuple[Path, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(trained[1], tmp_path / "run")
+
+
+def evaluate(run: Path, *words: str) -> int:
+    return main(["evaluate", str(run), *words])
+
+
+def evaluated(run: Path) -> dict[str, float]:
+    found = json.loads((run / "evaluation.json").read_text())["overall"]
+    return {name: found[name] for name in ("rows", "positives", "auc", "gauc", "logloss")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_a_dataset_that_has_moved_is_evaluated_where_it_is(
+    trained: tuple[Path, Path], run: Path, tmp_path: Path
+) -> None:
+    assert evaluate(run) == 0
+    before = evaluated(run)
+    moved = shutil.copytree(trained[0], tmp_path / "moved")
+    hidden = trained[0].rename(tmp_path / "away")
+    try:
+        for words in ([], ["--reuse-predictions"]):
+            (run / "evaluation.json").unlink()
+            assert evaluate(run, *words, "--set", f"data.path={moved}") == 0
+            assert evaluated(run) == pytest.approx(before)
+    finally:
+        hidden.rename(trained[0])
+
+
+@pytest.mark.parametrize("words", [[], ["--reuse-predictions"]])
+def test_other_data_is_refused_and_the_predictions_stay(
+    trained: tuple[Path, Path],
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    (tmp_path / "other").mkdir()
+    other, before = random_dataset(tmp_path / "other", users=40, seed=3), contents(run)
+    assert evaluate(run, *words, "--set", f"data.path={other}") == 2
+    assert contents(run) == before
+    said = capsys.readouterr().err
+    assert str(other) in said
+    assert f"trained on {trained[0]}" in said
