@@ -73,3 +73,11 @@ def test_other_data_is_refused_and_the_predictions_stay(
     said = capsys.readouterr().err
     assert str(other) in said
     assert f"trained on {trained[0]}" in said
+
+
+def test_the_plan_stays_that_of_the_training(run: Path) -> None:
+    plans = [run / "plan.txt", run / "plan.json"]
+    for plan in plans:
+        plan.write_text("of 64 ranks")
+    assert evaluate(run) == 0
+    assert [plan.read_text() for plan in plans] == ["of 64 ranks"] * 2

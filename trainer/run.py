@@ -47,6 +47,7 @@ class Run:
     encoder: RowEncoder
     fingerprints: dict[str, str]
     tables: list[TablePlan]
+    plan: str
     model: DistributedModelParallel
     optimizer: torch.optim.Optimizer
     pipeline: TrainPipelineSparseDist
@@ -229,6 +230,14 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
     return Inputs(dataset, open_stores(config, dataset))
 
 
+def write_plan(run: Run) -> None:
+    """Writes what a training was planned as; scoring, on as many ranks as it likes, leaves it alone."""
+    (run.folder / "plan.txt").write_text(run.plan)
+    (run.folder / "plan.json").write_text(
+        json.dumps([asdict(table) for table in run.tables], indent=1)
+    )
+
+
 def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> Run:
     """Builds and shards the model, loads this rank's knowledge rows."""
     train, dataset, stores = config.train, inputs.dataset, inputs.stores
@@ -252,19 +261,12 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     except PlanError as error:
         raise InputError(f"tables.sharding: {error}", shared=True) from error
     tables = describe_plan(plan, model.tables, group.ranks)
-    if runtime.is_main:
-        lines = [format_plan(tables)]
-        if group_size is not None:
-            copies = runtime.world_size // group.ranks
-            lines.append(f"in each of {copies} groups of {group.ranks} ranks")
-        if model.dense.meta is not None:
-            lines += [
-                "",
-                "meta layers",
-                *model.dense.meta.strategies(batch_size, runtime.device.type),
-            ]
-        (folder / "plan.txt").write_text("\n".join(lines) + "\n")
-        (folder / "plan.json").write_text(json.dumps([asdict(table) for table in tables], indent=1))
+    lines = [format_plan(tables)]
+    if group_size is not None:
+        copies = runtime.world_size // group.ranks
+        lines.append(f"in each of {copies} groups of {group.ranks} ranks")
+    if model.dense.meta is not None:
+        lines += ["", "meta layers", *model.dense.meta.strategies(batch_size, runtime.device.type)]
     torch.manual_seed(
         train.seed * 4_096 + runtime.rank
     )  # each rank draws its own rows of the tables
@@ -296,6 +298,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         encoder=encoder,
         fingerprints={level: store.fingerprint for level, store in stores.items()},
         tables=tables,
+        plan="\n".join(lines) + "\n",
         model=sharded,
         optimizer=optimizer,
         pipeline=TrainPipelineSparseDist(

@@ -22,7 +22,7 @@ from trainer.guard import Fault, Guard
 from trainer.hosts import check_hosts
 from trainer.log import RunLog
 from trainer.row_ids import collision_rates
-from trainer.run import Run, build, open_inputs, prepare_folder
+from trainer.run import Run, build, open_inputs, prepare_folder, write_plan
 from trainer.schedule import set_learning_rates
 from trainer.scoring import measure, write_predictions
 from trainer.trace import Tracer
@@ -56,7 +56,8 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         folder = together(lambda: prepare_folder(config, runtime, resume))
         run = build(config, runtime, folder, inputs)
         if runtime.is_main:
-            print((folder / "plan.txt").read_text(), file=sys.stderr)
+            write_plan(run)
+            print(run.plan, file=sys.stderr)
         state = fit(run, since)
         load_checkpoint(best_of(folder / "checkpoints", state), run)
         write_predictions(run, "test")
