@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,45 @@ def test_one_process_writes_a_whole_run(inputs: tuple[Path, Path], tmp_path: Pat
     assert evaluation["overall"]["knowledge_coverage"] == 1.0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["valid_auc"] == max(line["valid_auc"] for line in lines(run, "valid"))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reference"])
+def test_the_strategy_of_each_meta_layer_is_printed_and_kept(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    strategy: str,
+) -> None:
+    config = make_config(
+        *inputs,
+        tmp_path / "run",
+        train__epochs=1,
+        model__meta__kind="low_rank",
+        model__meta__match_layers=["user"],
+        model__meta__strategy=strategy,
+    )
+    plan = (train(config) / "plan.txt").read_text()
+    assert plan in capsys.readouterr().err
+    meta = config.model.meta
+    layers = [line for line in plan.splitlines() if line.startswith("meta layer ")]
+    assert len(layers) == meta.user_layers + meta.scenario_layers + 1
+    for line in layers:
+        chosen, why = re.search(r": (\w+) \((.*)\)$", line).groups()
+        if strategy == "auto":
+            assert chosen in ("grouped", "reference")
+            assert "knowledge" in why
+        else:
+            assert (chosen, why) == ("reference", "configured")
+
+
+def test_a_strategy_that_the_device_has_not_is_refused_before_anything_starts(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    options = {"model__meta__kind": "low_rank", "model__meta__strategy": "fused"}
+    config = make_config(*inputs, tmp_path / "run", **options)
+    with pytest.raises(InputError, match=r"model\.meta\.strategy: fused .*CUDA.*; use auto"):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_scoring_again_gives_the_same_predictions(

@@ -1,5 +1,6 @@
 """From a configuration to the live objects of a run; training and evaluation both begin here."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from embeddings.versions import versions
 from llm_knowledge.dated import DatedStores
 from llm_knowledge.errors import InputError
 from trainer.config import RunConfig, save_config
+from trainer.config_model import MetaConfig
 from trainer.continuation import Continuation, copy_vocabularies, note_data, resume_config
 from trainer.data.batch import Batch
 from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
@@ -219,6 +221,7 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
     except ValueError as error:
         raise InputError(str(error)) from error
     check_device(config, runtime.device.type)
+    check_strategy(config.model.meta, runtime.device.type)
     dataset = validate_dataset(Path(config.data.path))
     for name in config.data.labels:
         if name not in dataset.extra_labels:
@@ -228,6 +231,26 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
                 "under labels in the schema and prepare the data again, or remove it"
             )
     return Inputs(dataset, open_stores(config, dataset))
+
+
+def check_strategy(meta: MetaConfig, device: str) -> None:
+    """Refuses an implementation of the meta layers that a device has not.
+
+    Raises:
+        InputError: With what to use instead.
+    """
+    if not meta.enabled or meta.strategy != "fused" or meta.kind == "gate":
+        return  # gates are library products whatever the strategy
+    missing = None
+    if importlib.util.find_spec("triton") is None:
+        missing = "the package triton, which is not installed"
+    elif device != "cuda":
+        from trainer.ops.triton_meta import INTERPRETING
+
+        if not INTERPRETING:
+            missing = f"CUDA, or Triton's interpreter (TRITON_INTERPRET=1); this run is on {device}"
+    if missing:
+        raise InputError(f"model.meta.strategy: fused needs {missing}; use auto or reference")
 
 
 def write_plan(run: Run) -> None:
