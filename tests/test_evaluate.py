@@ -2,13 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from launch.cli import main
 from tests.knowledge_data import random_dataset
 from tests.training_data import make_config, make_inputs
+from trainer import scoring
+from trainer.distributed import distributed
+from trainer.models.llm4msr import Predictions
 from trainer.train import train
 
 
@@ -81,3 +88,38 @@ def test_the_plan_stays_that_of_the_training(run: Path) -> None:
         plan.write_text("of 64 ranks")
     assert evaluate(run) == 0
     assert [plan.read_text() for plan in plans] == ["of 64 ranks"] * 2
+
+
+def exact_auc(logits: np.ndarray, label: np.ndarray) -> float:
+    """By the mean ranks of the positives, ties at half."""
+    values, place, count = np.unique(logits, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2
+    positives = int(label.sum())
+    below = rank[place][label == 1].sum() - positives * (positives + 1) / 2
+    assert len(values) > 1
+    return below / (positives * (len(label) - positives))
+
+
+@pytest.mark.parametrize(
+    ("rate", "spread"),
+    [(2e-5, 0.6), (1.2e-4, 0.4), (0.01, 1.0), (0.3, 2.0), (0.5, 1.0), (0.5, 0.05), (0.98, 1.0)],
+)
+def test_auc_while_training_is_that_of_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rate: float, spread: float
+) -> None:
+    """At any base rate: predictions of rare positives lie close together as probabilities."""
+    rng = np.random.default_rng(7)
+    rows = 1_000_000
+    logits = (np.log(rate / (1 - rate)) + spread * rng.normal(size=rows)).astype(np.float32)
+    label = (rng.random(rows) < 1 / (1 + np.exp(-logits))).astype(np.float32)
+
+    def score(run: object, events: object) -> Iterator[Predictions]:
+        none = torch.zeros(rows)
+        yield Predictions(
+            torch.from_numpy(logits), torch.from_numpy(label), torch.ones(rows), none, none, none
+        )
+
+    monkeypatch.setattr(scoring, "score", score)
+    with distributed(60) as runtime:
+        auc, _ = scoring.measure(SimpleNamespace(runtime=runtime, folder=tmp_path), None)
+    assert auc == pytest.approx(exact_auc(logits, label), abs=1e-4)

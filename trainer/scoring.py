@@ -21,7 +21,9 @@ from trainer.distributed import distributed, together
 from trainer.models.llm4msr import Predictions
 from trainer.run import Run, build, open_inputs
 
-BINS = 16_384  # of predicted probability; AUC of a histogram this fine is exact to about 1e-4
+# Of equal width in logits from -LARGEST to LARGEST: rare positives are apart there, but not as
+# probabilities. The AUC of so fine a histogram is exact to 1e-4 whatever the base rate.
+BINS, LARGEST = 65_536, 30.0
 ID_COLUMNS = ["user_id", "item_id", "scenario_id", "timestamp", "label"]
 
 
@@ -45,8 +47,8 @@ def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
     counts = torch.zeros(2, BINS, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for found in score(run, events):
-        chances = found.logits.sigmoid().nan_to_num()
-        bins = (chances * BINS).long().clamp(max=BINS - 1)
+        shifted = found.logits.float().nan_to_num().clamp(-LARGEST, LARGEST) + LARGEST
+        bins = (shifted * (BINS / (2 * LARGEST))).long().clamp(max=BINS - 1)
         for label in (0, 1):
             counts[label].index_add_(0, bins, (found.weight * (found.label == label)).double())
         loss = F.binary_cross_entropy_with_logits(
