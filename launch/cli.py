@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command(
         stages, "extract", run.extract,
         "Writes prompts, reads them with a frozen language model, keeps the hidden states as a store.",
-        "knowledge extract --data data/movielens --level all --out knowledge --processes 2",
+        "knowledge extract --data data/movielens --level all --out knowledge/movielens --processes 2",
     )  # fmt: skip
     _add_processes(p, "workers on this machine")
     from llm_knowledge.extract import add_arguments
@@ -162,20 +162,20 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(p)
     p = command(
         stages, "inspect", run.inspect, "Shows a store to a human: prompt, neighbours, facts.",
-        "knowledge inspect knowledge/user --key 1001",
+        "knowledge inspect knowledge/movielens/item --key 1",
     )  # fmt: skip
     p.add_argument("store", type=Path, help="store directory")
     p.add_argument("--key", help="look at this key")
     p = command(
         stages, "verify", run.verify_stores,
         "Runs every check on stores: keys, dimensions, values, checksums.",
-        "knowledge verify knowledge/user knowledge/item knowledge/scenario",
+        "knowledge verify knowledge/movielens/user knowledge/movielens/item",
     )  # fmt: skip
     p.add_argument("stores", type=Path, nargs="+", help="store directories")
     p = command(
         stages, "shuffle", run.shuffle_store,
         "Writes the control of every claim: a store whose vectors know nothing of their keys.",
-        "knowledge shuffle knowledge/user --out knowledge/user-shuffled",
+        "knowledge shuffle knowledge/movielens/user --out knowledge/movielens/user-shuffled",
     )  # fmt: skip
     p.add_argument("store", type=Path, help="store directory")
     p.add_argument("--out", type=Path, required=True, help="directory to create")
@@ -191,19 +191,22 @@ def _parser() -> argparse.ArgumentParser:
     p = command(
         stages, "compress", run.compress_store,
         "Writes a smaller store: fewer dimensions, fewer bits; says what was lost.",
-        "knowledge compress knowledge/user --out knowledge/user-64 --dim 64 --dtype int8",
+        "knowledge compress knowledge/movielens/user --out knowledge/movielens/user-64 --dim 64 "
+        "--dtype int8",
     )  # fmt: skip
     add_compress_arguments(p)
     p = command(
         stages, "refresh", run.refresh_store,
         "Writes the store's successor: only changed prompts are read again; forgets on request.",
-        "knowledge refresh knowledge/user --data data/today --out knowledge/user-today --remove 1001",
+        "knowledge refresh knowledge/movielens/item --data data/movielens "
+        "--out knowledge/movielens/item-today --remove 1",
     )  # fmt: skip
     add_refresh_arguments(p)
 
     p = command(
         commands, "train", run.train_runs, "Trains one run; several configurations run one after the other.",
-        "train --config launch/configs/movielens.yaml --set train.seed=1 --processes 2",
+        "train --config launch/configs/movielens.yaml --set train.seed=1 --set output=runs/seed-1 "
+        "--processes 2",
     )  # fmt: skip
     p.add_argument("--config", type=Path, nargs="+", required=True, help="YAML files, one per run")
     _add_overrides(p)
@@ -233,17 +236,17 @@ def _parser() -> argparse.ArgumentParser:
     p = command(
         commands, "evaluate", run.evaluate_run,
         "Scores a split with a run's best checkpoint; exact metrics overall and per scenario.",
-        "evaluate runs/star",
+        "evaluate runs/seed-1",
     )  # fmt: skip
     p.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     p.add_argument("--split", choices=["valid", "test"], default="test", help="(default: test)")
     p.add_argument("--reuse-predictions", action="store_true", help="do not score again")
-    _add_overrides(p, "override a field, e.g. data.path")
+    _add_overrides(p, "override a field, e.g. data.path=PLACE of the moved data")
 
     p = command(
         commands, "compare", run.compare_runs,
         "Differences to the first run with paired bootstrap intervals over users and seeds.",
-        "compare runs/star runs/star+llm4msr",
+        "compare quickstart/runs/star quickstart/runs/star+llm4msr",
     )  # fmt: skip
     p.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run directory, or folder of runs by seed"
@@ -254,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(
         commands, "report", run.report_on_runs, "Writes one self-contained HTML page about runs.",
-        "report runs/star runs/star+llm4msr --out report.html",
+        "report quickstart/runs/star quickstart/runs/star+llm4msr --out report.html",
     )  # fmt: skip
     p.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run directory, or folder of runs by seed"
