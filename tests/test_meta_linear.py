@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.meta_layer import forms
 from llm_knowledge.errors import InputError
+from trainer.models.layers import ScenarioAffine
+from trainer.models.star import Star
 from trainer.ops import (
     choose_strategy,
     explain_strategy,
@@ -178,15 +181,48 @@ def test_autocast_gives_bfloat16_and_float32_gradients(strategy: str) -> None:
     torch.testing.assert_close(y.float(), oracle(h, g[group], weight, bias), rtol=0.05, atol=0.2)
 
 
-def test_gradients_are_the_same_bits_every_time() -> None:
-    inputs = [t.detach().float().requires_grad_() for t in tensors(4096, 4, 16, 16, 600)]
-    group = torch.randint(0, 600, (4096,))
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, whatever the environment says: sums that depend on who comes first then show."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", ["reference", "grouped", "core", "gate"])
+@pytest.mark.usefixtures("two_threads")
+def test_gradients_are_the_same_bits_every_time(form: str) -> None:
+    rows, keys = 20_000, 4
+    h, g, weight, bias = (t.detach().float() for t in tensors(rows, 4, 32, 32, keys))
+    shared = torch.randn(32, 32)
+    group = torch.randint(0, keys, (rows,))
+    inputs, call = {
+        "core": ([h, g, shared, weight, bias, shared.t()], meta_core),
+        "gate": ([h, g, shared, bias, bias], meta_gate),
+    }.get(form, ([h, g, weight, bias], functools.partial(meta_linear, strategy=form)))
+    inputs = [one.clone().requires_grad_() for one in inputs]
 
     def gradients() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(meta_linear(*inputs, group=group).square().sum(), inputs)
+        return torch.autograd.grad(call(*inputs, group=group).square().sum(), inputs)
 
     first = gradients()
-    for _ in range(3):
+    for _ in range(5):
+        assert all(torch.equal(one, other) for one, other in zip(first, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("layer", ["affine", "star"])
+@pytest.mark.usefixtures("two_threads")
+def test_layers_of_scenarios_have_the_same_gradients_every_time(layer: str) -> None:
+    torch.manual_seed(0)
+    x, scenario = torch.randn(20_000, 48), torch.randint(0, 4, (20_000,))
+    model = ScenarioAffine(4, 48) if layer == "affine" else Star(48, 4, [16], 0.0, 1)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x, scenario).square().sum(), list(model.parameters()))
+
+    first = gradients()
+    for _ in range(5):
         assert all(torch.equal(one, other) for one, other in zip(first, gradients(), strict=True))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.ops import grouped_linear
+from trainer.ops import grouped_linear, take_rows
 
 # The bottom input is six blocks of one width: four fields and two products of them.
 BLOCKS = 6
@@ -159,7 +159,7 @@ class ScenarioAffine(nn.Module):
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps [B, features] to [B, features]."""
-        return x * self.scale[scenario] + self.shift[scenario]
+        return x * take_rows(self.scale, scenario) + take_rows(self.shift, scenario)
 
 
 class GateUnit(nn.Module):

@@ -21,6 +21,7 @@ from trainer.models.meta import (
     UserMetaLayers,
     alignment_loss,
 )
+from trainer.ops import take_rows
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class MetaNetworks(nn.Module):
         if "scenario" not in self.inputs:
             return 0.0
         added = self.inputs["scenario"](self.scenario_vectors)
-        return F.pad(added, (0, 0, 0, 1))[rows]  # -1 is the last row, zeros
+        return take_rows(F.pad(added, (0, 0, 0, 1)), torch.where(rows < 0, len(added), rows))
 
     def codes(
         self, vectors: Tensor | None, known: Tensor, rows: Tensor

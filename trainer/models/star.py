@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.layers import MLP
-from trainer.ops import grouped_linear
+from trainer.ops import grouped_linear, take_rows
 
 
 class StarLinear(nn.Module):
@@ -62,7 +62,8 @@ class Star(nn.Module):
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps the bottom input [B, in] and scenarios int64 [B] to logits [B, tasks]."""
-        h = self.norm(x) * self.scale[scenario] + self.shift[scenario]
+        scale, shift = take_rows(self.scale, scenario), take_rows(self.shift, scenario)
+        h = self.norm(x) * scale + shift
         for layer in self.layers:
             h = self.dropout(layer(h, scenario).relu())
         return self.out(h, scenario) + self.auxiliary(x)

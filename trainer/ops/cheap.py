@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops.activation import activate, activation_name
+from trainer.ops.grouped import take_rows
 from trainer.ops.meta_linear import meta_linear
 
 
@@ -91,5 +92,5 @@ def meta_gate(
     scales = F.linear(g, scale[:-1].t(), scale[-1])
     biases = F.linear(g, bias[:-1].t(), bias[-1])
     if group is not None:
-        scales, biases = scales[group], biases[group]
+        scales, biases = take_rows(scales, group), take_rows(biases, group)
     return activate(scales * F.linear(h, weight) + biases, name)

@@ -26,6 +26,18 @@ class Groups(NamedTuple):
     ends: Tensor
 
 
+def take_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows [B, d] of a table [S, d] by index, int64 [B]; its gradient has the same bits on every run.
+
+    `table[index]` has not on a CPU: its gradient adds up in whatever order threads arrive. Nor has
+    `index_select` on CUDA, which adds by atomics; an embedding sorts, but is the slower on a CPU.
+
+    Raises:
+        IndexError: If an index is not in [0, S) (on CUDA, asynchronously).
+    """
+    return F.embedding(index, table) if table.is_cuda else table.index_select(0, index)
+
+
 def sort_groups(group: Tensor, num_groups: int) -> Groups:
     """Sorts samples by their group [B] in [0, num_groups), without waiting for the device."""
     ordered, order = torch.sort(group, stable=True)

@@ -17,11 +17,10 @@ import importlib.util
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops.activation import activation_name
-from trainer.ops.grouped import can_group_on_device, grouped_linear
+from trainer.ops.grouped import can_group_on_device, grouped_linear, take_rows
 from trainer.ops.reference import meta_linear_fused, meta_linear_reference
 
 STRATEGIES = ("auto", "fused", "grouped", "reference")
@@ -198,6 +197,5 @@ def meta_linear(
     if strategy == "fused" and not _HAS_TRITON:
         raise ValueError("meta_linear: strategy fused needs the package triton")
     op = meta_linear_fused if strategy == "fused" else meta_linear_reference
-    # Indexing's gradient adds up in whatever order threads arrive; an embedding's does not.
-    per_sample = g if group is None else F.embedding(group, g)
+    per_sample = g if group is None else take_rows(g, group)
     return op(h, per_sample, weight, bias, name)
