@@ -296,6 +296,29 @@ def test_refuses_what_does_not_fit(change: dict, message: str) -> None:
         meta_linear(**arguments)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("wrong", "held"), [(3, "from 0 to 3"), (-1, "from -1 to 2")])
+def test_a_group_outside_the_knowledge_rows_is_refused(
+    wrong: int, held: str, compiled: bool
+) -> None:
+    inputs = tensors(6, 2, 3, 4, knowledge_rows=3)
+    group = torch.tensor([0, 1, 2, wrong, 1, 0])
+    call = functools.partial(meta_linear, strategy="grouped")
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=rf"{held}, outside \[0, 3\)"):
+        call(*inputs, group=group)
+    with pytest.raises(IndexError):
+        meta_linear(*inputs, group=group, strategy="reference")
+
+
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+def test_a_group_per_sample_is_needed(strategy: str) -> None:
+    inputs = tensors(6, 2, 3, 4, knowledge_rows=3)
+    with pytest.raises(ValueError, match="group"):
+        meta_linear(*inputs, group=torch.tensor([0, 1, 2]), strategy=strategy)
+
+
 def test_grouped_linear_keeps_groups_apart() -> None:
     torch.manual_seed(0)
     h = torch.randn(10, 3, requires_grad=True)

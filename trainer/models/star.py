@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.layers import MLP
-from trainer.ops import grouped_linear, take_rows
+from trainer.ops import Groups, grouped_linear, sort_groups, take_rows
 
 
 class StarLinear(nn.Module):
@@ -19,7 +19,7 @@ class StarLinear(nn.Module):
         self.own_weight = nn.Parameter(torch.ones(num_scenarios, out_features, in_features))
         self.own_bias = nn.Parameter(torch.zeros(num_scenarios, out_features))
 
-    def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scenario: Tensor | Groups) -> Tensor:
         """Maps [B, in] to [B, out], each sample by its scenario's weights."""
         weight = self.shared.weight * self.own_weight
         return grouped_linear(x, weight, self.shared.bias + self.own_bias, scenario)
@@ -64,6 +64,7 @@ class Star(nn.Module):
         """Maps the bottom input [B, in] and scenarios int64 [B] to logits [B, tasks]."""
         scale, shift = take_rows(self.scale, scenario), take_rows(self.shift, scenario)
         h = self.norm(x) * scale + shift
+        groups = sort_groups(scenario, len(self.scale))  # once for all layers
         for layer in self.layers:
-            h = self.dropout(layer(h, scenario).relu())
-        return self.out(h, scenario) + self.auxiliary(x)
+            h = self.dropout(layer(h, groups).relu())
+        return self.out(h, groups) + self.auxiliary(x)

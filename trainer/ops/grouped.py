@@ -38,13 +38,41 @@ def take_rows(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table) if table.is_cuda else table.index_select(0, index)
 
 
-def sort_groups(group: Tensor, num_groups: int) -> Groups:
-    """Sorts samples by their group [B] in [0, num_groups), without waiting for the device."""
+@torch.library.custom_op("llm4msr::sort_groups", mutates_args=())
+def _sort_groups(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    # An operator, so that the check is left as it is by the compiler. A sample outside the groups would
+    # get a row of memory that nothing wrote, or another group's layer.
     ordered, order = torch.sort(group, stable=True)
+    if ordered.is_cuda:
+        inside = (ordered[:1] >= 0) & (ordered[-1:] < num_groups)
+        torch._assert_async(inside.all(), f"grouped_linear: a group outside [0, {num_groups})")
+    elif len(ordered):
+        first, last = ordered[0].item(), ordered[-1].item()
+        if first < 0 or last >= num_groups:
+            raise ValueError(
+                f"grouped_linear: groups from {first} to {last}, outside [0, {num_groups})"
+            )
     ends = torch.searchsorted(
         ordered, torch.arange(num_groups, device=group.device), right=True, out_int32=True
     )
-    return Groups(order, ends)
+    return order, ends
+
+
+@_sort_groups.register_fake
+def _(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    return (
+        group.new_empty(group.shape, dtype=torch.int64),
+        group.new_empty(num_groups, dtype=torch.int32),
+    )
+
+
+def sort_groups(group: Tensor, num_groups: int) -> Groups:
+    """Sorts samples by their group [B] in [0, num_groups), without waiting for the device.
+
+    Raises:
+        ValueError: If a group is outside (on CUDA: a failed assertion, asynchronously).
+    """
+    return Groups(*_sort_groups(group, num_groups))
 
 
 def group_by_key(keys: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -239,7 +267,10 @@ def grouped_linear(
         Outputs [B, o]. Samples of one group never reach the weights of another, forward or backward.
 
     Raises:
-        ValueError: If the activation is unknown.
+        ValueError: If a group is outside [0, S), not every sample has one, or the activation is
+            unknown.
     """
     groups = group if isinstance(group, Groups) else sort_groups(group, weight.shape[0])
+    if groups.order.shape != h.shape[:1]:
+        raise ValueError(f"grouped_linear: {len(groups.order)} groups for {len(h)} samples")
     return _grouped(h, weight, bias, groups.order, groups.ends, activation_name(activation))

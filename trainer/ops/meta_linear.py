@@ -126,6 +126,8 @@ def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | N
             f"meta_linear: h {tuple(h.shape)}, g {tuple(g.shape)}, weight {tuple(weight.shape)}, "
             f"bias {tuple(bias.shape)} do not fit [B,i], [B,r], [r+1,o,i], [r+1,o]"
         )
+    if group is not None and group.shape != h.shape[:1]:
+        raise ValueError(f"meta_linear: group {tuple(group.shape)} must be {tuple(h.shape[:1])}")
     if bias.shape != weight.shape[:2]:
         raise ValueError(f"meta_linear: bias {tuple(bias.shape)} must be {tuple(weight.shape[:2])}")
 
@@ -168,7 +170,9 @@ def meta_linear(
         Outputs [B, o]. With g = 0 they are those of the shared layer alone.
 
     Raises:
-        ValueError: If shapes do not fit, or the strategy or activation is unknown or impossible.
+        ValueError: If shapes do not fit, or the strategy or activation is unknown or impossible, or
+            (grouped, on a CPU) a group is outside [0, S).
+        IndexError: If it is for another strategy. On CUDA an assertion fails, asynchronously.
     """
     _check(h, g, weight, bias, group)
     name = activation_name(activation)
