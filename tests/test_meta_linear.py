@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.meta_layer import forms
 from llm_knowledge.errors import InputError
 from trainer.models.layers import ScenarioAffine
+from trainer.models.m2m import SCENARIO_WIDTH, MetaUnit
 from trainer.models.star import Star
 from trainer.ops import (
     choose_strategy,
@@ -28,7 +30,13 @@ from trainer.ops import (
     sort_groups,
 )
 from trainer.ops.activation import ACTIVATIONS
-from trainer.ops.grouped import device_backward, device_forward, split_backward, split_forward
+from trainer.ops.grouped import (
+    can_group_on_device,
+    device_backward,
+    device_forward,
+    split_backward,
+    split_forward,
+)
 from trainer.ops.meta_linear import min_rows_per_group
 from trainer.ops.reference import reference_backward, reference_forward
 from trainer.profile_meta_layer import profile_meta_layer, text_of
@@ -249,10 +257,13 @@ def test_neither_generated_weights_nor_the_outer_product_are_stored() -> None:
     assert largest.bytes == 8 * 300 * 12  # [B, i], 8 and 10 times less than [B, r, i] and [B, o, i]
 
 
-def test_choice_follows_device_type_and_rows_per_knowledge_vector() -> None:
+def test_choice_follows_device_type_and_rows_per_knowledge_vector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def choice(rows: int, groups: int | None, **where: Any) -> str:
         return choose_strategy(rows, 32, 128, 128, groups=groups, **where)[0]
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a Hopper is assumed
     needed = min_rows_per_group("cpu", 32, 128, 128)
     assert 6 < needed < 7
     assert min_rows_per_group("cpu", 8, 32, 32) > 25  # small products do not pay for the calls
@@ -267,6 +278,39 @@ def test_choice_follows_device_type_and_rows_per_knowledge_vector() -> None:
         assert choice(10_000, None, device="cuda", dtype=torch.float64) == "reference"
         assert choice(10_000, 2_000, **bf16) == "fused"
     assert choice(10_000, 3, **bf16) == "grouped"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, has_kernel in ((8, False), (9, True), (10, True), (12, False)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda m=major: SimpleNamespace(major=m)
+        )
+        assert can_group_on_device(torch.bfloat16, 128, 128) is has_kernel
+        assert not can_group_on_device(torch.float16, 128, 128)
+        assert not can_group_on_device(torch.bfloat16, 128, 33)
+
+
+def test_choice_never_stores_weights_by_the_gigabyte() -> None:
+    """Eight rows per knowledge row save products, but 4,096 matrices of 256 x 256 are a gigabyte."""
+    strategy, why = choose_strategy(4096 * 8, 8, 256, 256, groups=4096)
+    assert strategy == "reference"
+    assert why.startswith("weights of 4,096 knowledge rows would take 1,024 MiB")
+    assert choose_strategy(1024 * 8, 8, 256, 256, groups=1024)[0] == "grouped"  # 256 MiB
+    assert choose_strategy(1025 * 8, 8, 256, 256, groups=1025)[0] == "reference"
+    halves = {"groups": 2048, "device": "cuda", "dtype": torch.bfloat16}
+    assert choose_strategy(2048 * 64, 8, 256, 256, **halves)[0] == "grouped"
+    assert choose_strategy(2049 * 64, 8, 256, 256, **halves | {"groups": 2049})[0] != "grouped"
+
+
+def test_the_meta_unit_of_m2m_stores_no_weights_of_samples() -> None:
+    """A shape at which grouped would save products: ten rows per sample, wide enough."""
+    unit, rows = MetaUnit(128), 10
+    h, s = torch.randn(50 * rows, 128), torch.randn(50, SCENARIO_WIDTH)
+    assert choose_strategy(len(h), SCENARIO_WIDTH, 128, 128, groups=len(s))[0] == "grouped"
+    with LargestTensor() as largest:
+        y = unit(h, s)
+        y.sum().backward()
+    assert largest.bytes <= 4 * max(len(h) * 128, unit.weight.numel())
+    expected = oracle(h, s.repeat_interleave(rows, 0), unit.weight, unit.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_choice_can_be_asked() -> None:

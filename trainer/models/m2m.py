@@ -35,8 +35,9 @@ class MetaUnit(nn.Module):
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """Maps rows h [B * n, features] by the scenario of their sample, s [B, SCENARIO_WIDTH]."""
-        owner = torch.arange(len(s), device=h.device).repeat_interleave(len(h) // max(len(s), 1))
-        return meta_linear(h, s, self.weight, self.bias, group=owner)
+        # Not one group per sample: grouped would store a matrix for each.
+        per_row = s[:, None].expand(-1, len(h) // max(len(s), 1), -1).flatten(0, 1)
+        return meta_linear(h, per_row, self.weight, self.bias)
 
 
 class M2M(nn.Module):

@@ -1,10 +1,10 @@
 """Linear layers per group of samples: knowledge that samples share is turned into weights once.
 
-The samples are sorted by group. On CUDA with 16-bit elements and aligned widths one grouped GEMM
-(`torch.nn.functional.grouped_mm`) follows, whose group ends stay on the device: nothing waits for
-the host. Elsewhere the sorted samples are split and multiplied group by group, which has to know the
-sizes: free on a CPU, one synchronisation on CUDA (float32 has no grouped GEMM there; the dispatcher
-prefers the fused strategy for it).
+The samples are sorted by group. On CUDA with bfloat16 elements, aligned widths and a GPU that has the
+kernel, one grouped GEMM (`torch.nn.functional.grouped_mm`) follows, whose group ends stay on the device:
+nothing waits for the host. Elsewhere the sorted samples are split and multiplied group by group, which
+has to know the sizes: free on a CPU, one synchronisation on CUDA (the dispatcher prefers the fused
+strategy there).
 """
 
 from collections.abc import Iterator
@@ -107,8 +107,14 @@ def group_by_key(keys: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]
 
 
 def can_group_on_device(dtype: torch.dtype, in_features: int, out_features: int) -> bool:
-    """Whether CUDA has a grouped GEMM for these elements and widths."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    """Whether CUDA has a grouped GEMM for these elements and widths; without a GPU, a Hopper's answer.
+
+    `grouped_mm` takes more than that, float16 or an A100: but there it reads the ends of the groups
+    back to the host and loops over them, as it says nowhere but in PyTorch's GroupedMMUtils.h.
+    """
+    if dtype != torch.bfloat16:
+        return False
+    if torch.cuda.is_available() and torch.cuda.get_device_properties().major not in (9, 10):
         return False
     return all(width * dtype.itemsize % _ALIGNMENT == 0 for width in (in_features, out_features))
 
