@@ -323,11 +323,16 @@ def constants(kernel: str, tile: Tile, one_k: bool, precision: str) -> dict[str,
 def variants() -> Iterator[tuple[str, Tile, dict[str, Any], str]]:
     """Every shipped variant as (kernel, tile, constants, Triton's name of the element type)."""
     for kernel, itemsize, _, most_depth, tile in TILES:
-        for precision in ("tf32",) if itemsize == 2 else ("tf32", "tf32x3"):
+        kinds = [("bf16", "tf32"), ("fp16", "tf32")]
+        if itemsize == 4:
+            kinds = [("fp32", "tf32"), ("fp32", "tf32x3")]
+        for element, precision in kinds:
             values = constants(kernel, tile, most_depth is not None, precision)
-            if kernel == "forward":
-                values["ACTIVATION"] = ACTIVATION_CODES["leaky_relu"]
-            yield kernel, tile, values, "bf16" if itemsize == 2 else "fp32"
+            if kernel != "forward":
+                yield kernel, tile, values, element
+                continue
+            for code in ACTIVATION_CODES.values():
+                yield kernel, tile, values | {"ACTIVATION": code}, element
 
 
 def _precision() -> str:
