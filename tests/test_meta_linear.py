@@ -132,6 +132,14 @@ def test_grouped_gradcheck_and_opcheck() -> None:
         (inputs[0], weight, bias, *sort_groups(group, 3), "relu"),
     )
     assert set(results.values()) == {"SUCCESS"}
+    dy, h = torch.randn(7, 4, dtype=torch.float64), inputs[0].detach()
+    results = opcheck(
+        torch.ops.llm4msr.grouped_linear_backward.default,
+        (dy, dy.relu(), h, weight.detach(), *sort_groups(group, 3), "relu"),
+    )
+    assert set(results.values()) == {"SUCCESS"}
+    results = opcheck(torch.ops.llm4msr.sort_groups.default, (group, 3))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("strategy", ["reference", "grouped"])
@@ -145,10 +153,31 @@ def test_empty_batch_gives_empty_output_and_zero_gradients(strategy: str) -> Non
         assert gradient.abs().max() == 0
 
 
-def test_non_contiguous_input() -> None:
-    h, g, weight, bias = tensors(6, 2, 3, 4)
+@pytest.mark.parametrize("form", ["core", "gate"])
+@pytest.mark.parametrize("knowledge_rows", [None, 3])
+def test_empty_batch_of_the_cheap_forms(form: str, knowledge_rows: int | None) -> None:
+    h, g, core, bias = tensors(6, 2, 4, 4, knowledge_rows)
+    group = None if knowledge_rows is None else torch.zeros(0, dtype=torch.int64)
+    h, g = h[:0], g if knowledge_rows else g[:0]
+    shared = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    inputs = [h, g, shared, core, bias, shared] if form == "core" else [h, g, shared, bias, bias]
+    call = meta_core if form == "core" else meta_gate
+    y = call(*inputs, group=group, activation="relu")
+    assert y.shape == (0, 4)
+    for gradient, one in zip(torch.autograd.grad(y.sum(), inputs), inputs, strict=True):
+        assert gradient.shape == one.shape
+        assert gradient.abs().sum() == 0
+
+
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+def test_non_contiguous_input(strategy: str) -> None:
+    keys = 3 if strategy == "grouped" else None
+    h, g, weight, bias = tensors(6, 2, 3, 4, keys)
     twisted = [one.transpose(0, 1).contiguous().transpose(0, 1) for one in (h, g, weight, bias)]
-    ours, expected = meta_linear(*twisted), oracle(h, g, weight, bias)
+    assert not any(one.is_contiguous() for one in twisted)
+    group = None if keys is None else torch.tensor([0, 9, 2, 9, 1, 9, 0, 9, 2, 9, 0, 9])[::2]
+    ours = meta_linear(*twisted, group=group, strategy=strategy)
+    expected = oracle(h, g if group is None else g[group], weight, bias)
     torch.testing.assert_close(ours, expected)
     dy = torch.randn_like(expected).t().contiguous().t()
     inputs = (h, g, weight, bias)

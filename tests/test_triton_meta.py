@@ -4,6 +4,7 @@ The interpreter has to be switched on before triton is imported, hence a process
 `TRITON_INTERPRET=1 python -m tests.test_triton_meta` prints what the tests look at.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -15,8 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
 
-from trainer.ops import meta_linear
+from trainer.ops import meta_core, meta_gate, meta_linear
+from trainer.ops.grouped import can_group_on_device
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -113,9 +117,13 @@ def facts_of_the_rest() -> dict[str, Any]:
     with LargestTensor() as largest:
         y = fused_forward(wide_h, wide_g, wide_weight, wide_bias, "none")
         fused_backward(torch.ones_like(y), wide_h, wide_g, wide_weight, wide_bias)
-    compiled = torch.compile(
-        lambda *a: meta_linear(*a, strategy="fused"), fullgraph=True, backend="aot_eager"
+    fused, fused_backward_op = (
+        getattr(torch.ops.llm4msr, f"meta_linear_fused{end}").default for end in ("", "_backward")
     )
+    leaves = [one.clone().requires_grad_() for one in (h, g, weight, bias)]
+    y = meta_linear(h, g, weight, bias, strategy="fused", activation="tanh")
+    checks = opcheck(fused, (*leaves, "tanh")).values()
+    checks_backward = opcheck(fused_backward_op, (dy, y, h, g, weight, bias, "tanh")).values()
     return {
         "empty": [[list(one.shape) for one in empty], [one.abs().sum().item() for one in empty]],
         "strided": [
@@ -125,10 +133,24 @@ def facts_of_the_rest() -> dict[str, Any]:
         "autocast": str(cast),
         "shared": torch.allclose(shared, oracle(h, g[:3][group], weight, bias), atol=1e-4),
         "largest": largest.bytes,
-        "compiled": torch.equal(
-            compiled(h, g, weight, bias), meta_linear(h, g, weight, bias, strategy="fused")
-        ),
+        "opcheck": sorted({*checks, *checks_backward}),
+        "compiled": compiled_equals_eager(),
     }
+
+
+def compiled_equals_eager() -> dict[str, Any]:
+    """Output and gradients bit by bit at two batch sizes, and how often that was compiled."""
+    call = functools.partial(meta_linear, strategy="fused", activation="relu")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    *tensors, dy = inputs_of("small", torch.float32)
+    h, g, weight, bias = tensors
+    same = []
+    for rows in (len(h), 21):
+        cut, cut_dy = [h[:rows], g[:rows], weight, bias], dy[:rows]
+        pairs = zip(run(compiled, cut, cut_dy), run(call, cut, cut_dy), strict=True)
+        same += [torch.equal(one, other) for one, other in pairs]
+    return {"same": same, "frames": counter.frame_count}
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +191,12 @@ def test_any_layout_in_memory(interpreted: dict[str, Any], how: str) -> None:
 
 
 @pytest.mark.slow
-def test_autocast_shared_knowledge_and_compile(interpreted: dict[str, Any]) -> None:
+def test_autocast_shared_knowledge_compile_and_opcheck(interpreted: dict[str, Any]) -> None:
     rest = interpreted["rest"]
     assert rest["autocast"] == "torch.bfloat16"
     assert rest["shared"]
-    assert rest["compiled"]
+    assert rest["compiled"] == {"same": [True] * 10, "frames": 1}
+    assert rest["opcheck"] == ["SUCCESS"]
 
 
 @pytest.mark.slow
@@ -201,9 +224,29 @@ def test_kernels_equal_oracle_on_cuda(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_forward_and_backward_can_be_captured_in_a_graph() -> None:
-    *tensors, dy = inputs_of("second_tile_of_columns", torch.bfloat16, "cuda")
-    call = lambda *a: meta_linear(*a, strategy="fused", activation="relu")  # noqa: E731
+@pytest.mark.parametrize("form", ["fused", "grouped", "core", "core grouped", "gate"])
+def test_forward_and_backward_can_be_captured_in_a_graph(form: str) -> None:
+    (rows, rank, width), keys = (72, 16, 64), 4
+    if form.endswith("grouped") and not can_group_on_device(torch.bfloat16, width, width):
+        pytest.skip("the ends of the groups would be read back, which a graph cannot hold")
+    shared = form.endswith("grouped") or form == "gate"
+    shapes = [(rows, width), (keys if shared else rows, rank), (rank + 1, width, width)]
+    tensors = [
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * width**-0.5
+        for shape in (*shapes, (rank + 1, width), (width, width))
+    ]
+    dy = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    group = torch.arange(rows, device="cuda") % keys if shared else None
+    strategy = "grouped" if form.endswith("grouped") else "fused"
+
+    def call(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, factor: Tensor) -> Tensor:
+        if form == "gate":
+            return meta_gate(h, g, factor, bias, bias + weight[:, 0], group=group)
+        options: dict[str, Any] = {"group": group, "activation": "relu", "strategy": strategy}
+        if form.startswith("core"):
+            return meta_core(h, g, factor, weight, bias, factor.t(), **options)
+        return meta_linear(h, g, weight, bias + factor[0], **options)
+
     expected = run(call, tensors, dy)  # compiles, too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
