@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.meta_layer import forms
+from benchmarks.meta_layer import COMPILED, NAIVE, PEAK, candidates, forms, rows_of, table
+from benchmarks.meta_layer import main as benchmark
 from llm_knowledge.errors import InputError
 from trainer.models.layers import ScenarioAffine
 from trainer.models.m2m import SCENARIO_WIDTH, MetaUnit
@@ -499,6 +501,75 @@ def test_every_form_in_the_benchmark_computes_the_same_numbers() -> None:
         if counted == "reference":  # the grouped ones have other knowledge
             torch.testing.assert_close(call(), expected, msg=name)
     assert len(found) == 8
+
+
+def measurements(unit: float) -> dict[str, list[float]]:
+    """Seconds of three forms and of the square product, forward and three times that for a step."""
+    seconds = {NAIVE: 20.0, f"loop{COMPILED}": 8.0, f"einsum{COMPILED}": 6.0, "ours: fused": 2.0}
+    found = {f"{name}|forward": [unit * one] * 3 for name, one in seconds.items()}
+    found |= {f"{name}|step": [3 * unit * one] * 3 for name, one in seconds.items()}
+    return found | {PEAK: [unit] * 3}
+
+
+def test_table_of_a_gpu_has_the_ratio_to_the_best_compiled_form_and_memory() -> None:
+    seconds = measurements(1e-5)
+    work = {name.split("|")[0]: 2 * 64**3 for name in seconds if name != PEAK}
+    peaks = dict.fromkeys(seconds, 5 << 20)
+    rows = rows_of(work, seconds, peaks, 64)
+    ours = rows[-2]
+    for kind in ("forward", "step"):
+        assert ours[kind]["times_naive"]["median"] == pytest.approx(10)
+        assert ours[kind]["times_compiled"]["median"] == pytest.approx(3)
+        assert ours[kind]["fraction_of_peak"]["median"] == pytest.approx(0.5)
+    lines = table((64, 1, 8, 8), "bfloat16", rows).splitlines()
+    assert lines[2].count("x best compiled library form") == 2
+    cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
+    assert cells[0] == "ours: fused"
+    assert [cell.split(" ")[0] for cell in cells[1:6]] == ["0.020", "10.0", "3.0", "50%", "5"]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_table_of_a_cpu_leaves_out_what_it_has_not() -> None:
+    seconds = {name: found for name, found in measurements(1.0).items() if COMPILED not in name}
+    work = {name.split("|")[0]: 2 * 64**3 for name in seconds if name != PEAK}
+    lines = table(
+        (64, 1, 8, 8), "float32", rows_of(work, seconds, dict.fromkeys(seconds), 64)
+    ).splitlines()
+    assert lines[2] == (
+        "| form | forward ms | x naive | of peak | forward + backward ms | x naive | of peak |"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--tiles"], ["--device", "cuda"]])
+def test_benchmark_refuses_what_needs_a_gpu(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark(arguments)
+    assert "CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(
+    ("kernel", "width"),
+    list(itertools.product(("forward", "backward_input", "backward_weight"), (128, 512))),
+)
+def test_candidate_tiles_are_what_the_table_would_give_out(
+    kernel: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.ops import triton_meta
+
+    depth = 16384 if kernel == "backward_weight" else width
+    lines = candidates(kernel, 2, width, depth)
+    assert len(set(lines)) == len(lines)
+    assert 30 < len(lines) < 120  # about a second each to compile
+    monkeypatch.setattr(triton_meta, "TILES", list(triton_meta.TILES))
+    shipped, _ = triton_meta.choose_tile(kernel, 2, width, depth)
+    assert shipped in [line[-1] for line in lines]
+    for line in lines:
+        triton_meta.TILES.insert(0, line)
+        assert triton_meta.choose_tile(kernel, 2, width, depth) == (line[-1], line[3] is not None)
 
 
 @pytest.mark.parametrize("distinct", [None, 2])

@@ -94,6 +94,7 @@ def errors_of(case: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, f
 
 def facts_of_the_rest() -> dict[str, Any]:
     """Empty batches, strides, offsets, autocast, what is allocated: everything but numbers."""
+    from benchmarks.meta_layer import sweep, winners
     from tests.test_meta_linear import LargestTensor
     from trainer.ops.triton_meta import fused_backward, fused_forward
 
@@ -133,6 +134,7 @@ def facts_of_the_rest() -> dict[str, Any]:
         "autocast": str(cast),
         "shared": torch.allclose(shared, oracle(h, g[:3][group], weight, bias), atol=1e-4),
         "largest": largest.bytes,
+        "sweep": winners(sweep((33, 2, 16, 16), 2, "cpu", torch.float32, most=2)),
         "opcheck": sorted({*checks, *checks_backward}),
         "compiled": compiled_equals_eager(),
     }
@@ -205,6 +207,25 @@ def test_neither_generated_weights_nor_the_outer_product_are_stored(
 ) -> None:
     # B=300, r=8, i=o=32: [B, i] is the largest; [B, r, i] would be 8 and [B, o, i] 32 times larger.
     assert interpreted["rest"]["largest"] == 4 * 300 * 32
+
+
+@pytest.mark.slow
+def test_sweep_prints_lines_for_the_tile_table(interpreted: dict[str, Any]) -> None:
+    from benchmarks.meta_layer import candidates
+    from trainer.ops.triton_meta import KERNELS, TILES, Tile
+
+    lines = interpreted["rest"]["sweep"]
+    assert len(lines) == len(KERNELS)
+    for line, kernel in zip(lines, KERNELS, strict=True):
+        entry, comment = line.split("  # ")
+        found = eval(entry.strip().rstrip(","), {"Tile": Tile})
+        depth = 33 if kernel == "backward_weight" else 16
+        known = [
+            *candidates(kernel, 4, 16, depth)[:2],
+            *((*one[:2], 16, *one[3:]) for one in TILES),
+        ]
+        assert found in known
+        assert "with the table's tile" in comment
 
 
 def test_without_the_interpreter_a_cpu_is_refused() -> None:
