@@ -14,13 +14,25 @@ from trainer.data.dataset import open_dataset
 from trainer.data.simulate import simulate
 
 
+def finished(run: Path, valid: float, auc: float = 0.5) -> None:
+    """What a trained and evaluated run leaves that the study reads."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "summary.json").write_text(json.dumps({"valid_auc": valid}))
+    block = {"auc": auc, "rows": 1, "users": 1}
+    evaluation = {"overall": block, "scenarios": {}, "segments": {"new_user": block}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+
+
 @pytest.mark.parametrize("name", DATASETS)
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_valid_run_that_reads_its_stores(
     tmp_path: Path, name: str, arm: str
 ) -> None:
+    if other := ARMS[arm].tuned_as:
+        for number, (run, _) in enumerate(study.trials(tmp_path, name, "star", other)):
+            finished(run, 0.5 + 0.1 * number)
     tried = study.trials(tmp_path, name, "star", arm)
-    assert len(tried) == len(DATASETS[name].trials) > 1
+    assert len(tried) == (1 if other else len(DATASETS[name].trials)) > (not other)
     for run, words in tried:
         config = load_config(None, words)
         assert config.output == str(run)
@@ -35,7 +47,15 @@ def test_controls_differ_from_llm4msr_in_their_stores_alone(tmp_path: Path) -> N
         return load_config(None, words).model_dump(exclude={"name"})
 
     full = settings("llm4msr")
-    for arm in ("shuffled", "random", "constant", "leak", "tastes", "tastes_shuffled"):
+    for arm in (
+        "shuffled",
+        "shuffled_alike",
+        "random",
+        "constant",
+        "leak",
+        "tastes",
+        "tastes_shuffled",
+    ):
         other = settings(arm)
         assert other.pop("knowledge") != full["knowledge"]
         assert other == {key: value for key, value in full.items() if key != "knowledge"}
@@ -91,13 +111,16 @@ def test_the_best_trial_is_the_first_seed(tmp_path: Path) -> None:
     assert found == {"alone": [first]}
 
 
-def finished(run: Path, valid: float, auc: float = 0.5) -> None:
-    """What a trained and evaluated run leaves that the study reads."""
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "summary.json").write_text(json.dumps({"valid_auc": valid}))
-    block = {"auc": auc, "rows": 1, "users": 1}
-    evaluation = {"overall": block, "scenarios": {}, "segments": {"new_user": block}}
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> None:
+    for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", "star", "llm4msr")):
+        finished(run, 0.5 + 0.1 * number)
+    rate = DATASETS["movielens"].trials[-1]["train.learning_rate"]
+    ((run, words),) = study.trials(tmp_path, "movielens", "star", "shuffled_alike")
+    assert load_config(None, words).train.learning_rate == rate
+    finished(run, 0.1)
+    further = study.seeds(tmp_path, "movielens", "star", "shuffled_alike", 5)
+    assert {load_config(None, words).train.learning_rate for _, words in further} == {rate}
+    assert len(further) == 4
 
 
 def test_every_arm_is_regularised_by_the_same_budget(tmp_path: Path) -> None:

@@ -74,12 +74,14 @@ class Arm:
             with `TEMPLATES`) or "tastes-shuffled".
         question: What the arm is there to tell.
         layer_step: Step size of the meta networks as a share of that of inputs and match.
+        tuned_as: Another arm, whose chosen trial is taken in place of trials of its own.
     """
 
     question: str
     stores: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     layer_step: float = 1.0
+    tuned_as: str = ""
 
 
 TEMPLATES = {"user": "user_tastes", "item": "item_categories"}
@@ -97,6 +99,12 @@ ARMS = {
         _FULL,
     ),
     "shuffled": Arm("the same, user vectors at other users", {**_TRUE, "user": "shuffled"}, _FULL),
+    "shuffled_alike": Arm(
+        "shuffled with the step sizes that llm4msr's trials chose, where its own chose others",
+        {**_TRUE, "user": "shuffled"},
+        _FULL,
+        tuned_as="llm4msr",
+    ),
     "random": Arm("the same, random user vectors", {**_TRUE, "user": "random"}, _FULL),
     "constant": Arm(
         "the same parameters, one vector for all keys of a level",
@@ -174,8 +182,8 @@ MAIN = ("alone", "llm4msr", "shuffled")
 # The differences that docs/quality.md reports: of an arm to others, and of others to alone.
 DIFFERENCES = {
     "llm4msr": (
-        "alone", "shuffled", "random", "constant", "low_rank", "slow_layers", "no_layers", "no_input",
-        "no_match", "features", "match_only", "item_only", "leak",
+        "alone", "shuffled", "shuffled_alike", "random", "constant", "low_rank", "slow_layers",
+        "no_layers", "no_input", "no_match", "features", "match_only", "item_only", "leak",
     ),
     "match_layers": ("llm4msr",),
     "aligned": ("llm4msr",),
@@ -193,7 +201,7 @@ REGULARISATION: dict[str, dict[str, Any]] = {
     "weight decay .01": {"train.weight_decay": 0.01},
     "no user dropout": {"model.user_dropout": 0.0},
 }
-REGULARISED = ("alone", "llm4msr", "shuffled", "random", "features")
+REGULARISED = ("alone", "llm4msr", "shuffled", "features")
 
 RESAMPLES = 500  # of the users and seeds, for every interval
 

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TEMPLATES
+from llm_knowledge.parquet import parquet_sql
 from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import shuffled_store, write_store
 from trainer.config import load_config, save_config
@@ -76,9 +77,9 @@ def truth(work: Path, name: str) -> dict[str, Any]:
         connection.execute(
             f"""COPY (SELECT {", ".join(f"t.{key}" for key in keys)},
                       e.truth_probability AS prediction, false AS has_knowledge
-                      FROM read_parquet(?) t LEFT JOIN read_parquet(?) e USING ({", ".join(keys)}))
-                TO '{file}' (FORMAT parquet)""",
-            [str(data / "test" / "*.parquet"), str(log / "events" / "*.parquet")],
+                      FROM {parquet_sql((data / "test").iterdir())} t
+                      LEFT JOIN {parquet_sql((log / "events").iterdir())} e
+                      USING ({", ".join(keys)})) TO '{str(file).replace("'", "''")}' (FORMAT parquet)"""
         )
     found = compute_metrics(file, data)
     expected = json.loads((data / "dataset.json").read_text())["rows"]["test"]
@@ -153,9 +154,15 @@ def trials(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, l
     folder = work / name / "runs" / backbone / arm
     return [
         (run, assignments(work, name, backbone, arm, 0, run, trial))
-        for number, trial in enumerate(DATASETS[name].trials)
+        for number, trial in enumerate(_settings(work, name, backbone, arm))
         for run in [folder / f"trial-{number}"]
     ]
+
+
+def _settings(work: Path, name: str, backbone: str, arm: str) -> list[dict[str, Any]]:
+    """What an arm tries: its data set's trials, or what the arm that it is tuned as has chosen."""
+    other = ARMS[arm].tuned_as
+    return [best_trial(work, name, backbone, other)[1]] if other else DATASETS[name].trials
 
 
 def seeds(
@@ -177,7 +184,7 @@ def best_trial(work: Path, name: str, backbone: str, arm: str) -> tuple[Path, di
     """The trial with the best AUC on the valid split, and its settings; all have been trained."""
     tried = [run for run, _ in trials(work, name, backbone, arm)]
     best = int(np.argmax([valid_auc(run) for run in tried]))
-    return tried[best], DATASETS[name].trials[best]
+    return tried[best], _settings(work, name, backbone, arm)[best]
 
 
 def valid_auc(run: Path) -> float:
