@@ -69,13 +69,17 @@ class MetaConfig(Section):
         description="Weight of a loss that draws z of a user to z of the scenarios with positive events.",
     )
     noise: float = Field(
-        default=0.1, ge=0, description="Length of noise on user vectors, their own being 1."
+        default=0.1,
+        ge=0,
+        description="Length of noise on user vectors, their own being 1, where z is made of them while "
+        "training; `inputs` and the match read vectors as they are.",
     )
     dropout: float = Field(
         default=0.2,
         ge=0,
         lt=1,
-        description="Share of vectors replaced by the default while training.",
+        description="Share of users whose z is the default while training, as if they had no vector; "
+        "`inputs` and the match read it all the same.",
     )
     item_knowledge: Literal["none", "input", "match"] = Field(
         default="none",
