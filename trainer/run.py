@@ -1,6 +1,5 @@
 """From a configuration to the live objects of a run; training and evaluation both begin here."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from trainer.distributed import Runtime, together
 from trainer.hardware import this_cluster
 from trainer.models.llm4msr import LLM4MSR, Shapes
 from trainer.models.meta import standardise
+from trainer.ops.meta_linear import missing_for_fused
 from trainer.row_ids import IdUse, check_device, hash_zch, id_maps, zero_collision_tables
 
 
@@ -241,16 +241,10 @@ def check_strategy(meta: MetaConfig, device: str) -> None:
     """
     if not meta.enabled or meta.strategy != "fused" or meta.kind == "gate":
         return  # gates are library products whatever the strategy
-    missing = None
-    if importlib.util.find_spec("triton") is None:
-        missing = "the package triton, which is not installed"
-    elif device != "cuda":
-        from trainer.ops.triton_meta import INTERPRETING
-
-        if not INTERPRETING:
-            missing = f"CUDA, or Triton's interpreter (TRITON_INTERPRET=1); this run is on {device}"
-    if missing:
-        raise InputError(f"model.meta.strategy: fused needs {missing}; use auto or reference")
+    if missing := missing_for_fused(device):
+        raise InputError(
+            f"model.meta.strategy: fused needs {missing}; this run is on {device}; use auto or reference"
+        )
 
 
 def write_plan(run: Run) -> None:

@@ -13,11 +13,6 @@ from benchmarks.quality.study import assignments, best_trial, valid_auc
 UNCHANGED = "as in the study"
 
 
-def _folder(work: Path, name: str, backbone: str, arm: str, variation: str) -> Path:
-    words = variation.replace(" ", "-").replace(".", "0.")
-    return work / name / "regularisation" / backbone / arm / words
-
-
 def trials(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
     """Run directory and assignments of every variation with seed 0."""
     return [_run(work, name, backbone, arm, variation, 0) for variation in REGULARISATION]
@@ -26,7 +21,8 @@ def trials(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, l
 def _run(
     work: Path, name: str, backbone: str, arm: str, variation: str, seed: int
 ) -> tuple[Path, list[str]]:
-    run = _folder(work, name, backbone, arm, variation) / f"seed-{seed}"
+    words = variation.replace(" ", "-").replace(".", "0.")
+    run = work / name / "regularisation" / backbone / arm / words / f"seed-{seed}"
     changes = {**best_trial(work, name, backbone, arm)[1], **REGULARISATION[variation]}
     return run, assignments(work, name, backbone, arm, seed, run, changes)
 
@@ -41,11 +37,14 @@ def reached(work: Path, name: str, backbone: str, arm: str) -> dict[str, float]:
 
 def seeds(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
     """The further seeds' runs of the best variation; none where the study's own runs are the best."""
-    valid = reached(work, name, backbone, arm)
-    best = max(valid, key=lambda variation: valid[variation])
+    best = _best(reached(work, name, backbone, arm))
     if best == UNCHANGED:
         return []
     return [_run(work, name, backbone, arm, best, seed) for seed in range(1, SEEDS)]
+
+
+def _best(valid: dict[str, float]) -> str:
+    return max(valid, key=lambda variation: valid[variation])
 
 
 def complete(work: Path, name: str, backbone: str) -> dict[str, dict[str, Any]]:
@@ -60,7 +59,7 @@ def complete(work: Path, name: str, backbone: str) -> dict[str, dict[str, Any]]:
         if not all((run / "summary.json").exists() for run, _ in trials(work, name, backbone, arm)):
             return {}
         valid = reached(work, name, backbone, arm)
-        chosen = max(valid, key=lambda variation: valid[variation])
+        chosen = _best(valid)
         before = [work / name / "runs" / backbone / arm / f"seed-{seed}" for seed in range(SEEDS)]
         runs = before
         if chosen != UNCHANGED:

@@ -45,6 +45,18 @@ def min_rows_per_group(device: str, rank: int, in_features: int, out_features: i
     return 6 + 3e5 / ((rank + 1) * max(in_features * out_features, 1))
 
 
+def missing_for_fused(device: str) -> str | None:
+    """What the fused strategy lacks on a device, "cpu" or "cuda"; None where it can run."""
+    if not _HAS_TRITON:
+        return "the package triton"
+    if device != "cuda":
+        from trainer.ops.triton_meta import INTERPRETING
+
+        if not INTERPRETING:
+            return "CUDA, or Triton's interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
 def choose_strategy(
     rows: int,
     rank: int,
@@ -206,7 +218,7 @@ def meta_linear(
             f"meta_linear: unknown strategy {strategy!r}; use one of {', '.join(STRATEGIES)}"
         )
     if strategy == "fused" and not _HAS_TRITON:
-        raise ValueError("meta_linear: strategy fused needs the package triton")
+        raise ValueError(f"meta_linear: strategy fused needs {missing_for_fused(h.device.type)}")
     op = meta_linear_fused if strategy == "fused" else meta_linear_reference
     per_sample = g if group is None else take_rows(g, group)
     return op(h, per_sample, weight, bias, name)
