@@ -1,6 +1,7 @@
 """The study of docs/quality.md: arms, held-out users of the simulated log, tables."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.quality import bound, regularisation, study, tables
-from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN, REGULARISATION, REGULARISED
+from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN, REGULARISED, TUNED_ON
 from trainer.config import load_config
-from trainer.data.dataset import open_dataset
+from trainer.data.dataset import open_dataset, validate_dataset
 from trainer.data.simulate import simulate
 
 
@@ -125,34 +126,109 @@ def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> No
 
 def test_every_arm_is_regularised_by_the_same_budget(tmp_path: Path) -> None:
     best = DATASETS["movielens"].trials[1]
+    for backbone in (*TUNED_ON, "mmoe"):
+        for arm in REGULARISED:
+            for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", backbone, arm)):
+                finished(run, 0.6 + 0.1 * number)
+            for seed in range(5):
+                run = tmp_path / "movielens/runs" / backbone / arm / f"seed-{seed}"
+                finished(run, 0.7, auc=0.61)
+    assert regularisation.reached(tmp_path, "movielens", "alone") == {}
+    settings = list(regularisation.SETTINGS.items())
     for arm in REGULARISED:
-        for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", "star", arm)):
-            finished(run, 0.6 + 0.1 * number)
-        study.seeds(tmp_path, "movielens", "star", arm, 1)
-        for seed in range(1, 5):
-            finished(tmp_path / "movielens/runs/star" / arm / f"seed-{seed}", 0.7, auc=0.61)
-        tried = regularisation.trials(tmp_path, "movielens", "star", arm)
-        assert len(tried) == len(REGULARISATION) == len({run for run, _ in tried})
-        for (run, words), changes in zip(tried, REGULARISATION.values(), strict=True):
-            config = load_config(None, words)  # the arm's own step sizes
+        tried = regularisation.trials(tmp_path, "movielens", arm)
+        assert len({run for run, _ in tried}) == len(tried) == len(TUNED_ON) * len(settings)
+        for number, (run, words) in enumerate(tried):
+            setting, changes = settings[number % len(settings)]
+            config = load_config(None, words)
+            assert config.data.path == str(tmp_path / "movielens/tuning/data")
+            # The arm's own step sizes.
             assert config.train.learning_rate == best["train.learning_rate"]
             assert all(f"{key}={value}" in words for key, value in changes.items())
-            # Of "llm4msr" the second variation is better than the arm as the study has it.
-            better = arm == "llm4msr" and run == tried[1][0]
-            finished(run, 0.9 if better else 0.3)
-    assert regularisation.seeds(tmp_path, "movielens", "star", "alone") == []
-    further = regularisation.seeds(tmp_path, "movielens", "star", "llm4msr")
-    assert [run.parent for run, _ in further] == [
-        tried[1][0].parents[2] / "llm4msr/dropout-0.5"
-    ] * 4
-    assert regularisation.complete(tmp_path, "movielens", "star") == {}
+            better = arm == "llm4msr" and setting == "dropout .5"
+            finished(run, 0.1, auc=0.9 if better else 0.8)
+    assert regularisation.seeds(tmp_path, "movielens", "mmoe", "alone") == []
+    further = regularisation.seeds(tmp_path, "movielens", "mmoe", "llm4msr")
+    folder = tmp_path / "movielens/regularisation/mmoe/llm4msr/dropout-0.5"
+    assert [run for run, _ in further] == [folder / f"seed-{seed}" for seed in range(5)]
+    for seed, (_, words) in enumerate(further):
+        config = load_config(None, words)
+        assert (config.model.dropout, config.train.seed) == (0.5, seed)
+        assert config.data.path == str(tmp_path / "movielens/data")
+    others = set(REGULARISED) - {"llm4msr"}
+    assert set(regularisation.complete(tmp_path, "movielens", "mmoe")) == others
     for run, _ in further:
         finished(run, 0.9, auc=0.81)
-    found = regularisation.complete(tmp_path, "movielens", "star")
+    found = regularisation.complete(tmp_path, "movielens", "mmoe")
     assert list(found) == list(REGULARISED)
-    assert {arm for arm in found if found[arm]["chosen"] != "as in the study"} == {"llm4msr"}
-    assert [run.name for run in found["llm4msr"]["runs"]] == [f"seed-{seed}" for seed in range(5)]
-    assert found["alone"]["runs"] == found["alone"]["before"]
+    assert found["llm4msr"] == [run for run, _ in further]
+    before = tmp_path / "movielens/runs/mmoe/alone"
+    assert found["alone"] == [before / f"seed-{seed}" for seed in range(5)]
+
+
+def test_a_setting_is_chosen_only_where_it_wins_on_every_backbone() -> None:
+    own = {regularisation.UNCHANGED: [0.60, 0.70, 0.65]}
+    assert regularisation.choose(own) == regularisation.UNCHANGED
+    unsteady = {"dropout .1": [0.80, 0.70, 0.66]}  # one of three is not better
+    assert regularisation.choose(own | unsteady) == regularisation.UNCHANGED
+    steady = {"dropout .5": [0.61, 0.71, 0.66], "user dropout 0": [0.605, 0.72, 0.66]}
+    assert regularisation.choose(own | unsteady | steady) == "user dropout 0"
+
+
+def test_tuning_holds_users_out_of_the_training_split_alone(tmp_path: Path) -> None:
+    work = tmp_path / "simulated"
+    simulate(work / "log", users=200, items=40, scenarios=2, events=8000, seed=0)
+    study._prepare_again(work / "log", work / "data", 0.25)
+    before, after = work / "data", regularisation.make_data(tmp_path, "simulated")
+
+    def events(data: Path, *splits: str) -> list[tuple]:
+        rows = [row for split in splits for row in pq.read_table(data / split).to_pylist()]
+        return sorted(tuple(map(str, row.values())) for row in rows)
+
+    def people(data: Path, split: str) -> set[int]:
+        return set(pq.read_table(data / split)["user_id"].to_pylist())
+
+    held_out = people(after, "introduction") - people(before, "introduction")
+    assert 15 < len(held_out) < 50  # of some 150
+    assert held_out.isdisjoint(people(after, "train") | people(after, "profile"))
+    assert people(before, "train") - people(after, "train") == held_out
+    assert held_out <= people(after, "valid")
+    # Every event of before is there once, and none of the real test events.
+    assert events(after, "profile", "introduction") == events(before, "profile", "introduction")
+    assert events(after, "train", "valid") == events(before, "train", "valid")
+    assert events(after, "test") == events(after, "valid")
+    validate_dataset(after)
+    assert regularisation.make_data(tmp_path, "simulated") == after  # and it is not made again
+
+
+def test_what_tuning_changed_is_compared_again_and_the_rest_is_the_studys_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs(where: str, arm: str) -> list[Path]:
+        return [tmp_path / where / arm / "seed-0"]
+
+    before = {arm: runs("runs", arm) for arm in ("alone", "llm4msr", "shuffled", "leak")}
+    after = {arm: before[arm] for arm in ("alone", "llm4msr", "shuffled")}
+    after["alone"] = runs("regularised", "alone")
+    own = [
+        {"dataset": "movielens", "backbone": "star", "arm": "llm4msr", "base": base, "low": "0.1"}
+        for base in ("alone", "shuffled", "leak")
+    ]
+    asked: list[dict] = []
+
+    def compared(found: dict, pairs: dict, file: Path) -> list[dict]:
+        asked.append(pairs)
+        return [{"arm": "llm4msr", "base": "alone", "low": "0.2"}]
+
+    monkeypatch.setattr(regularisation, "complete", lambda *_: after)
+    monkeypatch.setattr(tables, "_differences", compared)
+    monkeypatch.setattr(tables, "_rows", lambda *cell: [cell])
+    with ThreadPoolExecutor() as pool:
+        cells = [("movielens", "star", before)]
+        lines, added = tables._regularised(tmp_path, cells, own, pool)  # type: ignore[arg-type]
+    assert asked == [{"llm4msr": ["alone"]}]
+    assert [(row["base"], row["low"]) for row in lines] == [("alone", "0.2"), ("shuffled", "0.1")]
+    assert added == [("movielens", "star", "alone", after["alone"][0])]
 
 
 def test_the_best_possible_auc_is_that_of_the_simulators_probabilities(tmp_path: Path) -> None:

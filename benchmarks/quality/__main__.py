@@ -34,10 +34,12 @@ def main() -> None:
     run.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     curve = stages.add_parser("sensitivity", help="AUC by the meta networks' step size and form")
     again = stages.add_parser("regularisation", help="tunes dropout and the like for every arm")
+    curve.add_argument("--backbone", choices=list(BACKBONES), default="shared_bottom")
+    again.add_argument("--backbones", nargs="*", choices=list(BACKBONES), default=list(BACKBONES))
+    again.add_argument("--arms", nargs="+", choices=REGULARISED, default=list(REGULARISED))
     for stage in (curve, again):
         stage.add_argument("--work", type=Path, required=True, help="that `run` has filled")
         stage.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
-        stage.add_argument("--backbone", choices=list(BACKBONES), default="shared_bottom")
         stage.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
     table = stages.add_parser("tables", help="CSV files and figures of what has been run")
     table.add_argument("--work", type=Path, required=True)
@@ -54,9 +56,14 @@ def main() -> None:
         return
     if options.stage == "regularisation":
         for name in options.datasets:
-            cells = [(options.work, name, options.backbone, arm) for arm in REGULARISED]
-            for stage in (regularisation.trials, regularisation.seeds):
-                runs = [run for cell in cells for run in stage(*cell)]
+            regularisation.make_data(options.work, name)
+            tried = [
+                run for a in options.arms for run in regularisation.trials(options.work, name, a)
+            ]
+            study.train(tried, options.jobs, 1e9)
+            for backbone in options.backbones:
+                cells = [(options.work, name, backbone, arm) for arm in options.arms]
+                runs = [run for cell in cells for run in regularisation.seeds(*cell)]
                 study.train(runs, options.jobs, 1e9)
         return
     ends = time.monotonic() + 60 * options.minutes

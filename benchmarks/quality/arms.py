@@ -194,14 +194,18 @@ DIFFERENCES = {
     "alone": ("features", "paper", "user_only", "scenario_only", "item_only", "leak"),
 }  # fmt: skip
 
-# What every arm tries besides, with the step sizes that its trials chose.
+# What every arm tries besides, with the step sizes that its trials chose: on some backbones of unlike
+# families, where a share of the training users is held out.
 REGULARISATION: dict[str, dict[str, Any]] = {
     "dropout .1": {"model.dropout": 0.1},
     "dropout .5": {"model.dropout": 0.5},
     "weight decay .01": {"train.weight_decay": 0.01},
-    "no user dropout": {"model.user_dropout": 0.0},
+    "user dropout 0": {"model.user_dropout": 0.0},
+    "user dropout .8": {"model.user_dropout": 0.8},
 }
-REGULARISED = ("alone", "llm4msr", "shuffled", "features")
+REGULARISED = ("alone", "llm4msr", "shuffled", "features", "random", "user_only", "scenario_only")
+TUNED_ON = ("shared_bottom", "star", "pepnet")
+TUNING_USERS = 0.2
 
 RESAMPLES = 500  # of the users and seeds, for every interval
 

@@ -1,70 +1,160 @@
-"""Is it the regularisation? Every arm tries the same variations of it, besides its step sizes.
+"""Regularisation, tuned for every arm by the same budget on users that training has not seen.
 
-A variation is trained with the first seed and the step sizes that the study's trials chose for the arm;
-if it is better on the valid split than the arm as the study has it, the further seeds follow.
+The data set's own valid split knows all its users, so it cannot say what helps new ones. Tuning holds a
+fifth of the training users out as the data set itself did: their events after the profile window are
+valid ones. Every arm tries the same variations there, on a few backbones and with the step sizes that the
+study's trials chose. The one that is better than the study's own setting on each of these backbones, and
+best in the mean, takes its place: then five seeds on the whole training split, for every backbone.
 """
 
+import hashlib
+import json
+import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import REGULARISATION, REGULARISED, SEEDS
-from benchmarks.quality.study import assignments, best_trial, valid_auc
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.quality.arms import REGULARISATION, REGULARISED, SEEDS, TUNED_ON, TUNING_USERS
+from benchmarks.quality.study import assignments, best_trial
+from trainer.data.dataset import open_dataset
+from trainer.data.writer import connect, output_directory, write_info, write_sorted
 
 UNCHANGED = "as in the study"
+SETTINGS: dict[str, dict[str, Any]] = {UNCHANGED: {}, **REGULARISATION}
 
 
-def trials(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
-    """Run directory and assignments of every variation with seed 0."""
-    return [_run(work, name, backbone, arm, variation, 0) for variation in REGULARISATION]
+def make_data(work: Path, name: str) -> Path:
+    """Writes the data set that is tuned on: `TUNING_USERS` of the training users are held out.
+
+    Profile events of these go to the introduction, later ones to valid; test is valid once more, so that
+    an evaluation tells its users apart and the real test events are not looked at.
+    """
+    data, out = work / name / "data", work / name / "tuning" / "data"
+    if (out / "dataset.json").exists():
+        return out
+    info = open_dataset(data)
+    moves = {"profile": "introduction", "train": "valid"}
+    with output_directory(out) as folder, connect(folder / "scratch") as connection:
+        files: dict[str, list[Path]] = {}
+        rows: dict[str, int] = {}
+        for split in ("profile", "introduction", "train", "valid"):
+            for part in sorted((data / split).glob("part-*.parquet")):
+                table = pq.read_table(part)
+                held_out = _held_out(table["user_id"])
+                for target, mask in ((split, ~held_out), (moves.get(split, split), held_out)):
+                    number = len(files.setdefault(target, []))
+                    files[target].append(folder / "scratch" / f"{target}-{number}.parquet")
+                    pq.write_table(table.filter(pa.array(mask)), files[target][-1])
+                    rows[target] = rows.get(target, 0) + int(mask.sum())
+        schema = pq.read_schema(next((data / "train").glob("part-*.parquet")))
+        for split, pieces in files.items():
+            write_sorted(connection, pieces, schema, folder / split, rows[split])
+        (folder / "test").mkdir()
+        for part in (folder / "valid").iterdir():
+            os.link(part, folder / "test" / part.name)
+        os.link(data / "items.parquet", folder / "items.parquet")
+        introduction = rows.pop("introduction")
+        changes = {"rows": rows | {"test": rows["valid"]}, "introduction_rows": introduction}
+        write_info(folder, info.model_copy(update=changes))
+    return out
 
 
-def _run(
-    work: Path, name: str, backbone: str, arm: str, variation: str, seed: int
-) -> tuple[Path, list[str]]:
-    words = variation.replace(" ", "-").replace(".", "0.")
-    run = work / name / "regularisation" / backbone / arm / words / f"seed-{seed}"
-    changes = {**best_trial(work, name, backbone, arm)[1], **REGULARISATION[variation]}
-    return run, assignments(work, name, backbone, arm, seed, run, changes)
+def _held_out(users: pa.ChunkedArray) -> np.ndarray:
+    """Which rows [n] are of users held out of tuning; the id alone decides.
+
+    Not by the checksum that the data set's own held-out users have: of them none is left here.
+    """
+    found = users.combine_chunks().dictionary_encode()
+    chosen = [
+        int.from_bytes(hashlib.sha256(str(user).encode()).digest()[:4], "big") / 2**32
+        < TUNING_USERS
+        for user in found.dictionary.to_pylist()
+    ]
+    return np.array(chosen, dtype=bool)[found.indices.to_numpy()]
 
 
-def reached(work: Path, name: str, backbone: str, arm: str) -> dict[str, float]:
-    """AUC on the valid split of every variation, and of the arm as the study has it, seed 0."""
-    found = {UNCHANGED: valid_auc(best_trial(work, name, backbone, arm)[0])}
-    for variation, (run, _) in zip(REGULARISATION, trials(work, name, backbone, arm), strict=True):
-        found[variation] = valid_auc(run)
+def trial(work: Path, name: str, backbone: str, arm: str, setting: str) -> tuple[Path, list[str]]:
+    """Run directory and assignments of one trial, with seed 0."""
+    run = work / name / "tuning" / "runs" / backbone / arm / _words(setting)
+    changes = {
+        **best_trial(work, name, backbone, arm)[1],
+        **SETTINGS[setting],
+        "data.path": str(work / name / "tuning" / "data"),
+    }
+    return run, assignments(work, name, backbone, arm, 0, run, changes)
+
+
+def trials(work: Path, name: str, arm: str) -> list[tuple[Path, list[str]]]:
+    """What an arm tries: every setting on every backbone of `TUNED_ON`."""
+    return [
+        trial(work, name, backbone, arm, setting) for backbone in TUNED_ON for setting in SETTINGS
+    ]
+
+
+def _words(setting: str) -> str:
+    return setting.replace(" ", "-").replace("-.", "-0.")
+
+
+def reached(work: Path, name: str, arm: str, segment: str | None = None) -> dict[str, list[float]]:
+    """AUC on the valid split of every setting, one per backbone of `TUNED_ON`; empty before all ran.
+
+    Args:
+        work: Of the study.
+        name: Data set.
+        arm: Arm.
+        segment: Of these users only, for example "new_user".
+    """
+    found: dict[str, list[float]] = {}
+    for setting in SETTINGS:
+        for backbone in TUNED_ON:
+            file = trial(work, name, backbone, arm, setting)[0] / "evaluation.json"
+            if not file.exists():
+                return {}
+            read = json.loads(file.read_text())
+            block = read["segments"][segment] if segment else read["overall"]
+            found.setdefault(setting, []).append(block["auc"])
     return found
 
 
-def seeds(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
-    """The further seeds' runs of the best variation; none where the study's own runs are the best."""
-    best = _best(reached(work, name, backbone, arm))
-    if best == UNCHANGED:
-        return []
-    return [_run(work, name, backbone, arm, best, seed) for seed in range(1, SEEDS)]
+def choose(auc: dict[str, list[float]]) -> str:
+    """The setting with the best mean of those that beat the study's own on every backbone, else that.
 
-
-def _best(valid: dict[str, float]) -> str:
-    return max(valid, key=lambda variation: valid[variation])
-
-
-def complete(work: Path, name: str, backbone: str) -> dict[str, dict[str, Any]]:
-    """What has been run of a backbone: empty unless every arm has been tuned and evaluated.
-
-    Returns:
-        Arm to "valid" (variation to AUC on the valid split), "chosen" (a variation), "before" and
-        "runs" (run directories of all seeds, as in the study and of the chosen variation).
+    A difference in one run is as large as seeds make it; three in the same direction are rarer.
     """
-    found: dict[str, dict[str, Any]] = {}
+    own = auc[UNCHANGED]
+    better = [
+        setting
+        for setting, values in auc.items()
+        if all(value > base for value, base in zip(values, own, strict=True))
+    ]
+    return max(better, key=lambda setting: sum(auc[setting]), default=UNCHANGED)
+
+
+def seeds(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
+    """All seeds' runs of the chosen setting; none where the study's own runs have it."""
+    setting = choose(reached(work, name, arm))
+    if setting == UNCHANGED:
+        return []
+    folder = work / name / "regularisation" / backbone / arm / _words(setting)
+    changes = {**best_trial(work, name, backbone, arm)[1], **SETTINGS[setting]}
+    return [
+        (run, assignments(work, name, backbone, arm, seed, run, changes))
+        for seed in range(SEEDS)
+        for run in [folder / f"seed-{seed}"]
+    ]
+
+
+def complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
+    """Arm to its runs of all seeds with the regularisation that was chosen, where all are there."""
+    found: dict[str, list[Path]] = {}
     for arm in REGULARISED:
-        if not all((run / "summary.json").exists() for run, _ in trials(work, name, backbone, arm)):
-            return {}
-        valid = reached(work, name, backbone, arm)
-        chosen = _best(valid)
-        before = [work / name / "runs" / backbone / arm / f"seed-{seed}" for seed in range(SEEDS)]
-        runs = before
-        if chosen != UNCHANGED:
-            runs = [_run(work, name, backbone, arm, chosen, seed)[0] for seed in range(SEEDS)]
-        if not all((run / "evaluation.json").exists() for run in (*before, *runs)):
-            return {}
-        found[arm] = {"valid": valid, "chosen": chosen, "before": before, "runs": runs}
+        if not reached(work, name, arm):
+            continue
+        runs = [run for run, _ in seeds(work, name, backbone, arm)]
+        runs = runs or [work / name / "runs" / backbone / arm / f"seed-{s}" for s in range(SEEDS)]
+        if all((run / "evaluation.json").exists() for run in runs):
+            found[arm] = runs
     return found

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from benchmarks.quality import regularisation, sensitivity, study
-from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, REGULARISED, RESAMPLES
+from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, REGULARISED, RESAMPLES, TUNED_ON
 from trainer.compare import compare
 from trainer.models import BACKBONES
 
@@ -50,17 +51,21 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
         files = [
             work / name / "runs" / backbone / "differences.json" for name, backbone, _ in cells
         ]
-        compared = pool.map(_differences, [found for *_, found in cells], files)
+        pairs = [_pairs(found) for *_, found in cells]
+        compared = pool.map(_differences, [found for *_, found in cells], pairs, files)
         for (name, backbone, found), lines in zip(cells, compared, strict=True):
             for arm, folders in found.items():
                 runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
             differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
+        tuned, tuned_runs = _regularised(work, cells, differences, pool)
     for name in dict.fromkeys(name for name, *_ in cells):
         head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
         runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
     _save(out / "runs.csv", runs)
-    short = [{key: row[key] for key in row if key != "verdict"} for row in differences]
-    _save(out / "differences.csv", [row for row in short if row["metric"] != "logloss"])
+    _save(out / "regularised_runs.csv", tuned_runs)
+    for file, rows in ("differences.csv", differences), ("regularised_differences.csv", tuned):
+        short = [{key: row[key] for key in row if key != "verdict"} for row in rows]
+        _save(out / file, [row for row in short if row["metric"] != "logloss"])
     newest = max(
         work.glob("*/runs/*/*/seed-*/versions.json"), key=lambda file: file.stat().st_mtime
     )
@@ -74,20 +79,14 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     if curves:
         rows = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
         _save(out / "sensitivity.csv", rows)
-    tuned = [
-        row
-        for name in DATASETS
-        for backbone in BACKBONES
-        for row in _regularised(work, name, backbone)
-    ]
-    if tuned:
-        _save(out / "regularisation.csv", tuned)
+    trials = [row for name in DATASETS for arm in REGULARISED for row in _trials(work, name, arm)]
+    _save(out / "regularisation.csv", trials)
     for name in DATASETS:
         own = [row for row in curves if row["dataset"] == name]
         if own:
             sensitivity.figure(own, out / f"{name}_sensitivity.png")
         _figure([row for row in differences if row["dataset"] == name], out / f"{name}.png")
-    _page(runs, differences, curves, tuned, page)
+    _page(runs, differences, curves, trials, tuned, page)
 
 
 def _complete(folder: Path) -> dict[str, list[Path]]:
@@ -128,17 +127,25 @@ def _metrics(section: str, key: str, block: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(found: dict[str, list[Path]], file: Path) -> list[dict[str, Any]]:
+def _pairs(found: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Of the wanted differences those whose arms have the same seeds: others are not paired."""
+    seeds = {arm: [run.name for run in runs] for arm, runs in found.items()}
+    return {
+        one: others
+        for one, wanted in DIFFERENCES.items()
+        if (others := [arm for arm in wanted if one in found and seeds.get(arm) == seeds[one]])
+    }
+
+
+def _differences(
+    found: dict[str, list[Path]], pairs: dict[str, list[str]], file: Path
+) -> list[dict[str, Any]]:
     """Paired bootstrap over users and seeds of a backbone's arms; kept in `file` while it holds."""
     newest = max(
         (run / "evaluation.json").stat().st_mtime for runs in found.values() for run in runs
     )
-    content = {arm: [run.name for run in runs] for arm, runs in found.items()}
-    # Only arms with the same seeds: a difference of unlike seeds is not paired.
-    pairs = {
-        one: others
-        for one, wanted in DIFFERENCES.items()
-        if (others := [arm for arm in wanted if one in found and content.get(arm) == content[one]])
+    content = {
+        arm: [os.path.relpath(run, file.parent) for run in runs] for arm, runs in found.items()
     }
     key = json.dumps([content, pairs, RESAMPLES])
     if file.exists() and file.stat().st_mtime > newest:
@@ -161,6 +168,7 @@ def _differences(found: dict[str, list[Path]], file: Path) -> list[dict[str, Any
                     | {key: _short(row[key]) for key in ("base_value", "value", "difference", "low", "high")}
                     | {"verdict": row["verdict"]}
                 )  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"key": key, "lines": lines}))
     return lines
 
@@ -180,6 +188,8 @@ def _short(value: float | None) -> str:
 
 
 def _save(file: Path, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
     with file.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -243,18 +253,22 @@ def _page(
     runs: list[dict[str, Any]],
     differences: list[dict[str, Any]],
     curves: list[dict[str, Any]],
+    trials: list[dict[str, Any]],
     tuned: list[dict[str, Any]],
     page: Path,
 ) -> None:
     """Writes the tables of docs/quality.md between its markers; the words around them stay."""
     text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
     text = _between(text, "summary", _summary(differences))
-    text = _between(text, "regularisation", _tuned(tuned) or "Not run yet.")
+    text = _between(text, "regularisation", _chosen(trials) or "Not run yet.")
+    text = _between(text, "regularised summary", _summary(tuned) or "Not run yet.")
     for name in DATASETS:
         own = [row for row in runs if row["dataset"] == name]
         tables = [_means(own), _intervals([row for row in differences if row["dataset"] == name])]
         body = "\n\n".join(table for table in tables if table) or "Not run yet."
         text = _between(text, name, body)
+        body = _intervals([row for row in tuned if row["dataset"] == name])
+        text = _between(text, f"{name} regularised", body or "Not run yet.")
         curve = sensitivity.table([row for row in curves if row["dataset"] == name])
         text = _between(text, f"{name} sensitivity", curve or "Not run yet.")
     page.write_text(text, encoding="utf-8")
@@ -295,50 +309,81 @@ def _summary(differences: list[dict[str, Any]]) -> str:
     return _table(["data set", "difference", "backbones", *(words for *_, words in COLUMNS)], rows)
 
 
-def _regularised(work: Path, name: str, backbone: str) -> list[dict[str, Any]]:
-    """One line per arm whose regularisation was tuned: what was chosen, and what it changed."""
-    found = regularisation.complete(work, name, backbone)
-    if not found:
-        return []
-    file = work / name / "regularisation" / backbone / "differences.json"
-    lines = _differences({arm: one["runs"] for arm, one in found.items()}, file)
+def _trials(work: Path, name: str, arm: str) -> list[dict[str, Any]]:
+    """One line per setting and backbone that an arm tried; empty until all have been trained."""
+    auc = regularisation.reached(work, name, arm)
+    known, new = (
+        regularisation.reached(work, name, arm, segment) for segment in ("known", "new_user")
+    )
+    return [
+        {"dataset": name, "arm": arm, "setting": setting, "backbone": backbone}
+        | {"chosen": int(setting == regularisation.choose(auc))}
+        | {"chosen_by_known_users": int(setting == regularisation.choose(known))}
+        | {"valid_auc": _short(auc[setting][place])}
+        | {"known_auc": _short(known[setting][place]), "new_user_auc": _short(new[setting][place])}
+        for setting in auc
+        for place, backbone in enumerate(TUNED_ON)
+    ]
+
+
+def _regularised(
+    work: Path,
+    cells: list[tuple[str, str, dict[str, list[Path]]]],
+    differences: list[dict[str, Any]],
+    pool: ProcessPoolExecutor,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Differences of the arms as tuned, and the runs that tuning added.
+
+    Where both arms of a difference kept the study's setting it is the study's own.
+    """
+    lines: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    waiting = []
+    for name, backbone, before in cells:
+        found = regularisation.complete(work, name, backbone)
+        changed = {arm for arm in found if found[arm] != before.get(arm)}
+        pairs = _pairs(found)
+        lines += [
+            row
+            for row in differences
+            if (row["dataset"], row["backbone"]) == (name, backbone)
+            and {row["arm"], row["base"]} <= set(found) - changed
+        ]
+        again = {
+            one: chosen
+            for one, others in pairs.items()
+            if (chosen := [arm for arm in others if one in changed or arm in changed])
+        }
+        if again:
+            file = work / name / "regularisation" / backbone / "differences.json"
+            waiting.append((name, backbone, pool.submit(_differences, found, again, file)))
+        for arm in changed:
+            runs += [row for run in found[arm] for row in _rows(name, backbone, arm, run)]
+    for name, backbone, result in waiting:
+        lines += [{"dataset": name, "backbone": backbone} | line for line in result.result()]
+    order = {name: place for place, name in enumerate([*DATASETS, *BACKBONES, *ARMS])}
+    keys = ("dataset", "backbone", "arm", "base")
+    lines.sort(key=lambda row: [order[row[key]] for key in keys])
+    return lines, runs
+
+
+def _chosen(trials: list[dict[str, Any]]) -> str:
+    """What tuning the regularisation chose for every arm, and what it would have by known users."""
     rows = []
-    for arm in REGULARISED:
-        one = found[arm]
-        row = {"dataset": name, "backbone": backbone, "arm": arm, "chosen": one["chosen"]}
-        row |= {f"valid {words}": _short(value) for words, value in one["valid"].items()}
-        for section, key in (ALL, NEW_USER):
-            for words in ("before", "runs"):
-                row[f"{key} {words}"] = _short(_mean_auc(one[words], section, key))
-            (pair,) = [
-                line for line in _of((section, key), lines, "auc")
-                if (line["arm"], line["base"]) == ("llm4msr", arm)
-            ] or [{}]  # fmt: skip
-            row |= {
-                f"{key} llm4msr {end}": pair.get(end, "") for end in ("difference", "low", "high")
-            }
-        rows.append(row)
-    return rows
-
-
-def _mean_auc(runs: list[Path], section: str, key: str) -> float:
-    evaluations = [json.loads((run / "evaluation.json").read_text()) for run in runs]
-    blocks = [e["overall"] if section == "overall" else e["segments"][key] for e in evaluations]
-    return sum(block["auc"] for block in blocks) / len(blocks)
-
-
-def _tuned(rows: list[dict[str, Any]]) -> str:
-    """What tuning the regularisation as well changes: AUC before and after, LLM4MSR's lead after."""
-    cells = []
-    for row in rows:
-        line = [row["dataset"], row["backbone"], row["arm"], row["chosen"]]
-        for key in ("overall", "new_user"):
-            line.append(f"{float(row[f'{key} runs']):.4f} ({float(row[f'{key} before']):.4f})")
-            ends = [row[f"{key} llm4msr {end}"] for end in ("difference", "low", "high")]
-            line.append(_interval(*map(float, ends)) if ends[0] else "–")
-        cells.append(line)
-    head = ["data set", "backbone", "arm", "chosen", "AUC (before)", "LLM4MSR - it"]
-    return _table([*head, "never seen (before)", "LLM4MSR - it"], cells)
+    for name, arm in dict.fromkeys((row["dataset"], row["arm"]) for row in trials):
+        own = [row for row in trials if (row["dataset"], row["arm"]) == (name, arm)]
+        (setting,) = {row["setting"] for row in own if row["chosen"]}
+        (by_known,) = {row["setting"] for row in own if row["chosen_by_known_users"]}
+        cells = []
+        for key in ("valid_auc", "new_user_auc"):
+            before, after = (
+                sum(float(row[key]) for row in own if row["setting"] == words) / len(TUNED_ON)
+                for words in (regularisation.UNCHANGED, setting)
+            )
+            cells.append(f"{before:.4f}" if after == before else f"{before:.4f} to {after:.4f}")
+        rows.append([name, arm, setting, *cells, by_known])
+    head = ["data set", "arm", "chosen", "valid AUC", "of users held out of tuning"]
+    return _table([*head, "chosen by known users alone"], rows)
 
 
 def _means(runs: list[dict[str, Any]]) -> str:
