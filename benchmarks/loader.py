@@ -26,7 +26,8 @@ from launch.workers import run_workers
 from trainer.config import load_config
 from trainer.data.batch import Batch
 from trainer.distributed import Runtime, distributed, seed_step
-from trainer.run import Run, build, open_inputs
+from trainer.inputs import open_inputs
+from trainer.run import Run, build
 
 CONFIG = Path(__file__).parent.parent / "launch/configs/movielens.yaml"
 ARMS = ("memory", "files, no thread", "files")

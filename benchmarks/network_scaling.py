@@ -37,7 +37,8 @@ from embeddings.traffic import all_reduce, by_link, plan_traffic
 from trainer.config import load_config
 from trainer.data.simulate import simulate
 from trainer.distributed import distributed
-from trainer.run import build, open_inputs
+from trainer.inputs import open_inputs
+from trainer.run import build
 
 SCRIPT = Path(__file__).parent.parent / "launch/local_cluster.sh"
 NAMESPACES = "scaling"

@@ -108,7 +108,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
 def _arm(options: argparse.Namespace, name: str, scratch: Path, runtime):  # type: ignore[no-untyped-def]
     """A function that trains one step of the arm, on batches that are read once."""
     from trainer.config import load_config
-    from trainer.run import build, open_inputs, prepare_folder
+    from trainer.inputs import open_inputs
+    from trainer.run import build, prepare_folder
 
     changes = {
         "name": "step", "output": str(scratch / name), "data.path": str(options.data),

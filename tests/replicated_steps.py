@@ -18,7 +18,8 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.distributed import distributed
-from trainer.run import Run, build, open_inputs
+from trainer.inputs import open_inputs
+from trainer.run import Run, build
 
 RANKS = 2
 RULES = ("sgd", "adagrad", "rowwise_adagrad")

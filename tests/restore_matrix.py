@@ -20,7 +20,8 @@ from trainer.checkpoint import LoopState, load_checkpoint
 from trainer.checkpoint_state import local_parts
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.distributed import distributed
-from trainer.run import Run, build, open_inputs
+from trainer.inputs import open_inputs
+from trainer.run import Run, build
 
 RANKS = (1, 2, 4)
 SHARDINGS = ("row_wise", "table_wise", "column_wise")

@@ -24,7 +24,8 @@ from trainer.checkpoint import LoopState
 from trainer.checkpoint_state import live_state, local_parts, saved_tensors
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.distributed import distributed
-from trainer.run import build, open_inputs
+from trainer.inputs import open_inputs
+from trainer.run import build
 from trainer.scaling import DENSE_SAVED_BYTES, saved_bytes
 
 RANKS = 2

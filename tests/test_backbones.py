@@ -26,10 +26,11 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
 from trainer.config_model import MetaConfig, ModelConfig
 from trainer.distributed import distributed
+from trainer.inputs import open_inputs
 from trainer.models import BACKBONES
 from trainer.models.layers import SCENARIO
 from trainer.models.llm4msr import DenseModel
-from trainer.run import build, open_inputs, prepare_folder
+from trainer.run import build, prepare_folder
 from trainer.scoring import measure
 
 ROOT = Path(__file__).parent.parent

@@ -23,8 +23,9 @@ from trainer import checkpoint_writer
 from trainer.checkpoint import LoopState, checkpoints, load_checkpoint, problem_of, prune
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.distributed import distributed
+from trainer.inputs import open_inputs
 from trainer.log import RunLog
-from trainer.run import build, open_inputs, prepare_folder
+from trainer.run import build, prepare_folder
 from trainer.train import train
 
 

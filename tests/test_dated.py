@@ -21,7 +21,7 @@ from llm_knowledge.writer import write_store
 from tests.knowledge_data import manifest, random_dataset, tiny_encoder
 from tests.training_data import make_config, make_inputs
 from trainer.data.rows import KnowledgeJoin
-from trainer.run import open_stores
+from trainer.inputs import open_stores
 
 
 def dated_store(path: Path, cutoff: int, keys: list, seed: int = 0, **update) -> Path:

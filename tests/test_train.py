@@ -19,9 +19,10 @@ from llm_knowledge.errors import InputError
 from tests.training_data import make_config, make_inputs, write_config, write_stores
 from trainer.checkpoint import checkpoints
 from trainer.distributed import distributed
+from trainer.inputs import open_inputs
 from trainer.metrics import write_evaluation
 from trainer.models.meta import standardise
-from trainer.run import build, open_inputs, prepare_folder
+from trainer.run import build, prepare_folder
 from trainer.scoring import histogram_auc, predict
 from trainer.train import train
 

@@ -16,7 +16,8 @@ from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed import distributed
-from trainer.run import build, open_inputs, prepare_folder
+from trainer.inputs import open_inputs
+from trainer.run import build, prepare_folder
 from trainer.train import train
 from trainer.warm_start import warm_start
 

@@ -18,8 +18,9 @@ from tests.training_data import make_config, make_inputs, write_config
 from tests.zero_collision_matrix import whole
 from trainer.data.batch import Batch
 from trainer.distributed import distributed
+from trainer.inputs import open_inputs
 from trainer.log import RunLog
-from trainer.run import Run, build, open_inputs
+from trainer.run import Run, build
 from trainer.scoring import predict
 from trainer.train import train
 

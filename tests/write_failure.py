@@ -18,7 +18,8 @@ from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState, checkpoints, problem_of
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.distributed import distributed
-from trainer.run import build, open_inputs, prepare_folder
+from trainer.inputs import open_inputs
+from trainer.run import build, prepare_folder
 
 
 def rank_main(rank: int, root: Path) -> dict[str, Any]:

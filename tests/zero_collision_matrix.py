@@ -20,7 +20,8 @@ from tests.training_data import make_config, make_inputs
 from trainer.checkpoint import LoopState, load_checkpoint
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.distributed import distributed
-from trainer.run import Run, build, open_inputs
+from trainer.inputs import open_inputs
+from trainer.run import Run, build
 
 LAYOUTS = [(1, "row_wise"), (2, "row_wise"), (4, "row_wise"), (2, "column_wise")]
 STEPS, MORE_STEPS = 6, 3

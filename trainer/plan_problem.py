@@ -185,9 +185,10 @@ def problem_of_config(
         InputError: If configuration, data or stores are not as they should be.
     """
     from trainer.data.dataset import validate_dataset
+    from trainer.inputs import open_stores, placements
     from trainer.models.llm4msr import LLM4MSR
     from trainer.row_ids import given_rows
-    from trainer.run import make_shapes, open_stores, placements
+    from trainer.run import make_shapes
 
     config: RunConfig = load_config(path, overrides)
     dataset = validate_dataset(Path(config.data.path))

@@ -172,7 +172,8 @@ def scratch_run(config: Any, runtime: Any) -> Iterator[Any]:
     import torch.distributed as dist
 
     from trainer.distributed import together
-    from trainer.run import build, open_inputs
+    from trainer.inputs import open_inputs
+    from trainer.run import build
 
     inputs = together(lambda: open_inputs(config, runtime))
     places = [tempfile.TemporaryDirectory() if runtime.is_main else None]

@@ -14,9 +14,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.ids import IdMap, SortedKeys
-from embeddings.optimizer import TableOptimizer, fuse_optimizer
-from embeddings.placement import Placement, PlanError, check_placement
-from embeddings.replica_groups import ReplicaGroups, check_groups
+from embeddings.optimizer import fuse_optimizer
+from embeddings.placement import PlanError
+from embeddings.replica_groups import ReplicaGroups
 from embeddings.replicated import train_replicated_tables
 from embeddings.sharding import TablePlan, describe_plan, format_plan, plan_sharding, shard
 from embeddings.tables import load_frozen_rows
@@ -24,18 +24,17 @@ from embeddings.versions import versions
 from llm_knowledge.dated import DatedStores
 from llm_knowledge.errors import InputError
 from trainer.config import RunConfig, save_config
-from trainer.config_model import MetaConfig
 from trainer.continuation import Continuation, copy_vocabularies, note_data, resume_config
 from trainer.data.batch import Batch
-from trainer.data.dataset import DatasetInfo, split_files, validate_dataset
-from trainer.data.loader import EventStream, check_shares
+from trainer.data.dataset import DatasetInfo, split_files
+from trainer.data.loader import EventStream
 from trainer.data.rows import KnowledgeJoin, RowEncoder
 from trainer.distributed import Runtime, together
 from trainer.hardware import this_cluster
+from trainer.inputs import Inputs, placements, table_optimizer
 from trainer.models.llm4msr import LLM4MSR, Shapes
 from trainer.models.meta import standardise
-from trainer.ops.meta_linear import missing_for_fused
-from trainer.row_ids import IdUse, check_device, hash_zch, id_maps, zero_collision_tables
+from trainer.row_ids import IdUse, hash_zch, id_maps, zero_collision_tables
 
 
 @dataclass
@@ -127,46 +126,6 @@ def reading_threads(wanted: int | None, ranks_per_host: int) -> int:
     return int(len(os.sched_getaffinity(0)) > ranks_per_host)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads."""
-
-    dataset: DatasetInfo
-    stores: dict[str, DatedStores]
-
-
-def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, DatedStores]:
-    """Opens the configured stores and checks that they can be joined with the dataset.
-
-    Raises:
-        InputError: If a store is of another level or its keys are of another type, or dated stores do
-            not belong together.
-    """
-    stores: dict[str, DatedStores] = {}
-    key_types = {
-        "user": dataset.user_id_type,
-        "item": dataset.item_id_type,
-        "scenario": dataset.scenario_id_type,
-    }
-    for level, key_type in key_types.items():
-        path = getattr(config.knowledge, level)
-        if path is None:
-            continue
-        stores[level] = DatedStores.open(path)
-        for store in stores[level].stores:
-            if store.manifest.level != level:
-                raise InputError(
-                    f"knowledge.{level}: {store.path} is a store of level {store.manifest.level}"
-                )
-            if store.manifest.key_type != key_type:
-                raise InputError(
-                    f"knowledge.{level}: {store.path} has {store.manifest.key_type} keys, the dataset's "
-                    f"{level} ids are {key_type}"
-                )
-            store.keys()  # reads and checks them
-    return stores
-
-
 def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
     """Creates the run directory on rank 0, or accepts the one to resume.
 
@@ -198,55 +157,6 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
     return folder
 
 
-def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
-    """Opens data and stores and checks that they fit the configuration, before anything is written.
-
-    Raises:
-        InputError: If they do not.
-    """
-    check_shares(config.train.global_batch_size, config.data.streams, runtime.world_size)
-    try:
-        _table_optimizer(config).check(runtime.device.type)
-        for table, placement in placements(config).items():
-            check_placement(table, table == "item", placement, runtime.device.type)
-        if (size := config.hardware.sharding_group_size) is not None:
-            check_groups(
-                size,
-                runtime.world_size,
-                min(runtime.ranks_per_host, runtime.world_size),
-                runtime.device.type,
-                config.tables.optimizer,
-                set(config.tables.kernels.values()),
-            )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    check_device(config, runtime.device.type)
-    check_strategy(config.model.meta, runtime.device.type)
-    dataset = validate_dataset(Path(config.data.path))
-    for name in config.data.labels:
-        if name not in dataset.extra_labels:
-            there = ", ".join(dataset.extra_labels) or "none"
-            raise InputError(
-                f"data.labels: {config.data.path} has no further label {name!r} (there: {there}); name it "
-                "under labels in the schema and prepare the data again, or remove it"
-            )
-    return Inputs(dataset, open_stores(config, dataset))
-
-
-def check_strategy(meta: MetaConfig, device: str) -> None:
-    """Refuses an implementation of the meta layers that a device has not.
-
-    Raises:
-        InputError: With what to use instead.
-    """
-    if not meta.enabled or meta.strategy != "fused" or meta.kind == "gate":
-        return  # gates are library products whatever the strategy
-    if missing := missing_for_fused(device):
-        raise InputError(
-            f"model.meta.strategy: fused needs {missing}; this run is on {device}; use auto or reference"
-        )
-
-
 def write_plan(run: Run) -> None:
     """Writes what a training was planned as; scoring, on as many ranks as it likes, leaves it alone."""
     (run.folder / "plan.txt").write_text(run.plan)
@@ -268,7 +178,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     model = LLM4MSR(
         config.model, shapes, config.tables.dim, config.tables.init_std, owners, hash_zch(config)
     )
-    fuse_optimizer(model.sparse.parameters(), _table_optimizer(config))
+    fuse_optimizer(model.sparse.parameters(), table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
     cluster = this_cluster(config.hardware, runtime, config.tables.key_value_directory)
     group_size = config.hardware.sharding_group_size
@@ -304,7 +214,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         }
         together(lambda: load_frozen_rows(collection, readers))
     optimizer = _dense_optimizer(sharded, config)
-    train_replicated_tables(sharded, plan, _table_optimizer(config), optimizer, "knowledge.")
+    train_replicated_tables(sharded, plan, table_optimizer(config), optimizer, "knowledge.")
     if isinstance(sharded, ReplicaGroups):
         sharded.average_after(optimizer)
     return Run(
@@ -344,29 +254,6 @@ def make_shapes(
         else None,
         label_weights=label_weights,
     )
-
-
-def placements(config: RunConfig) -> dict[str, Placement]:
-    """What the configuration wants of tables; those that are not in it are row-wise and fused."""
-    tables = config.tables
-    replicable = _table_optimizer(config).replicable
-    found = {}
-    for name in {**tables.sharding, **tables.kernels}:
-        kernel = tables.kernels.get(name, "fused")
-        found[str(name)] = Placement(
-            sharding=tables.sharding.get(name, "row_wise"),
-            kernel=kernel,
-            cache_load_factor=tables.cache_load_factor if kernel == "uvm_caching" else None,
-            directory=tables.key_value_directory if kernel == "key_value" else None,
-            replicable=replicable or name.endswith("_knowledge"),
-        )
-    return found
-
-
-def _table_optimizer(config: RunConfig) -> TableOptimizer:
-    tables = config.tables
-    betas = (tables.betas[0], tables.betas[1])
-    return TableOptimizer(tables.optimizer, tables.learning_rate, tables.weight_decay, betas)
 
 
 def _standardised(store: DatedStores) -> Callable[[int, int], np.ndarray]:

@@ -18,8 +18,9 @@ from trainer.config import load_config
 from trainer.continuation import check_data
 from trainer.data.loader import EventStream
 from trainer.distributed import distributed, together
+from trainer.inputs import open_inputs
 from trainer.models.llm4msr import Predictions
-from trainer.run import Run, build, open_inputs
+from trainer.run import Run, build
 
 # Of equal width in logits from -LARGEST to LARGEST: rare positives are apart there, but not as
 # probabilities. The AUC of so fine a histogram is exact to 1e-4 whatever the base rate.

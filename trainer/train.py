@@ -20,9 +20,10 @@ from trainer.data.prefetch import Feed
 from trainer.distributed import distributed, seed_step, tell, together
 from trainer.guard import Fault, Guard
 from trainer.hosts import check_hosts
+from trainer.inputs import open_inputs
 from trainer.log import RunLog
 from trainer.row_ids import collision_rates
-from trainer.run import Run, build, open_inputs, prepare_folder, write_plan
+from trainer.run import Run, build, prepare_folder, write_plan
 from trainer.schedule import set_learning_rates
 from trainer.scoring import measure, write_predictions
 from trainer.trace import Tracer
