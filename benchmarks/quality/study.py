@@ -171,8 +171,12 @@ def seeds(
     """The further seeds' runs, by the best trial on the valid split; that trial becomes seed 0."""
     best, trial = best_trial(work, name, backbone, arm)
     folder = best.parent
-    if not (folder / "seed-0").exists():
-        (folder / "seed-0").symlink_to(best.name)
+    first = folder / "seed-0"
+    if first.is_symlink() and first.readlink() != Path(best.name):
+        for run in folder.glob("seed-*"):  # by a trial that was the best of fewer
+            run.unlink() if run.is_symlink() or run.is_file() else shutil.rmtree(run)
+    if not first.exists():
+        first.symlink_to(best.name)
     return [
         (run, assignments(work, name, backbone, arm, seed, run, trial))
         for seed in range(1, number)
