@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,34 @@ def test_the_best_trial_is_the_first_seed(tmp_path: Path) -> None:
     assert first.resolve().name == f"trial-{number - 1}"
     best = DATASETS["movielens"].trials[-1]
     assert load_config(None, further[0][1]).train.learning_rate == best["train.learning_rate"]
-    found = tables._complete(first.parent.parent)
-    assert found == {"alone": [first]}
+    assert tables._complete(tmp_path, "movielens", "star") == {"alone": [first]}
+
+
+def test_a_further_trial_takes_the_place_of_seeds_by_an_earlier_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", "star", "alone")):
+        finished(run, 0.6 - 0.1 * number)
+    for run, _ in study.seeds(tmp_path, "movielens", "star", "alone", 3):
+        finished(run, 0.6)
+        run.with_suffix(".yaml").touch()
+    folder = tmp_path / "movielens/runs/star/alone"
+    names = ["seed-0", "seed-1", "seed-2"]
+    before = [folder / name for name in names]
+    assert tables._complete(tmp_path, "movielens", "star") == {"alone": before}
+    study.seeds(tmp_path, "movielens", "star", "alone", 3)  # again: nothing is lost
+    assert tables._complete(tmp_path, "movielens", "star") == {"alone": before}
+    number = len(DATASETS["movielens"].trials)
+    more = [*DATASETS["movielens"].trials, {"train.learning_rate": 0.5}]
+    monkeypatch.setitem(DATASETS, "movielens", replace(DATASETS["movielens"], trials=more))
+    # What was the best of fewer trials is no result until the further one has been trained.
+    assert tables._complete(tmp_path, "movielens", "star") == {}
+    finished(folder / f"trial-{number}", 0.7)
+    further = study.seeds(tmp_path, "movielens", "star", "alone", 3)
+    assert (folder / "seed-0").resolve().name == f"trial-{number}"
+    assert sorted(path.name for path in folder.glob("seed-*")) == ["seed-0"]
+    assert [load_config(None, words).train.learning_rate for _, words in further] == [0.5, 0.5]
+    assert (folder / "trial-0" / "evaluation.json").exists()
 
 
 def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
         (name, backbone, found)
         for name in DATASETS
         for backbone in BACKBONES
-        if (found := _complete(work / name / "runs" / backbone))
+        if (found := _complete(work, name, backbone))
     ]
     if not cells:
         raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
@@ -89,13 +89,15 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     _page(runs, differences, curves, trials, tuned, page)
 
 
-def _complete(folder: Path) -> dict[str, list[Path]]:
-    """Arm to the runs that have been evaluated, by seed."""
-    arms = {
-        arm: sorted(file.parent for file in (folder / arm).glob("seed-*/evaluation.json"))
-        for arm in ARMS
-    }
-    return {arm: runs for arm, runs in arms.items() if runs}
+def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
+    """Arm to the runs that have been evaluated, by seed; none of an arm that has a trial to come."""
+    found = {}
+    for arm in ARMS:
+        folder = work / name / "runs" / backbone / arm
+        trials = 1 if ARMS[arm].tuned_as else len(DATASETS[name].trials)
+        if all((folder / f"trial-{n}" / "evaluation.json").exists() for n in range(trials)):
+            found[arm] = sorted(file.parent for file in folder.glob("seed-*/evaluation.json"))
+    return {arm: runs for arm, runs in found.items() if runs}
 
 
 def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]:
