@@ -11,18 +11,21 @@ import pytest
 
 from benchmarks.quality import bound, regularisation, study, tables
 from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN, REGULARISED, TUNED_ON
-from trainer.config import load_config
+from trainer.config import load_config, save_config
 from trainer.data.dataset import open_dataset, validate_dataset
 from trainer.data.simulate import simulate
 
 
-def finished(run: Path, valid: float, auc: float = 0.5) -> None:
+def finished(run: Path, valid: float, auc: float = 0.5, words: list[str] | None = None) -> None:
     """What a trained and evaluated run leaves that the study reads."""
     run.mkdir(parents=True, exist_ok=True)
     (run / "summary.json").write_text(json.dumps({"valid_auc": valid}))
     block = {"auc": auc, "rows": 1, "users": 1}
-    evaluation = {"overall": block, "scenarios": {}, "segments": {"new_user": block}}
+    segments = {"known": block, "new_user": block}
+    evaluation = {"overall": block, "scenarios": {}, "segments": segments}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
+    if words:
+        save_config(load_config(None, words), run / "config.yaml")
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -115,28 +118,31 @@ def test_the_best_trial_is_the_first_seed(tmp_path: Path) -> None:
 def test_a_further_trial_takes_the_place_of_seeds_by_an_earlier_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", "star", "alone")):
-        finished(run, 0.6 - 0.1 * number)
-    for run, _ in study.seeds(tmp_path, "movielens", "star", "alone", 3):
-        finished(run, 0.6)
-        run.with_suffix(".yaml").touch()
+    for number, (run, words) in enumerate(study.trials(tmp_path, "movielens", "star", "alone")):
+        finished(run, 0.6 - 0.1 * number, words=words)
+    for run, words in study.seeds(tmp_path, "movielens", "star", "alone", 3):
+        finished(run, 0.6, words=words)
     folder = tmp_path / "movielens/runs/star/alone"
-    names = ["seed-0", "seed-1", "seed-2"]
-    before = [folder / name for name in names]
-    assert tables._complete(tmp_path, "movielens", "star") == {"alone": before}
-    study.seeds(tmp_path, "movielens", "star", "alone", 3)  # again: nothing is lost
-    assert tables._complete(tmp_path, "movielens", "star") == {"alone": before}
+    before = {"alone": [folder / f"seed-{seed}" for seed in range(3)]}
+    assert tables._complete(tmp_path, "movielens", "star") == before
     number = len(DATASETS["movielens"].trials)
-    more = [*DATASETS["movielens"].trials, {"train.learning_rate": 0.5}]
+    first = DATASETS["movielens"].trials[0]
+    more = [*DATASETS["movielens"].trials, {**first, "train.learning_rate": 0.5}]
     monkeypatch.setitem(DATASETS, "movielens", replace(DATASETS["movielens"], trials=more))
-    # What was the best of fewer trials is no result until the further one has been trained.
+    # What was the best of fewer trials is no result until the further one has been trained,
     assert tables._complete(tmp_path, "movielens", "star") == {}
-    finished(folder / f"trial-{number}", 0.7)
+    run, words = study.trials(tmp_path, "movielens", "star", "alone")[-1]
+    finished(run, 0.7, words=words)
     further = study.seeds(tmp_path, "movielens", "star", "alone", 3)
     assert (folder / "seed-0").resolve().name == f"trial-{number}"
-    assert sorted(path.name for path in folder.glob("seed-*")) == ["seed-0"]
+    # nor are the seeds that were trained with the earlier best.
+    assert tables._complete(tmp_path, "movielens", "star") == {"alone": before["alone"][:1]}
     assert [load_config(None, words).train.learning_rate for _, words in further] == [0.5, 0.5]
-    assert (folder / "trial-0" / "evaluation.json").exists()
+    for run, words in further:
+        assert not study.is_current(run, words)
+        finished(run, 0.7, words=words)
+        assert study.is_current(run, words)
+    assert tables._complete(tmp_path, "movielens", "star") == before
 
 
 def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> None:
@@ -153,14 +159,15 @@ def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> No
 
 def test_every_arm_is_regularised_by_the_same_budget(tmp_path: Path) -> None:
     best = DATASETS["movielens"].trials[1]
+    before: dict[str, list[Path]] = {}
     for backbone in (*TUNED_ON, "mmoe"):
         for arm in REGULARISED:
-            for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", backbone, arm)):
-                finished(run, 0.6 + 0.1 * number)
-            for seed in range(5):
-                run = tmp_path / "movielens/runs" / backbone / arm / f"seed-{seed}"
-                finished(run, 0.7, auc=0.61)
-    assert regularisation.reached(tmp_path, "movielens", "alone") == {}
+            tried = study.trials(tmp_path, "movielens", backbone, arm)
+            for number, (run, words) in enumerate(tried):
+                finished(run, 0.6 + 0.1 * number, words=words)
+            folder = tmp_path / "movielens/runs" / backbone / arm
+            before[arm] = [folder / f"seed-{seed}" for seed in range(5)]
+    assert regularisation.chosen(tmp_path, "movielens") == {}
     settings = list(regularisation.SETTINGS.items())
     for arm in REGULARISED:
         tried = regularisation.trials(tmp_path, "movielens", arm)
@@ -173,24 +180,30 @@ def test_every_arm_is_regularised_by_the_same_budget(tmp_path: Path) -> None:
             assert config.train.learning_rate == best["train.learning_rate"]
             assert all(f"{key}={value}" in words for key, value in changes.items())
             better = arm == "llm4msr" and setting == "dropout .5"
-            finished(run, 0.1, auc=0.9 if better else 0.8)
-    assert regularisation.seeds(tmp_path, "movielens", "mmoe", "alone") == []
-    further = regularisation.seeds(tmp_path, "movielens", "mmoe", "llm4msr")
+            finished(run, 0.1, auc=0.9 if better else 0.8, words=words)
+    chosen = regularisation.chosen(tmp_path, "movielens")
+    assert chosen.pop("llm4msr") == "dropout .5"
+    assert set(chosen.values()) == {regularisation.UNCHANGED}
+    chosen["llm4msr"] = "dropout .5"
+    cell = (tmp_path, "movielens", "mmoe")
+    assert regularisation.seeds(*cell, "alone", chosen["alone"]) == []
+    further = regularisation.seeds(*cell, "llm4msr", chosen["llm4msr"])
     folder = tmp_path / "movielens/regularisation/mmoe/llm4msr/dropout-0.5"
     assert [run for run, _ in further] == [folder / f"seed-{seed}" for seed in range(5)]
     for seed, (_, words) in enumerate(further):
         config = load_config(None, words)
         assert (config.model.dropout, config.train.seed) == (0.5, seed)
         assert config.data.path == str(tmp_path / "movielens/data")
-    others = set(REGULARISED) - {"llm4msr"}
-    assert set(regularisation.complete(tmp_path, "movielens", "mmoe")) == others
-    for run, _ in further:
-        finished(run, 0.9, auc=0.81)
-    found = regularisation.complete(tmp_path, "movielens", "mmoe")
-    assert list(found) == list(REGULARISED)
-    assert found["llm4msr"] == [run for run, _ in further]
-    before = tmp_path / "movielens/runs/mmoe/alone"
-    assert found["alone"] == [before / f"seed-{seed}" for seed in range(5)]
+    others = {arm: before[arm] for arm in REGULARISED if arm != "llm4msr"}
+    assert regularisation.complete(*cell, chosen, before) == others
+    for run, words in further:
+        finished(run, 0.9, auc=0.81, words=words)
+    found = regularisation.complete(*cell, chosen, before)
+    assert found == others | {"llm4msr": [run for run, _ in further]}
+    # Trials with other step sizes than the arm's best of today are none.
+    run, words = regularisation.trials(tmp_path, "movielens", "alone")[0]
+    finished(run, 0.1, words=[*words, "train.learning_rate=0.5"])
+    assert "alone" not in regularisation.chosen(tmp_path, "movielens")
 
 
 def test_a_setting_is_chosen_only_where_it_wins_on_every_backbone() -> None:
@@ -297,10 +310,11 @@ def test_what_is_there_is_not_trained_again_and_what_was_not_evaluated_is(
 
     monkeypatch.setattr(study, "write_evaluation", evaluate)
     done, killed = tmp_path / "done", tmp_path / "killed"
-    finished(done, 0.5)
-    finished(killed, 0.5)
+    words = ['name="done"', 'output="somewhere"', 'data.path="somewhere"']
+    finished(done, 0.5, words=words)
+    finished(killed, 0.5, words=words)
     (killed / "evaluation.json").unlink()
-    assert study.train([(done, ["bad"]), (killed, ["bad"])], 1, 1.0)
+    assert study.train([(done, words), (killed, words)], 1, 1.0)
     assert evaluated == [killed]
     half = tmp_path / "half"  # killed while it trained: neither summary nor evaluation
     half.mkdir()

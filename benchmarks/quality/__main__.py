@@ -61,10 +61,14 @@ def main() -> None:
                 run for a in options.arms for run in regularisation.trials(options.work, name, a)
             ]
             study.train(tried, options.jobs, 1e9)
-            for backbone in options.backbones:
-                cells = [(options.work, name, backbone, arm) for arm in options.arms]
-                runs = [run for cell in cells for run in regularisation.seeds(*cell)]
-                study.train(runs, options.jobs, 1e9)
+            settings = regularisation.chosen(options.work, name)
+            cells = [(backbone, arm) for backbone in options.backbones for arm in options.arms]
+            runs = [
+                run
+                for backbone, arm in cells
+                for run in regularisation.seeds(options.work, name, backbone, arm, settings[arm])
+            ]
+            study.train(runs, options.jobs, 1e9)
         return
     ends = time.monotonic() + 60 * options.minutes
     folders = {"movielens": "ml-latest-small", "food_kitchen": "amazon-food-kitchen"}

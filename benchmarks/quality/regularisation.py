@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.quality.arms import REGULARISATION, REGULARISED, SEEDS, TUNED_ON, TUNING_USERS
-from benchmarks.quality.study import assignments, best_trial
+from benchmarks.quality.study import assignments, best_trial, has_tried, is_current
 from trainer.data.dataset import open_dataset
 from trainer.data.writer import connect, output_directory, write_info, write_sorted
 
@@ -108,12 +108,14 @@ def reached(work: Path, name: str, arm: str, segment: str | None = None) -> dict
         segment: Of these users only, for example "new_user".
     """
     found: dict[str, list[float]] = {}
+    if not all(has_tried(work, name, backbone, arm) for backbone in TUNED_ON):
+        return {}
     for setting in SETTINGS:
         for backbone in TUNED_ON:
-            file = trial(work, name, backbone, arm, setting)[0] / "evaluation.json"
-            if not file.exists():
+            run, words = trial(work, name, backbone, arm, setting)
+            if not is_current(run, words) or not (run / "evaluation.json").exists():
                 return {}
-            read = json.loads(file.read_text())
+            read = json.loads((run / "evaluation.json").read_text())
             block = read["segments"][segment] if segment else read["overall"]
             found.setdefault(setting, []).append(block["auc"])
     return found
@@ -133,9 +135,16 @@ def choose(auc: dict[str, list[float]]) -> str:
     return max(better, key=lambda setting: sum(auc[setting]), default=UNCHANGED)
 
 
-def seeds(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
-    """All seeds' runs of the chosen setting; none where the study's own runs have it."""
-    setting = choose(reached(work, name, arm))
+def chosen(work: Path, name: str) -> dict[str, str]:
+    """Arm to its setting, of the arms whose trials have all been trained."""
+    found = {arm: reached(work, name, arm) for arm in REGULARISED}
+    return {arm: choose(auc) for arm, auc in found.items() if auc}
+
+
+def seeds(
+    work: Path, name: str, backbone: str, arm: str, setting: str
+) -> list[tuple[Path, list[str]]]:
+    """All seeds' runs of a setting; none of the study's own, whose runs are there."""
     if setting == UNCHANGED:
         return []
     folder = work / name / "regularisation" / backbone / arm / _words(setting)
@@ -147,14 +156,22 @@ def seeds(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, li
     ]
 
 
-def complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
-    """Arm to its runs of all seeds with the regularisation that was chosen, where all are there."""
+def complete(
+    work: Path, name: str, backbone: str, settings: dict[str, str], before: dict[str, list[Path]]
+) -> dict[str, list[Path]]:
+    """Arm to its runs of all seeds with the setting that it chose, where all are there.
+
+    Args:
+        work: Of the study.
+        name: Data set.
+        backbone: Backbone.
+        settings: Of `chosen`.
+        before: Arm to the study's own runs.
+    """
     found: dict[str, list[Path]] = {}
-    for arm in REGULARISED:
-        if not reached(work, name, arm):
-            continue
-        runs = [run for run, _ in seeds(work, name, backbone, arm)]
-        runs = runs or [work / name / "runs" / backbone / arm / f"seed-{s}" for s in range(SEEDS)]
-        if all((run / "evaluation.json").exists() for run in runs):
-            found[arm] = runs
+    for arm, setting in settings.items():
+        if len(before.get(arm, [])) == SEEDS:
+            tuned = seeds(work, name, backbone, arm, setting)
+            if all(is_current(*run) and (run[0] / "evaluation.json").exists() for run in tuned):
+                found[arm] = [run for run, _ in tuned] or before[arm]
     return found

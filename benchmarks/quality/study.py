@@ -173,8 +173,7 @@ def seeds(
     folder = best.parent
     first = folder / "seed-0"
     if first.is_symlink() and first.readlink() != Path(best.name):
-        for run in folder.glob("seed-*"):  # by a trial that was the best of fewer
-            run.unlink() if run.is_symlink() or run.is_file() else shutil.rmtree(run)
+        first.unlink()  # a trial that was the best of fewer
     if not first.exists():
         first.symlink_to(best.name)
     return [
@@ -182,6 +181,14 @@ def seeds(
         for seed in range(1, number)
         for run in [folder / f"seed-{seed}"]
     ]
+
+
+def has_tried(work: Path, name: str, backbone: str, arm: str) -> bool:
+    """Whether all trials of an arm, and of the one that it is tuned as, have been trained."""
+    other = ARMS[arm].tuned_as
+    if other and not has_tried(work, name, backbone, other):
+        return False
+    return all((run / "summary.json").exists() for run, _ in trials(work, name, backbone, arm))
 
 
 def best_trial(work: Path, name: str, backbone: str, arm: str) -> tuple[Path, dict[str, Any]]:
@@ -225,17 +232,33 @@ def assignments(
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
+def is_current(run: Path, words: list[str]) -> bool:
+    """Whether a run was trained with these assignments: what an arm chose may have changed since."""
+    if not (run / "config.yaml").exists():
+        return False
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in (word.split("=", 1) for word in words):
+        found = config
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found != json.loads(value):
+            return False
+    return True
+
+
 def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool:
-    """Trains the runs that are not there, `jobs` processes at a time.
+    """Trains the runs that are not there, or there with other settings, `jobs` processes at a time.
 
     A run costs seconds, so each process takes up to four of them. Returns whether all are done;
     False if the time was over first.
     """
     ends = time.monotonic() + 60 * minutes
-    for run, _ in runs:
-        if (run / "summary.json").exists():  # trained, and killed before it was evaluated
+    pending = []
+    for run, words in runs:
+        if not is_current(run, words) or not (run / "summary.json").exists():
+            pending.append((run, words))
+        else:  # it may have been killed before it was evaluated
             _evaluate(run)
-    pending = [(run, words) for run, words in runs if not (run / "evaluation.json").exists()]
     rounds = -(-len(pending) // (4 * jobs)) or 1
     size = -(-len(pending) // (rounds * jobs)) or 1  # so that the jobs end together
     batches = [pending[i : i + size] for i in range(0, len(pending), size)]

@@ -11,7 +11,15 @@ from typing import Any
 import yaml
 
 from benchmarks.quality import regularisation, sensitivity, study
-from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, REGULARISED, RESAMPLES, TUNED_ON
+from benchmarks.quality.arms import (
+    ARMS,
+    DATASETS,
+    DIFFERENCES,
+    REGULARISED,
+    RESAMPLES,
+    SEEDS,
+    TUNED_ON,
+)
 from trainer.compare import compare
 from trainer.models import BACKBONES
 
@@ -90,13 +98,17 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
 
 
 def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
-    """Arm to the runs that have been evaluated, by seed; none of an arm that has a trial to come."""
-    found = {}
+    """Arm to the runs that have been evaluated, by seed, with the settings that its trials chose.
+
+    An arm that has a trial to come is left out.
+    """
+    found: dict[str, list[Path]] = {}
     for arm in ARMS:
-        folder = work / name / "runs" / backbone / arm
-        trials = 1 if ARMS[arm].tuned_as else len(DATASETS[name].trials)
-        if all((folder / f"trial-{n}" / "evaluation.json").exists() for n in range(trials)):
-            found[arm] = sorted(file.parent for file in folder.glob("seed-*/evaluation.json"))
+        if study.has_tried(work, name, backbone, arm):
+            first = work / name / "runs" / backbone / arm / "seed-0"
+            further = study.seeds(work, name, backbone, arm, SEEDS)
+            runs = [first, *(run for run, words in further if study.is_current(run, words))]
+            found[arm] = [run for run in runs if (run / "evaluation.json").exists()]
     return {arm: runs for arm, runs in found.items() if runs}
 
 
@@ -341,8 +353,9 @@ def _regularised(
     lines: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     waiting = []
+    settings = {name: regularisation.chosen(work, name) for name in DATASETS}
     for name, backbone, before in cells:
-        found = regularisation.complete(work, name, backbone)
+        found = regularisation.complete(work, name, backbone, settings[name], before)
         changed = {arm for arm in found if found[arm] != before.get(arm)}
         pairs = _pairs(found)
         lines += [
