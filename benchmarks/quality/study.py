@@ -188,7 +188,10 @@ def has_tried(work: Path, name: str, backbone: str, arm: str) -> bool:
     other = ARMS[arm].tuned_as
     if other and not has_tried(work, name, backbone, other):
         return False
-    return all((run / "summary.json").exists() for run, _ in trials(work, name, backbone, arm))
+    return all(
+        is_current(run, words) and (run / "summary.json").exists()
+        for run, words in trials(work, name, backbone, arm)
+    )
 
 
 def best_trial(work: Path, name: str, backbone: str, arm: str) -> tuple[Path, dict[str, Any]]:
