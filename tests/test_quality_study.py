@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import bound, regularisation, study, tables
+from benchmarks.quality import bound, page, regularisation, study, tables
 from benchmarks.quality.arms import ARMS, DATASETS, DIFFERENCES, MAIN, REGULARISED, TUNED_ON
 from trainer.config import load_config, save_config
 from trainer.data.dataset import open_dataset, validate_dataset
@@ -263,7 +263,7 @@ def test_what_tuning_changed_is_compared_again_and_the_rest_is_the_studys_own(
     monkeypatch.setattr(tables, "_rows", lambda *cell: [cell])
     with ThreadPoolExecutor() as pool:
         cells = [("movielens", "star", before)]
-        lines, added = tables._regularised(tmp_path, cells, own, pool)  # type: ignore[arg-type]
+        lines, added = tables._regularised(tmp_path, cells, own, [], pool)  # type: ignore[arg-type]
     assert asked == [{"llm4msr": ["alone"]}]
     assert [(row["base"], row["low"]) for row in lines] == [("alone", "0.2"), ("shuffled", "0.1")]
     assert added == [("movielens", "star", "alone", after["alone"][0])]
@@ -281,7 +281,7 @@ def test_the_best_possible_auc_is_that_of_the_simulators_probabilities(tmp_path:
     assert study.truth(tmp_path, "movielens") == {}
     rows = [{"backbone": "", "arm": "truth", "seed": 0} | tables._metrics(*block)
             for block in tables._sections(found)]  # fmt: skip
-    assert f"|  | truth | 1 | {found['overall']['auc']:.4f} |" in tables._means(rows)
+    assert f"|  | truth | 1 | {found['overall']['auc']:.4f} |" in page.means(rows)
 
 
 def failing(run: Path, message: str) -> list[str]:
@@ -341,7 +341,7 @@ def test_the_summary_counts_intervals_beside_zero() -> None:
     rows = [row("star", "auc", 0.01, 0.02, 0.03), row("mmoe", "auc", -0.01, 0.04, 0.09),
             row("star", "gauc", -0.03, -0.02, -0.01), row("mmoe", "gauc", 0.1, 0.2, 0.3)]  # fmt: skip
     rows += [row | {"section": "segment", "key": "new_user"} for row in rows]
-    cells = tables._summary(rows).splitlines()[2].split(" | ")
+    cells = page.summary(rows).splitlines()[2].split(" | ")
     assert cells[:3] == ["| movielens", "llm4msr - alone", "2"]
     assert cells[3] == "+0.030 (+0.020 to +0.040); 1 above, 0 below"
     assert cells[5] == "–"  # no user was new in a scenario

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.quality.arms import REGULARISATION, REGULARISED, SEEDS, TUNED_ON, TUNING_USERS
 from benchmarks.quality.study import assignments, best_trial, has_tried, is_current
-from trainer.data.dataset import open_dataset
+from trainer.data.dataset import open_dataset, split_files
 from trainer.data.writer import connect, output_directory, write_info, write_sorted
 
 UNCHANGED = "as in the study"
@@ -41,7 +41,7 @@ def make_data(work: Path, name: str) -> Path:
         files: dict[str, list[Path]] = {}
         rows: dict[str, int] = {}
         for split in ("profile", "introduction", "train", "valid"):
-            for part in sorted((data / split).glob("part-*.parquet")):
+            for part in split_files(data, split):
                 table = pq.read_table(part)
                 held_out = _held_out(table["user_id"])
                 for target, mask in ((split, ~held_out), (moves.get(split, split), held_out)):
@@ -49,7 +49,7 @@ def make_data(work: Path, name: str) -> Path:
                     files[target].append(folder / "scratch" / f"{target}-{number}.parquet")
                     pq.write_table(table.filter(pa.array(mask)), files[target][-1])
                     rows[target] = rows.get(target, 0) + int(mask.sum())
-        schema = pq.read_schema(next((data / "train").glob("part-*.parquet")))
+        schema = pq.read_schema(split_files(data, "train")[0])
         for split, pieces in files.items():
             write_sorted(connection, pieces, schema, folder / split, rows[split])
         (folder / "test").mkdir()
@@ -98,16 +98,9 @@ def _words(setting: str) -> str:
     return setting.replace(" ", "-").replace("-.", "-0.")
 
 
-def reached(work: Path, name: str, arm: str, segment: str | None = None) -> dict[str, list[float]]:
-    """AUC on the valid split of every setting, one per backbone of `TUNED_ON`; empty before all ran.
-
-    Args:
-        work: Of the study.
-        name: Data set.
-        arm: Arm.
-        segment: Of these users only, for example "new_user".
-    """
-    found: dict[str, list[float]] = {}
+def evaluations(work: Path, name: str, arm: str) -> dict[str, list[dict[str, Any]]]:
+    """Setting to its evaluations, one per backbone of `TUNED_ON`; empty before all have been trained."""
+    found: dict[str, list[dict[str, Any]]] = {}
     if not all(has_tried(work, name, backbone, arm) for backbone in TUNED_ON):
         return {}
     for setting in SETTINGS:
@@ -116,29 +109,40 @@ def reached(work: Path, name: str, arm: str, segment: str | None = None) -> dict
             if not is_current(run, words) or not (run / "evaluation.json").exists():
                 return {}
             read = json.loads((run / "evaluation.json").read_text())
-            block = read["segments"][segment] if segment else read["overall"]
-            found.setdefault(setting, []).append(block["auc"])
+            found.setdefault(setting, []).append(read)
     return found
 
 
-def choose(auc: dict[str, list[float]]) -> str:
+def auc(
+    found: dict[str, list[dict[str, Any]]], segment: str | None = None
+) -> dict[str, list[float]]:
+    """AUC of every setting and backbone, of all users or, for example, "new_user"."""
+    return {
+        setting: [
+            (read["segments"][segment] if segment else read["overall"])["auc"] for read in reads
+        ]
+        for setting, reads in found.items()
+    }
+
+
+def choose(reached: dict[str, list[float]]) -> str:
     """The setting with the best mean of those that beat the study's own on every backbone, else that.
 
     A difference in one run is as large as seeds make it; three in the same direction are rarer.
     """
-    own = auc[UNCHANGED]
+    own = reached[UNCHANGED]
     better = [
         setting
-        for setting, values in auc.items()
+        for setting, values in reached.items()
         if all(value > base for value, base in zip(values, own, strict=True))
     ]
-    return max(better, key=lambda setting: sum(auc[setting]), default=UNCHANGED)
+    return max(better, key=lambda setting: sum(reached[setting]), default=UNCHANGED)
 
 
 def chosen(work: Path, name: str) -> dict[str, str]:
     """Arm to its setting, of the arms whose trials have all been trained."""
-    found = {arm: reached(work, name, arm) for arm in REGULARISED}
-    return {arm: choose(auc) for arm, auc in found.items() if auc}
+    found = {arm: evaluations(work, name, arm) for arm in REGULARISED}
+    return {arm: choose(auc(reads)) for arm, reads in found.items() if reads}
 
 
 def seeds(

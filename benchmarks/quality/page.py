@@ -1,0 +1,189 @@
+"""The tables and figures of docs/quality.md, from the rows of the CSV files."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import regularisation, sensitivity
+from benchmarks.quality.arms import ARMS, DATASETS, TUNED_ON
+from trainer.models import BACKBONES
+
+ALL, NEW_USER = ("overall", "overall"), ("segment", "new_user")  # (section, key)
+COLUMNS = [  # of the tables of differences
+    (ALL, "auc", "all test events"),
+    (NEW_USER, "auc", "users never seen"),
+    (("segment", "new_in_scenario"), "auc", "users new in the scenario"),
+    (("segment", "sparse"), "auc", "users with few positives"),
+    (ALL, "gauc", "GAUC, all"),
+    (NEW_USER, "gauc", "GAUC, never seen"),
+]
+
+
+def write_page(
+    runs: list[dict[str, Any]],
+    differences: list[dict[str, Any]],
+    curves: list[dict[str, Any]],
+    trials: list[dict[str, Any]],
+    tuned: list[dict[str, Any]],
+    page: Path,
+) -> None:
+    """Writes the tables of docs/quality.md between its markers; the words around them stay."""
+    text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
+    text = _between(text, "summary", summary(differences))
+    text = _between(text, "regularisation", _chosen(trials) or "Not run yet.")
+    text = _between(text, "regularised summary", summary(tuned) or "Not run yet.")
+    for name in DATASETS:
+        own = [row for row in runs if row["dataset"] == name]
+        tables = [means(own), _intervals([row for row in differences if row["dataset"] == name])]
+        body = "\n\n".join(table for table in tables if table) or "Not run yet."
+        text = _between(text, name, body)
+        body = _intervals([row for row in tuned if row["dataset"] == name])
+        text = _between(text, f"{name} regularised", body or "Not run yet.")
+        curve = sensitivity.table([row for row in curves if row["dataset"] == name])
+        text = _between(text, f"{name} sensitivity", curve or "Not run yet.")
+    page.write_text(text, encoding="utf-8")
+
+
+def _between(text: str, name: str, body: str) -> str:
+    """The page's text with this body between the markers of that name, if it has them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        return text
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n\n{body}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def _arms() -> str:
+    """What every arm is there to tell."""
+    rows = [[name, arm.question] for name, arm in ARMS.items()]
+    return _table(["arm", "what it is there to tell"], rows)
+
+
+def summary(differences: list[dict[str, Any]]) -> str:
+    """Mean and range of every difference over the backbones, and how many intervals exclude 0."""
+    rows = []
+    for name, arm, base in dict.fromkeys((r["dataset"], r["arm"], r["base"]) for r in differences):
+        own = [r for r in differences if (r["dataset"], r["arm"], r["base"]) == (name, arm, base)]
+        cells = []
+        for section, metric, _ in COLUMNS:
+            found = _of(section, own, metric)
+            if not found:
+                cells.append("–")
+                continue
+            values = [float(row["difference"]) for row in found]
+            above = sum(float(row["low"]) > 0 for row in found)
+            below = sum(float(row["high"]) < 0 for row in found)
+            spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):+.3f}{spread}; {above} above, {below} below")
+        rows.append([name, f"{arm} - {base}", str(len({row["backbone"] for row in own})), *cells])
+    return _table(["data set", "difference", "backbones", *(words for *_, words in COLUMNS)], rows)
+
+
+def figure(rows: list[dict[str, Any]], file: Path) -> None:
+    """Differences in AUC with their intervals, backbone by backbone: overall and for new users."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["metric"] == "auc" and row["arm"] == "llm4msr"]
+    backbones = [name for name in BACKBONES if any(row["backbone"] == name for row in rows)]
+    bases = [base for base in ("alone", "shuffled") if any(row["base"] == base for row in rows)]
+    if not backbones or not bases:
+        return
+    figure = Figure(figsize=(10, 1.6 + 0.34 * len(backbones)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (section, _, title) in zip(axes, COLUMNS[:2], strict=True):
+        for number, base in enumerate(bases):
+            chosen = {row["backbone"]: row for row in _of(section, rows) if row["base"] == base}
+            places = [
+                y + 0.24 * (number - 0.5) for y, name in enumerate(backbones) if name in chosen
+            ]
+            values = [chosen[name] for name in backbones if name in chosen]
+            centre = [float(row["difference"]) for row in values]
+            spread = [
+                [c - float(row["low"]) for c, row in zip(centre, values, strict=True)],
+                [float(row["high"]) - c for c, row in zip(centre, values, strict=True)],
+            ]
+            axis.errorbar(
+                centre, places, xerr=spread, fmt="o", ms=4, capsize=2, label=f"LLM4MSR - {base}"
+            )
+        axis.axvline(0, color="0.4", lw=0.8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("difference in AUC, 95 % interval")
+    axes[0].set_yticks(range(len(backbones)), backbones)
+    axes[0].invert_yaxis()
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def _of(
+    section: tuple[str, str], rows: list[dict[str, Any]], metric: str | None = None
+) -> list[dict[str, Any]]:
+    """The rows of one (section, key), and of one metric where rows have one each."""
+    return [
+        row
+        for row in rows
+        if (row["section"], row["key"]) == section and metric in (None, row.get("metric"))
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; empty without rows."""
+    first, *rest = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([first, "|" + "---|" * len(head), *rest]) if rows else ""
+
+
+def _chosen(trials: list[dict[str, Any]]) -> str:
+    """What tuning the regularisation chose for every arm, and what it would have by known users."""
+    rows = []
+    for name, arm in dict.fromkeys((row["dataset"], row["arm"]) for row in trials):
+        own = [row for row in trials if (row["dataset"], row["arm"]) == (name, arm)]
+        (setting,) = {row["setting"] for row in own if row["chosen"]}
+        (by_known,) = {row["setting"] for row in own if row["chosen_by_known_users"]}
+        cells = []
+        for key in ("valid_auc", "new_user_auc"):
+            before, after = (
+                sum(float(row[key]) for row in own if row["setting"] == words) / len(TUNED_ON)
+                for words in (regularisation.UNCHANGED, setting)
+            )
+            cells.append(f"{before:.4f}" if after == before else f"{before:.4f} to {after:.4f}")
+        rows.append([name, arm, setting, *cells, by_known])
+    head = ["data set", "arm", "chosen", "valid AUC", "of users held out of tuning"]
+    return _table([*head, "chosen by known users alone"], rows)
+
+
+def means(runs: list[dict[str, Any]]) -> str:
+    """Mean test AUC of every arm over its seeds, per section."""
+    sections = list(dict.fromkeys((row["section"], row["key"]) for row in runs if row["auc"]))
+    if not sections:
+        return ""
+    rows = []
+    for backbone, arm in dict.fromkeys((row["backbone"], row["arm"]) for row in runs):
+        own = [row for row in runs if (row["backbone"], row["arm"]) == (backbone, arm)]
+        cells = []
+        for section in sections:
+            found = [float(row["auc"]) for row in _of(section, own) if row["auc"]]
+            cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
+        rows.append([backbone, arm, str(len({row["seed"] for row in own})), *cells])
+    return _table(["backbone", "arm", "seeds", *(key or name for name, key in sections)], rows)
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    mark = "**" if low > 0 or high < 0 else ""
+    return f"{mark}{value:+.4f}{mark} [{low:+.4f}, {high:+.4f}]"
+
+
+def _intervals(differences: list[dict[str, Any]]) -> str:
+    """Differences with 95 % intervals: in AUC overall and where ids know little, and in GAUC."""
+    rows = []
+    for pair in dict.fromkeys((r["backbone"], r["arm"], r["base"]) for r in differences):
+        backbone, arm, base = pair
+        own = [r for r in differences if (r["backbone"], r["arm"], r["base"]) == pair]
+        cells = []
+        for section, metric, _ in COLUMNS:
+            found = _of(section, own, metric)
+            if not found:
+                cells.append("–")
+                continue
+            value, low, high = (float(found[0][k]) for k in ("difference", "low", "high"))
+            cells.append(_interval(value, low, high))
+        rows.append([backbone, f"{arm} - {base}", str(own[0]["seeds"]), *cells])
+    return _table(["backbone", "difference", "seeds", *(words for *_, words in COLUMNS)], rows)
