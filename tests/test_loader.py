@@ -253,6 +253,47 @@ def test_a_part_that_changes_in_the_middle_of_an_epoch(
             feed.check()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_small_split_is_encoded_once_and_gives_the_same_batches(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    table = pq.read_table(inputs[0] / "train/part-00000.parquet")
+    files = [tmp_path / f"part-0000{number}.parquet" for number in range(2)]
+    for file in files:
+        pq.write_table(table, file, row_group_size=20)
+    encoded: list[int] = []
+    encode = RowEncoder.encode
+
+    def counted(self: RowEncoder, rows: pa.Table, source: Path) -> dict[str, np.ndarray]:
+        encoded.append(len(rows))
+        return encode(self, rows, source)
+
+    monkeypatch.setattr(RowEncoder, "encode", counted)
+
+    def values(kept_bytes: int) -> list[list[list]]:
+        monkeypatch.setattr("trainer.data.loader.KEPT_BYTES", kept_bytes)
+        stream = EventStream(
+            files, make_encoder(inputs[1]), 16, 0, 1, 2, shuffle_buffer=32, workers=workers
+        )
+        encoded.clear()
+        epochs = [list(stream.batches(epoch)) for epoch in range(3)]
+        return [
+            [[batch.ids.values().tolist(), batch.label.tolist()] for batch in epoch]
+            for epoch in epochs
+        ]
+
+    read_again = values(0)
+    assert len(encoded) >= 3 * 2 * len(table) // 20
+    assert values(2**20) == read_again
+    assert sum(encoded) == 2 * len(table)  # every row group once, whole
+
+    stream = EventStream(files, make_encoder(inputs[1]), 16, 0, 1, 2, shuffle_buffer=32)
+    list(stream.batches(0))
+    files[1].unlink()
+    with pytest.raises(InputError, match=r"part-00001\.parquet: has vanished"):
+        list(stream.batches(1))
+
+
 def test_ranks_without_rows_still_take_part(inputs: tuple[Path, Path]) -> None:
     ranks = streams(inputs, 100, 8, ["valid"])  # 80 rows for 100 ranks
     batches = [list(stream.batches()) for stream in ranks]

@@ -112,8 +112,15 @@ def tell(text: str) -> None:
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:
-    """Seeds dropout and noise of one step, so that a resumed run draws what the first one drew."""
-    torch.manual_seed((seed * 1_000_003 + step) * 4_096 + rank)
+    """Seeds dropout and noise of one step, so that a resumed run draws what the first one drew.
+
+    What `torch.manual_seed` does, but without its walk up the stack on machines without CUDA, which
+    costs half a millisecond per step.
+    """
+    number = (seed * 1_000_003 + step) * 4_096 + rank
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

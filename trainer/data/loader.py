@@ -7,6 +7,7 @@ training and nothing can hang at the end.
 
 import contextlib
 import itertools
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from trainer.data.batch import Batch
 from trainer.data.parts import Parts
 from trainer.data.prefetch import Feed, in_background
 from trainer.data.rows import RowEncoder, Rows, collate
+
+KEPT_BYTES = 64 * 2**20  # of encoded rows: splits that are smaller are read and encoded once
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class EventStream:
         self._buffer = max(shuffle_buffer // self._piece, 1) * self._piece
         self._parts = Parts(files)
         self.total_rows = self._parts.total_rows
+        self._kept: dict[int, Rows] = {}  # by row group
         bounds = [self.total_rows * stream // streams for stream in range(streams + 1)]
         self._streams = [
             Share(bounds[number], bounds[number + 1], (number + 1) / streams)
@@ -101,10 +105,18 @@ class EventStream:
         largest = max(high - low for low, high in itertools.pairwise(bounds))
         self.steps = -(-largest // self._piece)
         self._nothing = self._encode_nothing()
+        row_bytes = sum(
+            values.itemsize * math.prod(values.shape[1:]) for values in self._nothing.values()
+        )
+        self._keeps = self.total_rows * row_bytes <= KEPT_BYTES
 
     def tables(self, columns: list[str]) -> Iterator[tuple[pa.Table, Path]]:
         """Reads this rank's rows piece by piece, in the order of the files."""
-        return self._parts.read(columns, np.arange(len(self._parts)), self.start, self.stop)
+        for group, low, high in self._parts.pieces(
+            np.arange(len(self._parts)), self.start, self.stop
+        ):
+            table, file = self._parts.read(columns, group)
+            yield table.slice(low, high - low), file
 
     def batches(self, epoch: int = 0, skip: int = 0) -> Generator[Batch, None, None]:
         """Yields exactly `steps - skip` batches of one epoch; see `feed`."""
@@ -179,15 +191,14 @@ class EventStream:
         order = np.arange(len(self._parts))
         if self._shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        source = self._parts.read(self._encoder.columns, order, bounds[0], bounds[-1])
+        source = self._parts.pieces(order, bounds[0], bounds[-1])
         pending: list[Rows] = []
         held = 0
         for low, high in itertools.pairwise(bounds):
             size = high - low
             while held < size:
-                table, file = next(source)
-                pending.append(self._encoder.encode(table, file))
-                held += len(table)
+                pending.append(self._encoded(*next(source)))
+                held += len(pending[-1]["label"])
             joined = _concatenate(pending)
             held -= size
             rest = {name: values[size:] for name, values in joined.items()}
@@ -195,6 +206,22 @@ class EventStream:
                 rest = {name: values.copy() for name, values in rest.items()}
             pending, joined = [rest], {name: values[:size] for name, values in joined.items()}
             yield joined
+
+    def _encoded(self, group: int, low: int, high: int) -> Rows:
+        """Rows low..high of a row group, encoded.
+
+        Where all rows of the split fit into `KEPT_BYTES`, the whole group is kept for the next epoch or
+        the next evaluation: to read and encode it again would cost a tenth of a small model's step.
+        """
+        whole = self._kept.get(group)
+        if whole is not None:
+            self._parts.check(group)  # a file that was changed is refused all the same
+        else:
+            table, file = self._parts.read(self._encoder.columns, group)
+            if not self._keeps:
+                return self._encoder.encode(table.slice(low, high - low), file)
+            whole = self._kept[group] = self._encoder.encode(table, file)
+        return {name: values[low:high] for name, values in whole.items()}
 
     def _encode_nothing(self) -> Rows:
         schema = self._parts.schema

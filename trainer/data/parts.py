@@ -50,30 +50,42 @@ class Parts:
         """Rows of all files."""
         return int(self._rows.sum())
 
-    def read(
-        self, columns: list[str], order: np.ndarray, start: int, stop: int
-    ) -> Iterator[tuple[pa.Table, Path]]:
-        """Reads rows start..stop of the row groups in the given order, group by group.
+    def pieces(self, order: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """What rows start..stop are made of: row group, its first row, the row after its last one.
 
         Args:
-            columns: Names of the columns.
             order: Every row group once, int64.
             start: First row, counted over the groups in this order.
             stop: Row after the last one.
-
-        Yields:
-            Rows of one group, and the file they are from.
-
-        Raises:
-            InputError: A file is damaged, or is no longer what it was; names the file.
         """
         ends = np.cumsum(self._rows[order])
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         for place in range(first, last + 1 if start < stop else first):
-            index = order[place]
-            table, before = self._read_group(index, columns), ends[place] - self._rows[index]
-            low, high = max(start - before, 0), min(stop - before, len(table))
-            yield table.slice(low, high - low), self._files[self._file[index]]
+            rows = int(self._rows[order[place]])
+            before = int(ends[place]) - rows
+            yield int(order[place]), max(start - before, 0), min(stop - before, rows)
+
+    def read(self, columns: list[str], group: int) -> tuple[pa.Table, Path]:
+        """Reads a row group; returns the file that it is from, too.
+
+        Raises:
+            InputError: The file is damaged, or is no longer what it was; names the file.
+        """
+        return self._read_group(group, columns), self._files[self._file[group]]
+
+    def check(self, group: int) -> None:
+        """Looks whether the file of a row group is still what it was.
+
+        Raises:
+            InputError: It is not; names the file.
+        """
+        number = int(self._file[group])
+        try:
+            if _identity(self._files[number]) == self._seen[number]:
+                return
+        except OSError as error:
+            raise self._explain(number, error) from error
+        raise self._explain(number, None)
 
     def _read_group(self, index: int, columns: Iterable[str]) -> pa.Table:
         number = int(self._file[index])
