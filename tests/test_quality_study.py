@@ -1,6 +1,7 @@
 """The study of docs/quality.md: arms, held-out users of the simulated log, tables."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,67 @@ def test_a_further_trial_takes_the_place_of_seeds_by_an_earlier_best(
         finished(run, 0.7, words=words)
         assert study.is_current(run, words)
     assert tables._complete(tmp_path, "movielens", "star") == before
+
+
+def test_a_cell_trains_its_trials_and_then_the_seeds_of_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[list[str]]] = {}
+
+    def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool:
+        assert jobs == 1
+        assert 9 < minutes < 10
+        asked.setdefault(runs[0][0].parent.name, []).append([run.name for run, _ in runs])
+        for number, (run, words) in enumerate(runs):
+            finished(run, 0.5 + 0.1 * number, words=words)
+        return runs[0][0].parent.name != "shuffled"
+
+    monkeypatch.setattr(study, "train", train)
+    trials = [f"trial-{number}" for number in range(len(DATASETS["movielens"].trials))]
+    seeds = ["seed-1", "seed-2"]
+    cells = [("movielens", "star", arm) for arm in ("alone", "llm4msr")]
+    ends = time.monotonic() + 600
+    assert study.train_cells(tmp_path, cells, 3, 2, ends)
+    assert asked == {"alone": [trials, seeds], "llm4msr": [trials, seeds]}
+    # Where the time is over after the trials there are no seeds, and the study is not done.
+    assert not study.train_cells(tmp_path, [*cells, ("movielens", "star", "shuffled")], 3, 2, ends)
+    assert asked["shuffled"] == [trials]
+
+
+def test_the_record_keeps_what_another_folder_has_run(tmp_path: Path) -> None:
+    def run(backbone: str, arm: str, auc: str) -> dict[str, object]:
+        return {"dataset": "movielens", "backbone": backbone, "arm": arm, "seed": 0, "auc": auc}
+
+    def difference(backbone: str, arm: str, base: str, value: str) -> dict[str, object]:
+        head = {"dataset": "movielens", "backbone": backbone, "arm": arm, "base": base}
+        return head | {"difference": value}
+
+    runs, pairs = tmp_path / "runs.csv", tmp_path / "differences.csv"
+    first = [run("star", arm, "0.5") for arm in ("llm4msr", "shuffled", "random")]
+    tables._save(runs, [*first, run("star", "truth", "0.9")], tables.CELL)
+    old = [difference("star", "llm4msr", base, "0.1") for base in ("shuffled", "random")]
+    tables._save(pairs, [*old, difference("star", "random", "shuffled", "0.3")], tables.PAIR)
+
+    # The same results once more, and another backbone's: nothing of before is lost.
+    again = [run("star", "llm4msr", "0.5"), run("shared_bottom", "alone", "0.4")]
+    assert tables.changed_cells(again, tables._read(runs)) == set()
+    found = tables._save(runs, again, tables.CELL)
+    names = [(row["backbone"], row["arm"]) for row in found]
+    assert names == [("shared_bottom", "alone"),
+                     *(("star", arm) for arm in ("llm4msr", "shuffled", "random", "truth"))]  # fmt: skip
+    assert found == tables._read(runs)
+
+    # Other results of one arm: its differences of before are none any more, those of others stay.
+    other = [run("star", "llm4msr", "0.6")]
+    changed = tables.changed_cells(other, found)
+    assert changed == {("movielens", "star", "llm4msr")}
+    new = [difference("star", "llm4msr", "shuffled", "0.2")]
+    left = tables._save(pairs, new, tables.PAIR, changed)
+    assert [(row["arm"], row["base"], row["difference"]) for row in left] == [
+        ("llm4msr", "shuffled", "0.2"),
+        ("random", "shuffled", "0.3"),
+    ]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def main() -> None:
         return
     if options.stage == "sensitivity":
         for name in options.datasets:
-            study.train(sensitivity.plan(options.work, name, options.backbone), options.jobs, 1e9)
+            study.train(sensitivity.plan(options.work, name, options.backbone), options.jobs)
         return
     if options.stage == "regularisation":
         for name in options.datasets:
@@ -60,7 +60,7 @@ def main() -> None:
             tried = [
                 run for a in options.arms for run in regularisation.trials(options.work, name, a)
             ]
-            study.train(tried, options.jobs, 1e9)
+            study.train(tried, options.jobs)
             settings = regularisation.chosen(options.work, name)
             cells = [(backbone, arm) for backbone in options.backbones for arm in options.arms]
             runs = [
@@ -68,7 +68,7 @@ def main() -> None:
                 for backbone, arm in cells
                 for run in regularisation.seeds(options.work, name, backbone, arm, settings[arm])
             ]
-            study.train(runs, options.jobs, 1e9)
+            study.train(runs, options.jobs)
         return
     ends = time.monotonic() + 60 * options.minutes
     folders = {"movielens": "ml-latest-small", "food_kitchen": "amazon-food-kitchen"}
@@ -76,16 +76,14 @@ def main() -> None:
     for name in options.datasets:
         raw = options.raw / folders[name] if options.raw and name in folders else None
         study.make_data(options.work, name, raw)
-        study.make_stores(options.work, name, kinds)
-        for backbone in options.backbones:
-            cells = [(name, backbone, arm) for arm in options.arms]
-            trials = [run for cell in cells for run in study.trials(options.work, *cell)]
-            if not study.train(trials, options.jobs, (ends - time.monotonic()) / 60):
-                return
-            runs = [
-                run for cell in cells for run in study.seeds(options.work, *cell, options.seeds)
-            ]
-            if not study.train(runs, options.jobs, (ends - time.monotonic()) / 60):
+        study.make_stores(options.work, name, kinds, options.jobs)
+        cells = [(name, backbone, arm) for backbone in options.backbones for arm in options.arms]
+        # An arm that is tuned as another one needs that one's trials.
+        for turn in (
+            [cell for cell in cells if not ARMS[cell[2]].tuned_as],
+            [cell for cell in cells if ARMS[cell[2]].tuned_as],
+        ):
+            if not study.train_cells(options.work, turn, options.seeds, options.jobs, ends):
                 return
 
 

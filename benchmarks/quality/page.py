@@ -136,8 +136,8 @@ def _chosen(trials: list[dict[str, Any]]) -> str:
     rows = []
     for name, arm in dict.fromkeys((row["dataset"], row["arm"]) for row in trials):
         own = [row for row in trials if (row["dataset"], row["arm"]) == (name, arm)]
-        (setting,) = {row["setting"] for row in own if row["chosen"]}
-        (by_known,) = {row["setting"] for row in own if row["chosen_by_known_users"]}
+        (setting,) = {row["setting"] for row in own if row["chosen"] == "1"}
+        (by_known,) = {row["setting"] for row in own if row["chosen_by_known_users"] == "1"}
         cells = []
         for key in ("valid_auc", "new_user_auc"):
             before, after = (

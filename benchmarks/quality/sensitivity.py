@@ -45,18 +45,27 @@ def rows(work: Path, name: str, backbone: str) -> list[dict[str, Any]]:
             "meta_learning_rate": float(rate) if rate else None,
             "seed": int(run.name.removeprefix("seed-")),
         }  # fmt: skip
-        # The digits of the CSV file, so that the page's means follow from it.
-        found.append(head | {key: b["auc"] and round(b["auc"], 5) for key, b in blocks.items()})
+        found.append(head | {key: block["auc"] for key, block in blocks.items()})
     return found
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def _auc(lines: list[dict[str, str]], form: str, rate: float | None) -> list[float]:
+    """Test AUC of every seed, from lines of the CSV file."""
+    return [
+        float(row["auc"])
+        for row in lines
+        if row["form"] == form
+        and (float(row["meta_learning_rate"]) if row["meta_learning_rate"] else None) == rate
+    ]
+
+
+def table(lines: list[dict[str, str]]) -> str:
     """Mean and range over seeds of the test AUC, a line per step size, a column per form."""
     if not lines:
         return ""
 
     def cell(form: str, rate: float | None) -> str:
-        own = [r["auc"] for r in lines if (r["form"], r["meta_learning_rate"]) == (form, rate)]
+        own = _auc(lines, form, rate)
         return f"{sum(own) / len(own):.4f} ({min(own):.4f} to {max(own):.4f})" if own else "–"
 
     text = ["| step size of the meta networks | " + " | ".join(FORMS) + " |", "|---|---|---|"]
@@ -67,7 +76,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text) + f"\n\nThe backbone alone: {cell('alone', None)}."
 
 
-def figure(lines: list[dict[str, Any]], file: Path) -> None:
+def figure(lines: list[dict[str, str]], file: Path) -> None:
     """The curves, with every seed as a point and the backbone alone as a line."""
     from matplotlib.figure import Figure
 
@@ -77,12 +86,12 @@ def figure(lines: list[dict[str, Any]], file: Path) -> None:
         own = [r for r in lines if r["form"] == form]
         if not own:
             continue
-        rates = sorted({r["meta_learning_rate"] for r in own})
-        values = [[r["auc"] for r in own if r["meta_learning_rate"] == x] for x in rates]
+        rates = sorted({float(row["meta_learning_rate"]) for row in own})
+        values = [_auc(own, form, rate) for rate in rates]
         (line,) = axis.plot(rates, [sum(v) / len(v) for v in values], label=form)
         for rate, points in zip(rates, values, strict=True):
             axis.plot([rate] * len(points), points, "o", ms=3, color=line.get_color())
-    alone = [r["auc"] for r in lines if r["form"] == "alone"]
+    alone = _auc(lines, "alone", None)
     if alone:
         axis.axhline(sum(alone) / len(alone), color="0.4", lw=0.8, label="backbone alone")
     axis.set_xscale("log")

@@ -1,11 +1,13 @@
 """The stages of the study. Each skips what is there, so a killed study goes on where it stopped."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ from llm_knowledge.writer import shuffled_store, write_store
 from trainer.config import load_config, save_config
 from trainer.metrics import compute_metrics, write_evaluation
 
+# Processes share the cores: with more threads than cores they would mostly wait for each other.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
 
 def command(*words: str) -> None:
     """Runs `llm4msr WORDS`; a failure ends the study with its message."""
-    subprocess.run([sys.executable, "-m", "launch", *words], check=True)
+    environment = {**os.environ, **_ONE_THREAD}
+    subprocess.run([sys.executable, "-m", "launch", *words], check=True, env=environment)
 
 
 def make_data(work: Path, name: str, raw: Path | None) -> Path:
@@ -88,17 +94,19 @@ def truth(work: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def make_stores(work: Path, name: str, kinds: set[tuple[str, str]]) -> Path:
+def make_stores(work: Path, name: str, kinds: set[tuple[str, str]], jobs: int) -> Path:
     """Extracts the knowledge of every level and makes the control stores that are wanted.
 
     Args:
         work: Of the study.
         name: Data set.
         kinds: (level, kind of store).
+        jobs: Processes that extract.
     """
     data, stores = work / name / "data", work / name / "stores"
+    extract = ("knowledge", "extract", "--data", str(data), "--processes", str(jobs))
     if not all((stores / level / "manifest.json").exists() for level in LEVELS):
-        command("knowledge", "extract", "--data", str(data), "--level", "all", "--out", str(stores))
+        command(*extract, "--level", "all", "--out", str(stores))
     for level, kind in sorted(kinds):
         out = stores / f"{level}-{kind}"
         if kind == "true" or (out / "manifest.json").exists():
@@ -106,10 +114,7 @@ def make_stores(work: Path, name: str, kinds: set[tuple[str, str]]) -> Path:
         if kind == "leak":
             _leak(data, stores, out)
         elif kind == "tastes":
-            command(
-                "knowledge", "extract", "--data", str(data), "--level", level, "--out", str(out),
-                "--template", TEMPLATES[level],
-            )  # fmt: skip
+            command(*extract, "--level", level, "--out", str(out), "--template", TEMPLATES[level])
         elif kind == "tastes-shuffled":
             shuffled_store(stores / f"{level}-tastes", out, seed=0, control="shuffled")
         else:
@@ -249,7 +254,30 @@ def is_current(run: Path, words: list[str]) -> bool:
     return True
 
 
-def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool:
+def train_cells(
+    work: Path, cells: list[tuple[str, str, str]], number: int, jobs: int, ends: float
+) -> bool:
+    """Trains cells (data set, backbone, arm): trials, then the further seeds by the best of them.
+
+    `jobs` cells at a time, each on a process of its own, so that no core waits for the trials of another.
+
+    Returns:
+        Whether all are done; False if `ends` (of `time.monotonic`) came first.
+    """
+
+    def one(cell: tuple[str, str, str]) -> bool:
+        def left() -> float:
+            return (ends - time.monotonic()) / 60
+
+        return train(trials(work, *cell), 1, left()) and train(
+            seeds(work, *cell, number), 1, left()
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return all(list(pool.map(one, cells)))
+
+
+def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float = math.inf) -> bool:
     """Trains the runs that are not there, or there with other settings, `jobs` processes at a time.
 
     A run costs seconds, so each process takes up to four of them. Returns whether all are done;
@@ -317,7 +345,7 @@ def _start(batch: list[tuple[Path, list[str]]]) -> subprocess.Popen:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_config(load_config(None, words), file)
         files.append(str(file))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **_ONE_THREAD}
     with _messages(batch[0][0]).open("w") as messages:
         return subprocess.Popen(
             [sys.executable, "-m", "launch", "train", "--config", *files],

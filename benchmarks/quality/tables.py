@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,10 +26,15 @@ from trainer.compare import compare
 from trainer.models import BACKBONES
 
 METRICS = ("auc", "gauc", "logloss")
+CELL, PAIR = ("dataset", "backbone", "arm"), ("dataset", "backbone", "arm", "base")
+Row = dict[str, str]  # a line of a CSV file
 
 
 def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     """Writes the CSV files, versions.json, the figures and the page's tables.
+
+    The CSV files are the record: what they have of cells that `work` lacks stays, so that a study can go
+    on in another folder. Of a cell that was run again with other results every difference is new.
 
     Args:
         work: Of the study; everything finished in it is taken.
@@ -62,11 +68,13 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     for name in dict.fromkeys(name for name, *_ in cells):
         head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
         runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
-    _save(out / "runs.csv", runs)
-    _save(out / "regularised_runs.csv", tuned_runs)
-    for file, rows in ("differences.csv", differences), ("regularised_differences.csv", tuned):
-        short = [{key: row[key] for key in row if key != "verdict"} for row in rows]
-        _save(out / file, [row for row in short if row["metric"] != "logloss"])
+    changed = changed_cells(runs, _read(out / "runs.csv"))
+    changed_tuned = changed | changed_cells(tuned_runs, _read(out / "regularised_runs.csv"))
+    all_runs = _save(out / "runs.csv", runs, CELL)
+    all_trials = _save(out / "regularisation.csv", trials, ("dataset", "arm"))
+    _save(out / "regularised_runs.csv", tuned_runs, CELL)
+    all_differences = _save(out / "differences.csv", _short_lines(differences), PAIR, changed)
+    all_tuned = _save(out / "regularised_differences.csv", _short_lines(tuned), PAIR, changed_tuned)
     newest = max(
         work.glob("*/runs/*/*/seed-*/versions.json"), key=lambda file: file.stat().st_mtime
     )
@@ -77,16 +85,14 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
         for backbone in BACKBONES
         for row in sensitivity.rows(work, name, backbone)
     ]
-    if curves:
-        rows = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
-        _save(out / "sensitivity.csv", rows)
-    _save(out / "regularisation.csv", trials)
+    curves = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
+    all_curves = _save(out / "sensitivity.csv", curves, ("dataset", "backbone"))
     for name in DATASETS:
-        own = [row for row in curves if row["dataset"] == name]
+        own = [row for row in all_curves if row["dataset"] == name]
         if own:
             sensitivity.figure(own, out / f"{name}_sensitivity.png")
-        figure([row for row in differences if row["dataset"] == name], out / f"{name}.png")
-    write_page(runs, differences, curves, trials, tuned, page)
+        figure([row for row in all_differences if row["dataset"] == name], out / f"{name}.png")
+    write_page(all_runs, all_differences, all_curves, all_trials, all_tuned, page)
 
 
 def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
@@ -193,13 +199,72 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.5f}"
 
 
-def _save(file: Path, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    with file.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+def _short_lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of differences as the CSV file has them."""
+    return [
+        {key: row[key] for key in row if key != "verdict"}
+        for row in rows
+        if row["metric"] != "logloss"
+    ]
+
+
+def changed_cells(runs: list[dict[str, Any]], before: list[Row]) -> set[tuple[str, ...]]:
+    """(dataset, backbone, arm) of runs that the record has with other results."""
+
+    def results(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+        found: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        for row in rows:
+            found.setdefault(_key(row, CELL), set()).add(tuple(map(str, row.values())))
+        return found
+
+    old = results(before)
+    return {cell for cell, own in results(runs).items() if cell in old and old[cell] != own}
+
+
+def _key(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(row[column]) for column in columns)
+
+
+def _read(file: Path) -> list[Row]:
+    if not file.exists():
+        return []
+    with file.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def _save(
+    file: Path,
+    rows: list[dict[str, Any]],
+    columns: tuple[str, ...],
+    changed: Collection[tuple[str, ...]] = (),
+) -> list[Row]:
+    """Puts rows in the place of those of a CSV file that have the same `columns`; the others stay.
+
+    Not those of differences one of whose arms has `changed`. The file appears whole, by rename.
+
+    Returns:
+        All rows of the file, in the order of data sets, backbones and arms.
+    """
+    new = {_key(row, columns) for row in rows}
+    kept = [
+        row
+        for row in _read(file)
+        if _key(row, columns) not in new
+        and not {(row["dataset"], row.get("backbone", ""), row.get(arm, "")) for arm in ("arm", "base")}
+        & set(changed)
+    ]  # fmt: skip
+    order = {name: place for place, name in enumerate([*DATASETS, *BACKBONES, *ARMS, "truth"])}
+    merged = [*kept, *rows]
+    merged.sort(key=lambda row: [order.get(name, len(order)) for name in _key(row, columns)])
+    if not merged:
+        return []
+    partial = file.with_suffix(".partial")
+    with partial.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(merged[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(merged)
+    partial.replace(file)
+    return _read(file)
 
 
 def _trials(work: Path, name: str, arm: str) -> list[dict[str, Any]]:
