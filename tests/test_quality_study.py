@@ -205,6 +205,17 @@ def test_the_record_keeps_what_another_folder_has_run(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_an_arm_on_its_way_does_not_replace_the_record() -> None:
+    record = [
+        {"dataset": "movielens", "backbone": "star", "arm": "llm4msr", "seed": seed}
+        for seed in ("0", "0", "1")  # a line per section
+    ]
+    one, two = [Path("seed-0")], [Path("seed-0"), Path("seed-1")]
+    for found, kept in (({"llm4msr": one, "alone": one}, {"alone": one}), ({"llm4msr": two},) * 2):
+        assert tables.not_fewer("movielens", "star", found, record) == kept
+    assert tables.not_fewer("movielens", "mmoe", {"llm4msr": one}, record) == {"llm4msr": one}
+
+
 def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> None:
     for number, (run, _) in enumerate(study.trials(tmp_path, "movielens", "star", "llm4msr")):
         finished(run, 0.5 + 0.1 * number)

@@ -45,11 +45,12 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
+    record = _read(out / "runs.csv")
     cells = [
         (name, backbone, found)
         for name in DATASETS
         for backbone in BACKBONES
-        if (found := _complete(work, name, backbone))
+        if (found := not_fewer(name, backbone, _complete(work, name, backbone), record))
     ]
     if not cells:
         raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
@@ -68,7 +69,7 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     for name in dict.fromkeys(name for name, *_ in cells):
         head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
         runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
-    changed = changed_cells(runs, _read(out / "runs.csv"))
+    changed = changed_cells(runs, record)
     changed_tuned = changed | changed_cells(tuned_runs, _read(out / "regularised_runs.csv"))
     all_runs = _save(out / "runs.csv", runs, CELL)
     all_trials = _save(out / "regularisation.csv", trials, ("dataset", "arm"))
@@ -108,6 +109,17 @@ def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
             runs = [first, *(run for run, words in further if study.is_current(run, words))]
             found[arm] = [run for run in runs if (run / "evaluation.json").exists()]
     return {arm: runs for arm, runs in found.items() if runs}
+
+
+def not_fewer(
+    name: str, backbone: str, found: dict[str, list[Path]], record: list[Row]
+) -> dict[str, list[Path]]:
+    """The arms that have no fewer seeds than the record: one that is on its way does not replace it."""
+    seeds: dict[str, set[str]] = {}
+    for row in record:
+        if (row["dataset"], row["backbone"]) == (name, backbone):
+            seeds.setdefault(row["arm"], set()).add(row["seed"])
+    return {arm: runs for arm, runs in found.items() if len(runs) >= len(seeds.get(arm, ()))}
 
 
 def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]:
