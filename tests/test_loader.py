@@ -168,9 +168,9 @@ def test_going_on_in_the_middle_reads_nothing_before(
         [tmp_path / "small-groups.parquet"], make_encoder(inputs[1]), 10, 0, 1, shuffle_buffer=20
     )
     read: list[int] = []
-    whole = Parts._read_group
+    whole = Parts.read
     monkeypatch.setattr(
-        Parts, "_read_group", lambda self, n, columns: read.append(n) or whole(self, n, columns)
+        Parts, "read", lambda self, columns, n: read.append(n) or whole(self, columns, n)
     )
     assert len(list(stream.batches(0, skip=stream.steps - 2))) == 2
     assert len(read) <= 4 < len(table) // 10

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -248,7 +248,7 @@ def _save(
     file: Path,
     rows: list[dict[str, Any]],
     columns: tuple[str, ...],
-    changed: Collection[tuple[str, ...]] = (),
+    changed: Set[tuple[str, ...]] = frozenset(),
 ) -> list[Row]:
     """Puts rows in the place of those of a CSV file that have the same `columns`; the others stay.
 
@@ -262,9 +262,10 @@ def _save(
         row
         for row in _read(file)
         if _key(row, columns) not in new
-        and not {(row["dataset"], row.get("backbone", ""), row.get(arm, "")) for arm in ("arm", "base")}
-        & set(changed)
-    ]  # fmt: skip
+        and changed.isdisjoint(
+            (row["dataset"], row.get("backbone", ""), row.get(arm, "")) for arm in ("arm", "base")
+        )
+    ]
     order = {name: place for place, name in enumerate([*DATASETS, *BACKBONES, *ARMS, "truth"])}
     merged = [*kept, *rows]
     merged.sort(key=lambda row: [order.get(name, len(order)) for name in _key(row, columns)])

@@ -1,6 +1,6 @@
 """Row groups of Parquet files that are read while others may touch the files."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,17 @@ class Parts:
         Raises:
             InputError: The file is damaged, or is no longer what it was; names the file.
         """
-        return self._read_group(group, columns), self._files[self._file[group]]
+        number = int(self._file[group])
+        try:
+            with pq.ParquetFile(self._files[number]) as parquet:
+                # Ranks share the machine's cores: one thread each.
+                table = parquet.read_row_group(
+                    int(self._group[group]), columns=columns, use_threads=False
+                )
+        except (pa.ArrowException, OSError, LookupError) as error:
+            raise self._explain(number, error) from error
+        self.check(group)
+        return table, self._files[number]
 
     def check(self, group: int) -> None:
         """Looks whether the file of a row group is still what it was.
@@ -84,20 +94,6 @@ class Parts:
             if _identity(self._files[number]) == self._seen[number]:
                 return
         except OSError as error:
-            raise self._explain(number, error) from error
-        raise self._explain(number, None)
-
-    def _read_group(self, index: int, columns: Iterable[str]) -> pa.Table:
-        number = int(self._file[index])
-        try:
-            with pq.ParquetFile(self._files[number]) as parquet:
-                # Ranks share the machine's cores: one thread each.
-                table = parquet.read_row_group(
-                    int(self._group[index]), columns=list(columns), use_threads=False
-                )
-            if _identity(self._files[number]) == self._seen[number]:
-                return table
-        except (pa.ArrowException, OSError, LookupError) as error:
             raise self._explain(number, error) from error
         raise self._explain(number, None)
 
