@@ -371,9 +371,10 @@ def test_deepfm_pairs_are_all_pairs() -> None:
     torch.testing.assert_close(net(x, scenario) - rest, brute[:, None])
 
 
-def test_parallel_and_own_layers_equal_one_layer_each() -> None:
+@pytest.mark.parametrize("width", [1, 5])
+def test_parallel_and_own_layers_equal_one_layer_each(width: int) -> None:
     x, scenario = samples()
-    layer = ParallelLinear(3, IN, 5)
+    layer = ParallelLinear(3, IN, width)
     nn.init.normal_(layer.bias)
     for e in range(3):
         expected = F.linear(x, layer.weight[e], layer.bias[e])

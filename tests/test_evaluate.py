@@ -14,8 +14,11 @@ from launch.cli import main
 from tests.knowledge_data import random_dataset
 from tests.training_data import make_config, make_inputs
 from trainer import scoring
+from trainer.config import load_config
+from trainer.data.loader import EventStream
 from trainer.distributed import distributed
 from trainer.models.llm4msr import Predictions
+from trainer.run import Run
 from trainer.train import train
 
 
@@ -63,6 +66,25 @@ def test_a_dataset_that_has_moved_is_evaluated_where_it_is(
             assert evaluated(run) == pytest.approx(before)
     finally:
         hidden.rename(trained[0])
+
+
+@pytest.mark.parametrize("size", [7, 1_000])
+def test_how_many_are_scored_at_once_changes_nothing(run: Path, size: int) -> None:
+    assert evaluate(run) == 0
+    before = evaluated(run)
+    rows = load_config(run / "config.yaml").train.global_batch_size
+    steps: list[int] = []
+    found = scoring.score
+
+    def score(live: Run, events: EventStream) -> Iterator[Predictions]:
+        steps.append(events.steps)
+        return found(live, events)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "score", score)
+        assert evaluate(run, "--set", f"train.eval_batch_size={size}") == 0
+    assert evaluated(run) == pytest.approx(before, abs=1e-6)
+    assert steps == [-(-int(before["rows"]) // size)] != [-(-int(before["rows"]) // rows)]
 
 
 @pytest.mark.parametrize("words", [[], ["--reuse-predictions"]])

@@ -144,29 +144,33 @@ def test_a_further_trial_takes_the_place_of_seeds_by_an_earlier_best(
     assert tables._complete(tmp_path, "movielens", "star") == before
 
 
-def test_a_cell_trains_its_trials_and_then_the_seeds_of_the_best(
+def test_a_backbones_arms_are_tried_and_then_trained_with_the_seeds_of_their_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, list[list[str]]] = {}
+    asked: dict[str, list[list[tuple[str, str]]]] = {}
 
     def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float) -> bool:
         assert jobs == 1
         assert 9 < minutes < 10
-        asked.setdefault(runs[0][0].parent.name, []).append([run.name for run, _ in runs])
+        backbone = runs[0][0].parents[1].name
+        asked.setdefault(backbone, []).append([(run.parent.name, run.name) for run, _ in runs])
         for number, (run, words) in enumerate(runs):
             finished(run, 0.5 + 0.1 * number, words=words)
-        return runs[0][0].parent.name != "shuffled"
+        return backbone != "mmoe"
 
     monkeypatch.setattr(study, "train", train)
-    trials = [f"trial-{number}" for number in range(len(DATASETS["movielens"].trials))]
-    seeds = ["seed-1", "seed-2"]
-    cells = [("movielens", "star", arm) for arm in ("alone", "llm4msr")]
+    arms = ("alone", "llm4msr")
+    count = len(DATASETS["movielens"].trials)
+    trials = [(arm, f"trial-{number}") for arm in arms for number in range(count)]
+    seeds = [(arm, f"seed-{number}") for arm in arms for number in (1, 2)]
+    cells = [("movielens", "star", arm) for arm in arms]
     ends = time.monotonic() + 600
     assert study.train_cells(tmp_path, cells, 3, 2, ends)
-    assert asked == {"alone": [trials, seeds], "llm4msr": [trials, seeds]}
+    assert asked == {"star": [trials, seeds]}
     # Where the time is over after the trials there are no seeds, and the study is not done.
-    assert not study.train_cells(tmp_path, [*cells, ("movielens", "star", "shuffled")], 3, 2, ends)
-    assert asked["shuffled"] == [trials]
+    more = [("movielens", "mmoe", arm) for arm in arms]
+    assert not study.train_cells(tmp_path, [*cells, *more], 3, 2, ends)
+    assert asked["mmoe"] == [trials]
 
 
 def test_the_record_keeps_what_another_folder_has_run(tmp_path: Path) -> None:

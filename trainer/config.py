@@ -99,6 +99,12 @@ class TrainConfig(Section):
     global_batch_size: int = Field(
         default=1024, ge=1, description="Samples per step over all ranks."
     )
+    eval_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Samples over all ranks that are scored at once, in evaluations and predictions; "
+        "default: `global_batch_size`. Larger ones are faster where a model is small.",
+    )
     epochs: int = Field(default=8, ge=1, description="Passes over the training splits, at most.")
     learning_rate: float = Field(
         default=1e-3, gt=0, description="Adam step size of dense parameters."

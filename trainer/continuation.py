@@ -106,6 +106,7 @@ CHANGEABLE = (
     "tables.sharding", "hardware", "train.checkpoint_every", "train.checkpoint_async",
     "train.keep_checkpoints", "train.keep_best", "train.log_every", "train.timeout_seconds",
     "train.hang_seconds", "train.grace_seconds", "train.guard", "train.trackers",
+    "train.eval_batch_size",
 )  # fmt: skip
 
 

@@ -32,6 +32,12 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
         InputError: If they do not.
     """
     check_shares(config.train.global_batch_size, config.data.streams, runtime.world_size)
+    size = config.train.eval_batch_size
+    if size is not None and size % runtime.world_size:
+        raise InputError(
+            f"train.eval_batch_size: {size} cannot be split over {runtime.world_size} ranks; choose a "
+            "multiple"
+        )
     try:
         table_optimizer(config).check(runtime.device.type)
         for table, placement in placements(config).items():

@@ -64,19 +64,22 @@ class Run:
         Raises:
             InputError: A file has vanished or lost rows since the dataset was checked.
         """
-        path, data = Path(self.config.data.path), self.config.data
+        path, data, train = Path(self.config.data.path), self.config.data, self.config.train
+        size = train.global_batch_size
+        if not shuffle:
+            size = train.eval_batch_size or size
 
         def opened() -> EventStream:
             files = [file for split in splits for file in split_files(path, split)]
             stream = EventStream(
                 files if since is None else since.files,
                 self.encoder,
-                self.config.train.global_batch_size,
+                size,
                 rank=self.runtime.rank,
                 world_size=self.runtime.world_size,
                 streams=data.streams if shuffle else None,
                 shuffle_buffer=data.shuffle_buffer if shuffle else 0,
-                seed=self.config.train.seed,
+                seed=train.seed,
                 workers=reading_threads(data.workers, self.runtime.ranks_per_host),
                 prefetch=data.prefetch_batches,
                 device=self.runtime.device,

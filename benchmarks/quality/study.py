@@ -223,6 +223,7 @@ def assignments(
         "model.backbone": backbone,
         "train.seed": seed,
         "train.epochs": 15,
+        "train.eval_batch_size": 8_192,
         "train.checkpoint_every": 100_000,  # the best state is kept at evaluations
         "model.meta.enabled": bool(chosen.stores),
         **{f"model.meta.{key}": value for key, value in chosen.meta.items()},
@@ -259,29 +260,34 @@ def train_cells(
 ) -> bool:
     """Trains cells (data set, backbone, arm): trials, then the further seeds by the best of them.
 
-    `jobs` cells at a time, each on a process of its own, so that no core waits for the trials of another.
+    `jobs` backbones at a time, each on a process of its own, so that no core waits for the trials of
+    another.
 
     Returns:
         Whether all are done; False if `ends` (of `time.monotonic`) came first.
     """
+    backbones: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for cell in cells:
+        backbones.setdefault(cell[:2], []).append(cell)
 
-    def one(cell: tuple[str, str, str]) -> bool:
+    def one(arms: list[tuple[str, str, str]]) -> bool:
         def left() -> float:
             return (ends - time.monotonic()) / 60
 
-        return train(trials(work, *cell), 1, left()) and train(
-            seeds(work, *cell, number), 1, left()
-        )
+        tried = [run for cell in arms for run in trials(work, *cell)]
+        if not train(tried, 1, left()):
+            return False
+        return train([run for cell in arms for run in seeds(work, *cell, number)], 1, left())
 
     with ThreadPoolExecutor(jobs) as pool:
-        return all(list(pool.map(one, cells)))
+        return all(list(pool.map(one, backbones.values())))
 
 
 def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float = math.inf) -> bool:
     """Trains the runs that are not there, or there with other settings, `jobs` processes at a time.
 
-    A run costs seconds, so each process takes up to four of them. Returns whether all are done;
-    False if the time was over first.
+    A run costs seconds, as does a process before its first, so each takes up to eight of them. Returns
+    whether all are done; False if the time was over first.
     """
     ends = time.monotonic() + 60 * minutes
     pending = []
@@ -290,7 +296,7 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float = math.i
             pending.append((run, words))
         else:  # it may have been killed before it was evaluated
             _evaluate(run)
-    rounds = -(-len(pending) // (4 * jobs)) or 1
+    rounds = -(-len(pending) // (8 * jobs)) or 1
     size = -(-len(pending) // (rounds * jobs)) or 1  # so that the jobs end together
     batches = [pending[i : i + size] for i in range(0, len(pending), size)]
     active: list[tuple[subprocess.Popen, list[Path]]] = []

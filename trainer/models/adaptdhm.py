@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.models.layers import Dropout
 from trainer.models.star import StarLinear
 
 # Few: a cluster is a distribution that several scenarios share.
@@ -46,7 +47,7 @@ class AdaptDHM(nn.Module):
         self.layers = nn.ModuleList(
             StarLinear(CLUSTERS, i, o) for i, o in itertools.pairwise([in_features, *hidden])
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = StarLinear(CLUSTERS, hidden[-1], num_tasks)
 
     def route(self, x: Tensor) -> Tensor:

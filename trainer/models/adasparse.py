@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from trainer.models.layers import SCENARIO, block, block_width
+from trainer.models.layers import SCENARIO, Dropout, block, block_width
 
 # The paper's values for the fused form: factors in {0} or (0.25, 2), 1 where the pruner says nothing.
 THRESHOLD = 0.25
@@ -54,7 +54,7 @@ class AdaSparse(nn.Module):
         dim, widths = block_width(in_features), [in_features, *hidden]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
         self.pruners = nn.ModuleList(Pruner(dim, width) for width in widths)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = nn.Linear(hidden[-1], num_tasks)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:

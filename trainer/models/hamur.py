@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trainer.models.layers import MLP, GroupedLinear, ScenarioAffine
+from trainer.models.layers import MLP, Dropout, GroupedLinear, ScenarioAffine
 
 RANK = 8  # of the generated matrix, which has RANK * RANK numbers per sample
 HYPER_WIDTH = 64  # of the hyper-network's hidden layer
@@ -78,7 +78,7 @@ class HAMUR(nn.Module):
             for i, o in itertools.pairwise([in_features, *hidden])
         )
         self.cells = nn.ModuleList(AdapterCell(num_scenarios, width) for width in hidden[-CELLS:])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = GroupedLinear(num_scenarios, hidden[-1], num_tasks)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from trainer.models.layers import ITEM, USER, GateUnit, ParallelLinear, block, block_width
+from trainer.models.layers import ITEM, USER, Dropout, GateUnit, ParallelLinear, block, block_width
 
 
 class GatedTowers(nn.Module):
@@ -37,7 +37,7 @@ class GatedTowers(nn.Module):
         self.gates = nn.ModuleList(
             GateUnit(prior_features + in_features, num_tasks * width) for width in hidden
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = ParallelLinear(num_tasks, hidden[-1], 1)
 
     def forward(self, prior: Tensor, x: Tensor) -> Tensor:

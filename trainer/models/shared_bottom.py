@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from trainer.models.layers import MLP, GroupedLinear
+from trainer.models.layers import MLP, Dropout, GroupedLinear
 
 
 class SharedBottom(nn.Module):
@@ -29,7 +29,7 @@ class SharedBottom(nn.Module):
         self.bottom = MLP(in_features, hidden, dropout)
         self.tower_in = GroupedLinear(num_scenarios, hidden[-1], width)
         self.tower_out = GroupedLinear(num_scenarios, width, num_tasks)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps the bottom input [B, in] and scenarios int64 [B] to logits [B, tasks]."""

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from trainer.models.layers import MLP
+from trainer.models.layers import MLP, Dropout
 from trainer.ops import Groups, grouped_linear, sort_groups, take_rows
 
 
@@ -54,7 +54,7 @@ class Star(nn.Module):
         self.layers = nn.ModuleList(
             StarLinear(num_scenarios, i, o) for i, o in itertools.pairwise([in_features, *hidden])
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = StarLinear(num_scenarios, hidden[-1], num_tasks)
         self.auxiliary = nn.Sequential(
             MLP(in_features, [hidden[-1]], dropout), nn.Linear(hidden[-1], num_tasks)
