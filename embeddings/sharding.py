@@ -23,6 +23,7 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
+from embeddings.bags_of_one import look_up_as_bags
 from embeddings.hash_zch import hash_zch_sharders
 from embeddings.one_rank import skip_distribution
 from embeddings.placement import KERNELS, Placement, PlanError, wanted_placement
@@ -285,6 +286,8 @@ def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> Distrib
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
     if dist.get_world_size() == 1:
         skip_distribution(sharded)
+    if device.type == "cpu":
+        look_up_as_bags(sharded)
     return sharded
 
 
