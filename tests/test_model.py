@@ -224,7 +224,8 @@ def test_alignment_leaves_the_default_code_alone() -> None:
     dense = model("star", alignment=1.0, dropout=0.5, noise=0.0).train()
     batch = inputs()[3]
     known = batch.knowledge["user"].lengths().bool()
-    codes, read = dense.meta.codes(inputs()[2]["user"], known, batch.scenario_knowledge)
+    code = dense.meta.read(inputs()[2])["user"]["code"]
+    codes, read = dense.meta.codes(code, known, batch.scenario_knowledge)
     assert known.sum() > read.sum() > 0
     dense.meta.align(codes, batch, read).backward()
     assert dense.meta.user_adapter.first.weight.grad.abs().max() > 0
@@ -269,8 +270,8 @@ def test_unknown_rows_get_the_default_and_dropout_makes_more_of_them() -> None:
     adapter = KnowledgeAdapter(VECTOR, 3, noise=0.0, dropout=0.5)
     nn.init.constant_(adapter.default, 9.0)
     vectors, known = torch.randn(2000, VECTOR), torch.arange(2000) % 2 == 0
-    assert torch.equal((adapter.eval()(vectors, known)[0] == 9).all(1), ~known)
-    codes, read = adapter.train()(vectors, known)
+    assert torch.equal((adapter.eval()(adapter.first(vectors), known)[0] == 9).all(1), ~known)
+    codes, read = adapter.train()(adapter.first(vectors), known)
     dropped = (codes == 9).all(1)
     assert torch.equal(dropped, ~read)
     assert dropped[1::2].all()
@@ -282,9 +283,9 @@ def test_noise_on_the_code_is_what_noise_on_the_vector_would_become(rank: int) -
     adapter = KnowledgeAdapter(VECTOR, rank, noise=0.5, dropout=0.0).train()
     vectors, known = torch.zeros(200_000, VECTOR), torch.ones(200_000, dtype=torch.bool)
     with torch.no_grad():
-        found = torch.cov(adapter(vectors, known)[0].t())
+        found = torch.cov(adapter(adapter.first(vectors), known)[0].t())
         vectors += 0.5 / VECTOR**0.5 * torch.randn_like(vectors)
-        expected = torch.cov(adapter.eval()(vectors, known)[0].t())
+        expected = torch.cov(adapter.eval()(adapter.first(vectors), known)[0].t())
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.03 * float(expected.max()))
 
 

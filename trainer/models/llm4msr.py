@@ -20,6 +20,7 @@ from trainer.models.meta import (
     ScenarioMetaLayers,
     UserMetaLayers,
     alignment_loss,
+    project,
 )
 from trainer.ops import take_rows
 
@@ -142,11 +143,26 @@ class MetaNetworks(nn.Module):
             ]
         return [layer.explain(rows, keys, device) for layer, keys in layers]  # type: ignore[operator]
 
-    def as_input(self, level: str, knowledge: KeyedTensor | dict) -> Tensor | float:
-        """What a level's vectors [B, dim] add to the embedding, [B, width of it]; 0 if not configured."""
-        if level not in self.inputs:
-            return 0.0
-        return self.inputs[level](knowledge[level])
+    def read(self, knowledge: KeyedTensor | dict) -> dict[str, dict[str, Tensor]]:
+        """The first projections of user and item vectors [B, dim]: one product per level.
+
+        Returns:
+            Level to reader ("input", "code", "match") to [B, width of it]; what is not configured is not
+            there.
+        """
+        readers: dict[str, dict[str, nn.Linear]] = {"user": {}, "item": {}}
+        for level, found in readers.items():
+            if level in self.inputs:
+                found["input"] = self.inputs[level]  # type: ignore[assignment]
+            if self.match is not None:
+                found["match"] = getattr(self.match, level)
+        if self.user_adapter is not None:
+            readers["user"]["code"] = self.user_adapter.first
+        return {
+            level: dict(zip(found, project(knowledge[level], list(found.values())), strict=True))
+            for level, found in readers.items()
+            if found
+        }
 
     def scenario_as_input(self, rows: Tensor) -> Tensor | float:
         """The same for scenarios, by row of the store int64 [B] (-1 = none)."""
@@ -156,12 +172,12 @@ class MetaNetworks(nn.Module):
         return take_rows(F.pad(added, (0, 0, 0, 1)), torch.where(rows < 0, len(added), rows))
 
     def codes(
-        self, vectors: Tensor | None, known: Tensor, rows: Tensor
+        self, projection: Tensor | None, known: Tensor, rows: Tensor
     ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], Tensor]:
         """The small codes that generators read, per level that is configured.
 
         Args:
-            vectors: User vectors [B, dim].
+            projection: Of the user vectors for the adapter [B, width], None without one.
             known: Samples that have one, bool [B].
             rows: Row of each sample's scenario in the scenario store, -1 without one, int64 [B].
 
@@ -171,13 +187,14 @@ class MetaNetworks(nn.Module):
         """
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
         if self.user_adapter is not None:
-            z, known = self.user_adapter(vectors, known)
+            assert projection is not None
+            z, known = self.user_adapter(projection, known)
             found["user"] = z, None
         if self.scenario_adapter is not None:
             padded = F.pad(self.scenario_vectors, (0, 0, 0, 1))
             none = len(padded) - 1  # the last row stands for "no knowledge"
             has_vector = torch.arange(len(padded), device=rows.device) < none
-            z, _ = self.scenario_adapter(padded, has_vector)
+            z, _ = self.scenario_adapter(self.scenario_adapter.first(padded), has_vector)
             found["scenario"] = z, torch.where(rows < 0, none, rows)
         return found, known
 
@@ -233,18 +250,19 @@ class DenseModel(nn.Module):
         history = sequences["history"].to_padded_dense(self.history_length).sum(1)
         history = history / batch.ids["history"].lengths().clamp(min=1)[:, None]
         scenario = self.scenario_embedding(batch.scenario)
+        read = meta.read(knowledge) if meta is not None else {}
+        users, items = (read.get(level, {}) for level in ("user", "item"))
         if meta is not None:  # vectors as plain features; 0 where there is none
-            item = item + meta.as_input("item", knowledge)
-            user = user + meta.as_input("user", knowledge)
+            item = item + items.get("input", 0.0)
+            user = user + users.get("input", 0.0)
             scenario = scenario + meta.scenario_as_input(batch.scenario_knowledge)
         x = torch.cat([user, item, scenario, history, user * item, history * item], dim=1)
         h, extra = x, x.new_zeros(())
         codes: dict[str, tuple[Tensor, Tensor | None]] = {}
         if meta is not None:
-            user_vectors = knowledge["user"] if meta.user_adapter is not None else None
-            codes, read = meta.codes(user_vectors, known["user"], batch.scenario_knowledge)
+            codes, told = meta.codes(users.get("code"), known["user"], batch.scenario_knowledge)
             if meta.alignment:
-                extra = meta.align(codes, batch, read)
+                extra = meta.align(codes, batch, told)
         if meta is not None and meta.user_layers is not None:
             h = meta.user_layers(x, codes["user"][0])
         logits = self.backbone(h, batch.scenario)
@@ -252,7 +270,9 @@ class DenseModel(nn.Module):
             logits = meta.scenario_layers(x, *codes["scenario"], logits)
         if meta is not None and meta.match is not None:
             both = known["user"] & known["item"]
-            logits = logits + meta.match(knowledge["user"], knowledge["item"], both, codes)
+            logits = logits + meta.match(
+                (users["match"], items["match"]), knowledge["user"], knowledge["item"], both, codes
+            )
         # Divided by the batch size, not by the number of samples: on every rank and in a last, padded
         # batch each sample counts once and equally.
         losses = F.binary_cross_entropy_with_logits(

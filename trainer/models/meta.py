@@ -5,6 +5,7 @@ the paper's own and replaces the bottom input by a generated layer's output.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,13 @@ def standardise(vectors: np.ndarray) -> np.ndarray:
     centred = vectors - vectors.mean(axis=1, dtype=np.float32, keepdims=True)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
     return centred / np.where(length > 1e-6, length, np.inf)
+
+
+def project(vectors: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
+    """What several linear layers without bias make of the same vectors [N, dim], as one product."""
+    weights = [layer.weight for layer in layers]
+    made = F.linear(vectors, torch.cat(weights) if len(weights) > 1 else weights[0])
+    return list(made.split([len(weight) for weight in weights], dim=1))
 
 
 class KnowledgeAdapter(nn.Module):
@@ -56,18 +64,21 @@ class KnowledgeAdapter(nn.Module):
         self.default = nn.Parameter(torch.zeros(rank))
         self.noise, self.dropout = noise, dropout
 
-    def forward(self, vectors: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps vectors [N, dim], with `known` bool [N], to z [N, rank]; unknown rows get the default.
+    def forward(self, projection: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps what `first` makes of vectors to z [N, rank]; unknown rows get the default.
+
+        Args:
+            projection: [N, width of `first`], see `project`.
+            known: bool [N].
 
         Returns:
             z, and which rows of it read their vector, bool [N]: `known` less what was dropped.
         """
-        z = self.first(vectors)
         if self.training and self.noise:
-            z = z + self._projected_noise(len(z))
+            projection = projection + self._projected_noise(len(projection))
         if self.training and self.dropout:
             known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
-        return torch.where(known[:, None], self.rest(z), self.default), known
+        return torch.where(known[:, None], self.rest(projection), self.default), known
 
     def _projected_noise(self, rows: int) -> Tensor:
         """What noise on the vectors becomes behind the first projection W, [rows, width of it].
@@ -330,6 +341,7 @@ class KnowledgeMatch(nn.Module):
 
     def forward(
         self,
+        projections: tuple[Tensor, Tensor],
         users: Tensor,
         items: Tensor,
         known: Tensor,
@@ -338,12 +350,13 @@ class KnowledgeMatch(nn.Module):
         """Maps knowledge of both sides to logits [B, tasks]; 0 where `known` is false.
 
         Args:
+            projections: What `user` and `item` make of the vectors, [B, width] each, see `project`.
             users: User vectors [B, user_dim].
             items: Item vectors [B, item_dim].
             known: Whether both are there, bool [B].
             codes: z per level and, where rows are shared, the row of each sample.
         """
-        features = self.user(users) * self.item(items)
+        features = projections[0] * projections[1]
         if self.has_cosine:
             # Cosines of one encoder's texts lie in a narrow band; widened to the scale of the others.
             cosine = 5 * (users * items).sum(dim=1, keepdim=True)
