@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.quality.arms import REGULARISATION, REGULARISED, SEEDS, TUNED_ON, TUNING_USERS
-from benchmarks.quality.study import assignments, best_trial, has_tried, is_current
+from benchmarks.quality.study import assignments, best_setting, has_tried, is_current
 from trainer.data.dataset import open_dataset, split_files
 from trainer.data.writer import connect, output_directory, write_info, write_sorted
 
@@ -80,7 +80,7 @@ def trial(work: Path, name: str, backbone: str, arm: str, setting: str) -> tuple
     """Run directory and assignments of one trial, with seed 0."""
     run = work / name / "tuning" / "runs" / backbone / arm / _words(setting)
     changes = {
-        **best_trial(work, name, backbone, arm)[1],
+        **best_setting(work, name, backbone, arm)[1],
         **SETTINGS[setting],
         "data.path": str(work / name / "tuning" / "data"),
     }
@@ -152,7 +152,7 @@ def seeds(
     if setting == UNCHANGED:
         return []
     folder = work / name / "regularisation" / backbone / arm / _words(setting)
-    changes = {**best_trial(work, name, backbone, arm)[1], **SETTINGS[setting]}
+    changes = {**best_setting(work, name, backbone, arm)[1], **SETTINGS[setting]}
     return [
         (run, assignments(work, name, backbone, arm, seed, run, changes))
         for seed in range(SEEDS)

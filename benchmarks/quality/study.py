@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import duckdb
 import numpy as np
 import yaml
 
-from benchmarks.quality.arms import ARMS, DATASETS, LEVELS, TEMPLATES
+from benchmarks.quality.arms import ARMS, CLOSE, DATASETS, DECIDING_SEEDS, LEVELS, TEMPLATES
 from llm_knowledge.parquet import parquet_sql
 from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import shuffled_store, write_store
@@ -156,54 +157,82 @@ def _leak(data: Path, stores: Path, out: Path) -> None:
 
 def trials(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
     """Run directory and assignments of every trial, all with seed 0."""
-    folder = work / name / "runs" / backbone / arm
-    return [
-        (run, assignments(work, name, backbone, arm, 0, run, trial))
-        for number, trial in enumerate(_settings(work, name, backbone, arm))
-        for run in [folder / f"trial-{number}"]
-    ]
+    settings = _settings(work, name, backbone, arm)
+    return [_run(work, name, backbone, arm, number, 0) for number in range(len(settings))]
 
 
 def _settings(work: Path, name: str, backbone: str, arm: str) -> list[dict[str, Any]]:
     """What an arm tries: its data set's trials, or what the arm that it is tuned as has chosen."""
     other = ARMS[arm].tuned_as
-    return [best_trial(work, name, backbone, other)[1]] if other else DATASETS[name].trials
+    return [best_setting(work, name, backbone, other)[1]] if other else DATASETS[name].trials
+
+
+def deciders(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
+    """Runs with further seeds of the settings that the first seed cannot tell apart; often none.
+
+    All trials have been trained.
+    """
+    reached = [valid_auc(run) for run, _ in trials(work, name, backbone, arm)]
+    close = [number for number, auc in enumerate(reached) if auc > max(reached) - CLOSE]
+    return [
+        _run(work, name, backbone, arm, number, seed)
+        for number in (close if len(close) > 1 else ())
+        for seed in range(1, DECIDING_SEEDS)
+    ]
 
 
 def seeds(
     work: Path, name: str, backbone: str, arm: str, number: int
 ) -> list[tuple[Path, list[str]]]:
-    """The further seeds' runs, by the best trial on the valid split; that trial becomes seed 0."""
-    best, trial = best_trial(work, name, backbone, arm)
-    folder = best.parent
-    first = folder / "seed-0"
-    if first.is_symlink() and first.readlink() != Path(best.name):
-        first.unlink()  # a trial that was the best of fewer
-    if not first.exists():
-        first.symlink_to(best.name)
-    return [
-        (run, assignments(work, name, backbone, arm, seed, run, trial))
-        for seed in range(1, number)
-        for run in [folder / f"seed-{seed}"]
-    ]
+    """The runs of all seeds with the setting that `best_setting` names; the first is its trial."""
+    best = best_setting(work, name, backbone, arm)[0]
+    return [_run(work, name, backbone, arm, best, seed) for seed in range(number)]
+
+
+def seed_of(run: Path) -> int:
+    """The seed of a run, by the name of its directory."""
+    return int(run.name.rpartition("seed-")[2]) if "seed-" in run.name else 0
+
+
+def _run(
+    work: Path, name: str, backbone: str, arm: str, number: int, seed: int
+) -> tuple[Path, list[str]]:
+    """Run directory and assignments of a setting, by its number, and a seed."""
+    trial = work / name / "runs" / backbone / arm / f"trial-{number}"
+    run = trial.with_name(f"{trial.name}.seed-{seed}") if seed else trial
+    setting = _settings(work, name, backbone, arm)[number]
+    return run, assignments(work, name, backbone, arm, seed, run, setting)
 
 
 def has_tried(work: Path, name: str, backbone: str, arm: str) -> bool:
-    """Whether all trials of an arm, and of the one that it is tuned as, have been trained."""
+    """Whether the trials of an arm, and of the one that it is tuned as, have come to a decision."""
     other = ARMS[arm].tuned_as
     if other and not has_tried(work, name, backbone, other):
         return False
     return all(
         is_current(run, words) and (run / "summary.json").exists()
-        for run, words in trials(work, name, backbone, arm)
+        for runs in (trials, deciders)
+        for run, words in runs(work, name, backbone, arm)
     )
 
 
-def best_trial(work: Path, name: str, backbone: str, arm: str) -> tuple[Path, dict[str, Any]]:
-    """The trial with the best AUC on the valid split, and its settings; all have been trained."""
-    tried = [run for run, _ in trials(work, name, backbone, arm)]
-    best = int(np.argmax([valid_auc(run) for run in tried]))
-    return tried[best], _settings(work, name, backbone, arm)[best]
+def best_setting(work: Path, name: str, backbone: str, arm: str) -> tuple[int, dict[str, Any]]:
+    """Number and content of the setting with the best AUC on the valid split.
+
+    Settings that the first seed cannot tell apart are told apart by the mean of several. All runs of
+    `trials` and `deciders` have been trained.
+    """
+    reached = {
+        number: [valid_auc(run)]
+        for number, (run, _) in enumerate(trials(work, name, backbone, arm))
+    }
+    if further := deciders(work, name, backbone, arm):
+        numbers = [int(run.name.partition(".")[0].removeprefix("trial-")) for run, _ in further]
+        reached = {number: reached[number] for number in sorted(set(numbers))}
+        for number, (run, _) in zip(numbers, further, strict=True):
+            reached[number].append(valid_auc(run))
+    best = max(reached, key=lambda number: sum(reached[number]) / len(reached[number]))
+    return best, _settings(work, name, backbone, arm)[best]
 
 
 def valid_auc(run: Path) -> float:
@@ -258,7 +287,7 @@ def is_current(run: Path, words: list[str]) -> bool:
 def train_cells(
     work: Path, cells: list[tuple[str, str, str]], number: int, jobs: int, ends: float
 ) -> bool:
-    """Trains cells (data set, backbone, arm): trials, then the further seeds by the best of them.
+    """Trains cells (data set, backbone, arm): trials, what decides between close ones, all seeds.
 
     `jobs` backbones at a time, each on a process of its own, so that no core waits for the trials of
     another.
@@ -274,10 +303,14 @@ def train_cells(
         def left() -> float:
             return (ends - time.monotonic()) / 60
 
-        tried = [run for cell in arms for run in trials(work, *cell)]
-        if not train(tried, 1, left()):
-            return False
-        return train([run for cell in arms for run in seeds(work, *cell, number)], 1, left())
+        return all(
+            train([run for cell in arms for run in runs(*cell)], 1, left())
+            for runs in (
+                partial(trials, work),
+                partial(deciders, work),
+                partial(seeds, work, number=number),
+            )
+        )
 
     with ThreadPoolExecutor(jobs) as pool:
         return all(list(pool.map(one, backbones.values())))

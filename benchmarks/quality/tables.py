@@ -77,7 +77,7 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     all_differences = _save(out / "differences.csv", _short_lines(differences), PAIR, changed)
     all_tuned = _save(out / "regularised_differences.csv", _short_lines(tuned), PAIR, changed_tuned)
     newest = max(
-        work.glob("*/runs/*/*/seed-*/versions.json"), key=lambda file: file.stat().st_mtime
+        work.glob("*/runs/*/*/trial-*/versions.json"), key=lambda file: file.stat().st_mtime
     )
     (out / "versions.json").write_text(newest.read_text())
     curves = [
@@ -104,9 +104,8 @@ def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for arm in ARMS:
         if study.has_tried(work, name, backbone, arm):
-            first = work / name / "runs" / backbone / arm / "seed-0"
-            further = study.seeds(work, name, backbone, arm, SEEDS)
-            runs = [first, *(run for run, words in further if study.is_current(run, words))]
+            trained = study.seeds(work, name, backbone, arm, SEEDS)
+            runs = [run for run, words in trained if study.is_current(run, words)]
             found[arm] = [run for run in runs if (run / "evaluation.json").exists()]
     return {arm: runs for arm, runs in found.items() if runs}
 
@@ -127,7 +126,7 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
     found = json.loads((run / "evaluation.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     head = {
-        "dataset": name, "backbone": backbone, "arm": arm, "seed": int(run.name.split("-")[1]),
+        "dataset": name, "backbone": backbone, "arm": arm, "seed": study.seed_of(run),
         "learning_rate": config["train"]["learning_rate"],
         "meta_learning_rate": config["train"]["meta_learning_rate"],
         "table_learning_rate": config["tables"]["learning_rate"],
@@ -153,7 +152,7 @@ def _metrics(section: str, key: str, block: dict[str, Any]) -> dict[str, Any]:
 
 def _pairs(found: dict[str, list[Path]]) -> dict[str, list[str]]:
     """Of the wanted differences those whose arms have the same seeds: others are not paired."""
-    seeds = {arm: [run.name for run in runs] for arm, runs in found.items()}
+    seeds = {arm: [study.seed_of(run) for run in runs] for arm, runs in found.items()}
     return {
         one: others
         for one, wanted in DIFFERENCES.items()
