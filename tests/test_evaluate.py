@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from launch.cli import main
+from llm_knowledge.errors import InputError
 from tests.knowledge_data import random_dataset
 from tests.training_data import make_config, make_inputs
 from trainer import scoring
 from trainer.config import load_config
 from trainer.data.loader import EventStream
-from trainer.distributed import distributed
+from trainer.distributed import Runtime, distributed
+from trainer.inputs import open_inputs
 from trainer.models.llm4msr import Predictions
 from trainer.run import Run
 from trainer.train import train
@@ -85,6 +87,14 @@ def test_how_many_are_scored_at_once_changes_nothing(run: Path, size: int) -> No
         assert evaluate(run, "--set", f"train.eval_batch_size={size}") == 0
     assert evaluated(run) == pytest.approx(before, abs=1e-6)
     assert steps == [-(-int(before["rows"]) // size)] != [-(-int(before["rows"]) // rows)]
+
+
+def test_a_number_that_ranks_cannot_share_is_refused(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = make_config(trained[0], None, tmp_path / "run", train__eval_batch_size=7)
+    with pytest.raises(InputError, match=r"train.eval_batch_size: 7 cannot be split over 2 ranks"):
+        open_inputs(config, Runtime(0, 2, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("words", [[], ["--reuse-predictions"]])

@@ -168,10 +168,12 @@ def test_a_further_trial_takes_the_place_of_seeds_by_an_earlier_best(
     # nor are the seeds that were trained with the earlier best.
     assert tables._complete(tmp_path, "movielens", "star") == {"alone": [run]}
     further = study.seeds(tmp_path, "movielens", "star", "alone", 3)
-    assert {load_config(None, words).train.learning_rate for _, words in further} == {0.5}
+    rates = [load_config(None, words).train.learning_rate for _, words in further]
+    assert rates == [0.5, 0.5, 0.5]
     for run, words in further[1:]:
         assert not study.is_current(run, words)
         finished(run, 0.7, words=words)
+        assert study.is_current(run, words)
     found = tables._complete(tmp_path, "movielens", "star")
     assert found == {"alone": [run for run, _ in further]}
     # A run of a setting that has changed since is not current either.

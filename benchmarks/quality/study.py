@@ -167,16 +167,21 @@ def _settings(work: Path, name: str, backbone: str, arm: str) -> list[dict[str, 
     return [best_setting(work, name, backbone, other)[1]] if other else DATASETS[name].trials
 
 
+def _close(work: Path, name: str, backbone: str, arm: str) -> list[int]:
+    """Numbers of the settings that the first seed cannot tell from the best: that one alone, often."""
+    reached = [valid_auc(run) for run, _ in trials(work, name, backbone, arm)]
+    return [number for number, auc in enumerate(reached) if auc > max(reached) - CLOSE]
+
+
 def deciders(work: Path, name: str, backbone: str, arm: str) -> list[tuple[Path, list[str]]]:
     """Runs with further seeds of the settings that the first seed cannot tell apart; often none.
 
     All trials have been trained.
     """
-    reached = [valid_auc(run) for run, _ in trials(work, name, backbone, arm)]
-    close = [number for number, auc in enumerate(reached) if auc > max(reached) - CLOSE]
+    numbers = _close(work, name, backbone, arm)
     return [
         _run(work, name, backbone, arm, number, seed)
-        for number in (close if len(close) > 1 else ())
+        for number in (numbers if len(numbers) > 1 else ())
         for seed in range(1, DECIDING_SEEDS)
     ]
 
@@ -222,16 +227,13 @@ def best_setting(work: Path, name: str, backbone: str, arm: str) -> tuple[int, d
     Settings that the first seed cannot tell apart are told apart by the mean of several. All runs of
     `trials` and `deciders` have been trained.
     """
-    reached = {
-        number: [valid_auc(run)]
-        for number, (run, _) in enumerate(trials(work, name, backbone, arm))
-    }
-    if further := deciders(work, name, backbone, arm):
-        numbers = [int(run.name.partition(".")[0].removeprefix("trial-")) for run, _ in further]
-        reached = {number: reached[number] for number in sorted(set(numbers))}
-        for number, (run, _) in zip(numbers, further, strict=True):
-            reached[number].append(valid_auc(run))
-    best = max(reached, key=lambda number: sum(reached[number]) / len(reached[number]))
+    numbers = _close(work, name, backbone, arm)
+
+    def mean_auc(number: int) -> float:
+        runs = [_run(work, name, backbone, arm, number, seed)[0] for seed in range(DECIDING_SEEDS)]
+        return sum(map(valid_auc, runs)) / len(runs)
+
+    best = max(numbers, key=mean_auc) if len(numbers) > 1 else numbers[0]
     return best, _settings(work, name, backbone, arm)[best]
 
 
