@@ -111,6 +111,12 @@ ARMS = {
         _FULL,
         tuned_as="llm4msr",
     ),
+    "llm4msr_alike": Arm(
+        "llm4msr with the step sizes that the backbone's trials chose, where its own chose others",
+        _TRUE,
+        _FULL,
+        tuned_as="alone",
+    ),
     "random": Arm("the same, random user vectors", {**_TRUE, "user": "random"}, _FULL),
     "constant": Arm(
         "the same parameters, one vector for all keys of a level",
@@ -191,13 +197,16 @@ DIFFERENCES = {
         "alone", "shuffled", "shuffled_alike", "random", "constant", "low_rank", "slow_layers",
         "no_layers", "no_input", "no_match", "features", "match_only", "item_only", "leak",
     ),
+    "llm4msr_alike": ("shuffled",),
     "match_layers": ("llm4msr",),
     "aligned": ("llm4msr",),
     "match_only": ("item_only",),
     "slow_layers": ("features",),
     "no_layers": ("features",),
     "tastes": ("alone", "tastes_shuffled", "llm4msr"),
-    "alone": ("features", "paper", "user_only", "scenario_only", "item_only", "leak"),
+    "alone": (
+        "llm4msr_alike", "features", "paper", "user_only", "scenario_only", "item_only", "leak",
+    ),
 }  # fmt: skip
 
 # What every arm tries besides, with the step sizes that its trials chose: on some backbones of unlike
