@@ -197,7 +197,7 @@ DIFFERENCES = {
         "alone", "shuffled", "shuffled_alike", "random", "constant", "low_rank", "slow_layers",
         "no_layers", "no_input", "no_match", "features", "match_only", "item_only", "leak",
     ),
-    "llm4msr_alike": ("shuffled",),
+    "llm4msr_alike": ("shuffled",),  # alike too where the backbone and the control chose the same trial
     "match_layers": ("llm4msr",),
     "aligned": ("llm4msr",),
     "match_only": ("item_only",),
