@@ -372,18 +372,30 @@ def test_what_tuning_changed_is_compared_again_and_the_rest_is_the_studys_own(
         {"dataset": "movielens", "backbone": "star", "arm": "llm4msr", "base": base, "low": "0.1"}
         for base in ("alone", "shuffled", "leak")
     ]
+    record = [  # as the CSV file has them: of another data set, not chosen, chosen
+        {"dataset": name, "arm": "alone", "setting": setting, "chosen": chosen}
+        for name, setting, chosen in (
+            ("simulated", "dropout .5", "1"),
+            ("movielens", "dropout .5", "0"),
+            ("movielens", "dropout .1", "1"),
+        )
+    ]
     asked: list[dict] = []
+
+    def complete(work: Path, name: str, backbone: str, settings: dict, found: dict) -> dict:
+        assert settings == {"alone": "dropout .1"}
+        return after
 
     def compared(found: dict, pairs: dict, file: Path) -> list[dict]:
         asked.append(pairs)
         return [{"arm": "llm4msr", "base": "alone", "low": "0.2"}]
 
-    monkeypatch.setattr(regularisation, "complete", lambda *_: after)
+    monkeypatch.setattr(regularisation, "complete", complete)
     monkeypatch.setattr(tables, "_differences", compared)
     monkeypatch.setattr(tables, "_rows", lambda *cell: [cell])
     with ThreadPoolExecutor() as pool:
         cells = [("movielens", "star", before)]
-        lines, added = tables._regularised(tmp_path, cells, own, [], pool)  # type: ignore[arg-type]
+        lines, added = tables._regularised(tmp_path, cells, own, record, pool)  # type: ignore[arg-type]
     assert asked == [{"llm4msr": ["alone"]}]
     assert [(row["base"], row["low"]) for row in lines] == [("alone", "0.2"), ("shuffled", "0.1")]
     assert added == [("movielens", "star", "alone", after["alone"][0])]

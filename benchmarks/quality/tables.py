@@ -55,6 +55,7 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     if not cells:
         raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
     trials = [row for name in DATASETS for arm in REGULARISED for row in _trials(work, name, arm)]
+    all_trials = _save(out / "regularisation.csv", trials, ("dataset", "arm"))
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         files = [
             work / name / "runs" / backbone / "differences.json" for name, backbone, _ in cells
@@ -65,14 +66,13 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
             for arm, folders in found.items():
                 runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
             differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
-        tuned, tuned_runs = _regularised(work, cells, differences, trials, pool)
+        tuned, tuned_runs = _regularised(work, cells, differences, all_trials, pool)
     for name in dict.fromkeys(name for name, *_ in cells):
         head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
         runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
     changed = changed_cells(runs, record)
     changed_tuned = changed | changed_cells(tuned_runs, _read(out / "regularised_runs.csv"))
     all_runs = _save(out / "runs.csv", runs, CELL)
-    all_trials = _save(out / "regularisation.csv", trials, ("dataset", "arm"))
     _save(out / "regularised_runs.csv", tuned_runs, CELL)
     all_differences = _save(out / "differences.csv", _short_lines(differences), PAIR, changed)
     all_tuned = _save(out / "regularised_differences.csv", _short_lines(tuned), PAIR, changed_tuned)
@@ -303,19 +303,22 @@ def _regularised(
     work: Path,
     cells: list[tuple[str, str, dict[str, list[Path]]]],
     differences: list[dict[str, Any]],
-    trials: list[dict[str, Any]],
+    trials: list[Row],
     pool: ProcessPoolExecutor,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Differences of the arms as tuned, and the runs that tuning added.
 
-    Where both arms of a difference kept the study's setting it is the study's own.
+    Where both arms of a difference kept the study's setting it is the study's own. `trials` are those on
+    record, so that cells of a folder without trials have the differences of what was chosen elsewhere.
     """
     lines: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     waiting = []
     for name, backbone, before in cells:
         settings = {
-            row["arm"]: row["setting"] for row in trials if row["dataset"] == name and row["chosen"]
+            row["arm"]: row["setting"]
+            for row in trials
+            if row["dataset"] == name and row["chosen"] == "1"
         }
         found = regularisation.complete(work, name, backbone, settings, before)
         changed = {arm for arm in found if found[arm] != before.get(arm)}
