@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import itertools
+import json
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.meta_layer import COMPILED, NAIVE, PEAK, candidates, forms, rows_of, table
 from benchmarks.meta_layer import main as benchmark
+from launch.cli import main
 from llm_knowledge.errors import InputError
 from trainer.models.layers import ScenarioAffine
 from trainer.models.m2m import SCENARIO_WIDTH, MetaUnit
@@ -218,6 +221,46 @@ def test_autocast_gives_bfloat16_and_float32_gradients(strategy: str) -> None:
     assert all(grad.dtype == torch.float32 for grad in grads)
     h, g, weight, bias = inputs
     torch.testing.assert_close(y.float(), oracle(h, g[group], weight, bias), rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("form", ["core", "gate"])
+def test_cheap_forms_compile_without_a_graph_break_and_take_autocast(form: str) -> None:
+    _, g, core, bias = (t.detach().float() for t in tensors(9, 3, 4, 4, knowledge_rows=2))
+    down, up = torch.randn(4, 5), torch.randn(4, 4)
+    weights = [g, down, core, bias, up] if form == "core" else [g, down, bias, bias + 1]
+    leaves = [one.requires_grad_() for one in weights]
+    call = functools.partial(meta_core if form == "core" else meta_gate, activation="relu")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (33, 21, 64):
+        h, group = torch.randn(rows, 5, requires_grad=True), torch.arange(rows) % 2
+        expected, ours = call(h, *leaves, group=group), compiled(h, *leaves, group=group)
+        check_gradients(ours, expected, [h, *leaves])
+    assert counter.frame_count == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = call(h, *leaves, group=group)
+    assert all(
+        grad.dtype == torch.float32 for grad in torch.autograd.grad(cast.float().sum(), leaves)
+    )
+    torch.testing.assert_close(cast.float(), expected, rtol=0.05, atol=0.3)
+
+
+def test_autocast_leaves_float64_to_the_strategy_that_can_do_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def choose(*_: int, **where: Any) -> tuple[str, str]:
+        asked.append(where["dtype"])
+        return "reference", ""
+
+    module = sys.modules[min_rows_per_group.__module__]  # whose name the function has taken
+    monkeypatch.setattr(module, "choose_strategy", choose)
+    inputs = tensors(6, 2, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert meta_linear(*inputs).dtype == torch.float64
+        meta_linear(*(one.float() for one in inputs))
+    assert asked == [torch.float64, torch.bfloat16]
 
 
 @pytest.fixture
@@ -583,9 +626,24 @@ def test_profile_names_the_strategy_and_its_share_of_the_peak(distinct: int | No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 0}, {"dtype": "int8"}, {"strategy": "fused"}, {"strategy": "grouped"}]
+    "wrong",
+    [
+        {"rank": 0},
+        {"distinct": 0},
+        {"dtype": "int8"},
+        {"strategy": "fused"},
+        {"strategy": "grouped"},
+    ],
 )
 def test_profile_refuses_what_it_cannot_run(wrong: dict) -> None:
     sizes = {"batch": 8, "rank": 2, "in_features": 4, "out_features": 4}
     with pytest.raises(InputError, match="profile meta-layer"):
         profile_meta_layer(**sizes | wrong)
+
+
+def test_profile_command_prints_the_report(capsys: pytest.CaptureFixture) -> None:
+    words = "profile meta-layer --batch 64 --rank 2 --in-features 8 --out-features 4 --rounds 2"
+    assert main([*words.split(), "--distinct", "2", "--strategy", "reference", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["strategy"] == "reference"
+    assert "8 to 4, rank 2, 64 rows, 2 knowledge rows, cpu float32" in report["explanation"]

@@ -15,8 +15,10 @@ from trainer.models.llm4msr import BACKBONES, DenseModel, Predictions, Shapes
 from trainer.models.meta import (
     Generator,
     KnowledgeAdapter,
+    KnowledgeMatch,
     MetaLayer,
     ScenarioMetaLayers,
+    UserMetaLayers,
     alignment_loss,
     standardise,
 )
@@ -141,6 +143,53 @@ def test_linear_form_differs_by_user_knowledge_from_the_start() -> None:
     one = dense.eval()(pooled, sequences, vectors, batch)[1].logits
     two = dense.eval()(pooled, sequences, doubled, batch)[1].logits
     assert not torch.allclose(one, two)
+
+
+def test_linear_form_is_the_papers_generator() -> None:
+    """Each level's layers are leaky_relu(W(z) h + b(z)), W and b linear in the code; no skip, no gate."""
+    torch.manual_seed(2)
+    users = UserMetaLayers(5, 2, Generator(rank=3, residual=False))
+    branch = ScenarioMetaLayers(5, 4, 2, Generator(rank=3, residual=False), num_tasks=1)
+    h, z, group = torch.randn(ROWS, 5), torch.randn(ROWS, 3), torch.arange(ROWS) % 4
+    logits = torch.randn(ROWS, 1)
+    for found, layers, codes in (
+        (users(h, z), users.layers, z),
+        (branch(h, z[:4], group, logits), branch.layers, z[:4][group]),
+    ):
+        expected = h
+        for layer in layers:
+            weight = layer.weight[-1] + torch.einsum("br,roi->boi", codes, layer.weight[:-1])
+            bias = layer.bias[-1] + codes @ layer.bias[:-1]
+            expected = torch.einsum("boi,bi->bo", weight, expected) + bias
+            expected = nn.functional.leaky_relu(expected, 0.01)
+        if layers is branch.layers:
+            expected = logits + branch.out(expected)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_layer_that_begins_at_zero_does_so_in_both_forms(kind: dict, residual: bool) -> None:
+    layer = MetaLayer(6, 6, Generator(rank=3, residual=residual, **kind), zero=True)
+    assert layer(torch.randn(ROWS, 6), torch.randn(ROWS, 3)).abs().max() == 0
+
+
+@pytest.mark.parametrize("item_dim", [VECTOR, VECTOR - 2])
+def test_match_is_a_bilinear_form_and_a_small_network_where_both_are_known(item_dim: int) -> None:
+    torch.manual_seed(4)
+    match = KnowledgeMatch(VECTOR, item_dim, 3, num_tasks=2)
+    nn.init.normal_(match.out.weight)
+    users, items = torch.randn(ROWS, VECTOR), torch.randn(ROWS, item_dim)
+    known = torch.arange(ROWS) % 3 > 0
+    found = match((match.user(users), match.item(items)), users, items, known, {})
+    features = (users @ match.user.weight.t()) * (items @ match.item.weight.t())
+    if item_dim == VECTOR:
+        features = torch.cat([features, 5 * (users * items).sum(1, keepdim=True)], dim=1)
+    hidden, bilinear = match.out.weight.split([16, features.shape[1]], dim=1)
+    expected = match.hidden(features) @ hidden.t() + features @ bilinear.t()
+    torch.testing.assert_close(found[known], expected[known])
+    assert found[~known].abs().max() == 0
+    assert expected[~known].abs().min() > 0
 
 
 @pytest.mark.parametrize("backbone", ["shared_bottom", "star"])

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +127,7 @@ def facts_of_the_rest() -> dict[str, Any]:
     checks = opcheck(fused, (*leaves, "tanh")).values()
     checks_backward = opcheck(fused_backward_op, (dy, y, h, g, weight, bias, "tanh")).values()
     return {
+        "edges": edges(),
         "empty": [[list(one.shape) for one in empty], [one.abs().sum().item() for one in empty]],
         "strided": [
             torch.allclose(a, b, atol=1e-4) for a, b in zip(strided, expected, strict=True)
@@ -138,6 +140,41 @@ def facts_of_the_rest() -> dict[str, Any]:
         "opcheck": sorted({*checks, *checks_backward}),
         "compiled": compiled_equals_eager(),
     }
+
+
+def edges() -> dict[str, bool]:
+    """Widths of 0, values that are no numbers or tiny, settings of the user's: what holds."""
+    h, g, weight, bias, dy = inputs_of("small", torch.float32)
+    found: dict[str, bool] = {}
+    for name, i, o in (("no inputs", 0, 20), ("no outputs", 24, 0)):
+        cut = [h[:, :i], g, weight[:, :o, :i], bias[:, :o]]
+        pair = [
+            run(lambda *a, s=strategy: meta_linear(*a, strategy=s), cut, dy[:, :o])
+            for strategy in ("fused", "reference")
+        ]
+        found[name] = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*pair, strict=True))
+    infinite = [h[:0], g[:0], weight / 0, bias]
+    empty = run(lambda *a: meta_linear(*a, strategy="fused"), infinite, dy[:0])
+    found["empty, infinite weights"] = all(bool((one == 0).all()) for one in empty)
+    broken = h.clone()
+    broken[3, 2] = torch.nan
+    for activation in SLOPES:
+        y = meta_linear(broken, g, weight, bias, activation=activation, strategy="fused")
+        missing = y.isnan()
+        found[f"nan through {activation}"] = bool(missing[3].all()) and int(missing.sum()) == 20
+    for scale in (1e-6, 1e-3, 0.3, 1.0):
+        scaled = [h, g, weight * scale, bias * scale]
+        y = meta_linear(*scaled, activation="tanh", strategy="fused").double()
+        exact = torch.tanh(oracle(*[one.double() for one in scaled]))
+        found[f"tanh of {scale}"] = bool(((y - exact).norm() / exact.norm()) < 1e-6)
+    was = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    y = meta_linear(h, g, weight, bias, strategy="fused")
+    torch.backends.cuda.matmul.fp32_precision = was
+    found["precision by its newer name"] = torch.equal(
+        y, meta_linear(h, g, weight, bias, strategy="fused")
+    )
+    return found
 
 
 def compiled_equals_eager() -> dict[str, Any]:
@@ -184,6 +221,39 @@ def test_empty_batch(interpreted: dict[str, Any]) -> None:
     shapes, sums = interpreted["rest"]["empty"]
     assert shapes == [[0, 20], [0, 24], [0, 5], [6, 20, 24], [6, 20]]
     assert sums == [0] * 5
+
+
+@pytest.mark.slow
+def test_edges(interpreted: dict[str, Any]) -> None:
+    found = interpreted["rest"]["edges"]
+    assert len(found) == 13
+    assert [name for name, holds in found.items() if not holds] == []
+
+
+def test_float32_is_multiplied_as_the_user_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.ops.triton_meta import _precision
+
+    # Not through torch: the two names of the setting must not be mixed in one process.
+    matmul = SimpleNamespace(fp32_precision="none")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    assert _precision(torch.float32) == "tf32x3"
+    matmul.fp32_precision = "tf32"
+    assert _precision(torch.float32) == _precision(torch.bfloat16) == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("programs", "rows", "widest"),
+    [(4, 1000, 64), (500, 100_000, 512), (528, 4_194_305, 512), (9, 2**31, 128)],
+)
+def test_shares_of_the_batch_are_numbered_by_32_bits(programs: int, rows: int, widest: int) -> None:
+    from trainer.ops.triton_meta import _rows_per_share
+
+    found = _rows_per_share(132, programs, rows, widest, 64)
+    assert found % 64 == 0
+    assert found * widest <= 2**31
+    shares = -(-rows // found)
+    # Two programs for each multiprocessor, but for small batches, whose shares stay at 512 rows.
+    assert shares * programs >= 2 * 132 or found <= 512
 
 
 @pytest.mark.slow

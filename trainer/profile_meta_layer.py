@@ -92,7 +92,8 @@ def profile_meta_layer(
     from llm_knowledge.errors import InputError
     from trainer.ops import choose_strategy, explain_strategy, meta_linear
 
-    if min(batch, rank, in_features, out_features, distinct or 1, rounds - 1) < 1:
+    rows = batch if distinct is None else distinct
+    if min(batch, rank, in_features, out_features, rows, rounds - 1) < 1:
         raise InputError("profile meta-layer: sizes must be at least 1, and rounds at least 2")
     if dtype not in DTYPES:
         raise InputError(f"profile meta-layer: dtype {dtype!r}; use one of {', '.join(DTYPES)}")
@@ -107,7 +108,7 @@ def profile_meta_layer(
         return torch.randn(*sizes, device=device).to(kind)
 
     group = None if distinct is None else torch.arange(batch, device=device) % distinct
-    sizes = ((batch, in_features), (distinct or batch, rank), (rank + 1, out_features, in_features))
+    sizes = ((batch, in_features), (rows, rank), (rank + 1, out_features, in_features))
     inputs = [random(*one).requires_grad_() for one in (*sizes, (rank + 1, out_features))]
     dy, square = random(batch, out_features), random(PEAK_SIZE, PEAK_SIZE)
 

@@ -144,7 +144,7 @@ class MetaLayer(nn.Module):
         if self.kind == "gate":
             self.shared = nn.Parameter(_uniform(out_features, in_features))
             scale = torch.zeros(slices, out_features)
-            if not generator.residual:
+            if not (generator.residual or zero):
                 scale[:-1].normal_(std=1 / math.sqrt(generator.rank))
             scale[-1] = 0.0 if zero else 1.0
             self.scale = nn.Parameter(scale)
@@ -152,7 +152,7 @@ class MetaLayer(nn.Module):
             return
         o, i = (core, core) if self.kind == "core" else (out_features, in_features)
         weight = torch.zeros(slices, o, i)
-        if not generator.residual:
+        if not (generator.residual or zero):
             weight[:-1].normal_(std=1 / math.sqrt(i * generator.rank))
         if self.kind == "core":
             weight[-1] = torch.eye(core)  # starts as the product of the shared matrices

@@ -197,7 +197,7 @@ def meta_linear(
     name = activation_name(activation)
     if strategy == "auto":
         device = h.device.type
-        cast = torch.is_autocast_enabled(device)
+        cast = torch.is_autocast_enabled(device) and h.dtype != torch.float64  # which stays
         strategy, _ = choose_strategy(
             h.shape[0],
             g.shape[1],

@@ -46,14 +46,17 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 1:
-        z = tl.maximum(z, 0.0)
+    if ACTIVATION == 1:  # not the plain maximum, which on a GPU makes 0 of what is not a number
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == 2:
         z = tl.where(z > 0, z, 0.01 * z)
     elif ACTIVATION == 3:
         z = tl.sigmoid(z)
-    elif ACTIVATION == 4:
-        z = 2.0 * tl.sigmoid(2.0 * z) - 1.0
+    elif ACTIVATION == 4:  # near 0, where the difference would cancel, by its series
+        x = z * z
+        series = 2 / 15 + x * (-17 / 315 + x * (62 / 2835))
+        series = z * (1 + x * (-1 / 3 + x * series))
+        z = tl.where(tl.abs(z) < 0.25, series, 2.0 * tl.sigmoid(2.0 * z) - 1.0)
     return z
 
 
@@ -320,25 +323,30 @@ def constants(kernel: str, tile: Tile, one_k: bool, precision: str) -> dict[str,
     return values if kernel == "backward_weight" else values | {"ONE_K": one_k}
 
 
-def variants() -> Iterator[tuple[str, Tile, dict[str, Any], str]]:
-    """Every shipped variant as (kernel, tile, constants, Triton's name of the element type)."""
+def variants() -> Iterator[tuple[str, Tile, dict[str, Any], str, str]]:
+    """Every shipped variant: kernel, tile, constants, Triton's names of the types read and written."""
     for kernel, itemsize, _, most_depth, tile in TILES:
         kinds = [("bf16", "tf32"), ("fp16", "tf32")]
         if itemsize == 4:
             kinds = [("fp32", "tf32"), ("fp32", "tf32x3")]
         for element, precision in kinds:
             values = constants(kernel, tile, most_depth is not None, precision)
-            if kernel != "forward":
-                yield kernel, tile, values, element
+            if kernel == "forward":
+                for code in ACTIVATION_CODES.values():
+                    yield kernel, tile, values | {"ACTIVATION": code}, element, element
                 continue
-            for code in ACTIVATION_CODES.values():
-                yield kernel, tile, values | {"ACTIVATION": code}, element
+            yield kernel, tile, values, element, element
+            if kernel == "backward_weight" and itemsize == 2:  # several shares: sums in float32
+                yield kernel, tile, values, element, "fp32"
 
 
-def _precision() -> str:
+def _precision(dtype: torch.dtype) -> str:
     # float32 on tensor cores: three products make up for TF32's short mantissa, unless the user
-    # traded precision for speed for every other product as well.
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # traded precision for speed for every other product as well. Asked by the name that torch has had
+    # since 2.9: the older one, `allow_tf32`, raises where a user has set the newer.
+    matmul = torch.backends.cuda.matmul
+    is_fast = dtype != torch.float32 or matmul.fp32_precision == "tf32"
+    return "tf32" if is_fast else "tf32x3"
 
 
 def _padded(one: Tensor, *widths: int) -> Tensor:
@@ -368,19 +376,20 @@ def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation
         ACTIVATION=ACTIVATION_CODES[activation],
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **constants("forward", tile, one_k, _precision()),
+        **constants("forward", tile, one_k, _precision(h.dtype)),
     )
     return y[:, :width_out].contiguous()
 
 
-def _shares(device: torch.device, programs: int, rows: int) -> int:
-    """Parts of the batch that the weights' kernel sums apart, so that every multiprocessor has work."""
-    processors = (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
-    return max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(rows, 512)))
+def _rows_per_share(processors: int, programs: int, rows: int, widest: int, block: int) -> int:
+    """Rows of a part of the batch that the weights' kernel sums apart, a multiple of `block`.
+
+    Parts are made so that every multiprocessor has work, and so that what they read of the widest input
+    is numbered by 32 bits.
+    """
+    shares = max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(rows, 512)))
+    wanted = triton.cdiv(triton.cdiv(rows, shares), block) * block
+    return max(block, min(wanted, 2**31 // widest // block * block))
 
 
 def fused_backward(
@@ -399,10 +408,10 @@ def fused_backward(
         dh [B, i], dg [B, r], dweight [r+1, o, i], dbias [r+1, o].
     """
     (rows, width_in), width_out = h.shape, weight.shape[1]
-    if rows == 0:
-        return h.new_empty(h.shape), g.new_empty(g.shape), weight * 0, bias * 0
     dbias = torch.cat([g.t() @ dz, dz.sum(0, keepdim=True)])
     dg_of_bias = dz @ bias[:-1].t()
+    if rows * width_in * width_out == 0:
+        return torch.zeros_like(h), dg_of_bias, torch.zeros_like(weight), dbias
     dz, h, g = _padded(dz, width_out), _padded(h, width_in), g.contiguous()
     weight = _padded(weight, width_in, width_out)
     dh, dg = _launch_backward_input(dz, h, g, weight)
@@ -428,7 +437,7 @@ def _launch_backward_input(
         *(dz, h, g, weight, dh, dg, rows, rank, i, o),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **constants("backward_input", tile, one_k, _precision()),
+        **constants("backward_input", tile, one_k, _precision(h.dtype)),
     )
     return dh, dg.sum(0)
 
@@ -438,8 +447,11 @@ def _launch_backward_weight(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor) ->
     (rows, i), rank, o = h.shape, g.shape[1], dz.shape[1]
     tile, _ = choose_tile("backward_weight", h.element_size(), i, 0)
     tiles = triton.cdiv(o, tile.bm) * triton.cdiv(i, tile.bn)
-    shares = _shares(h.device, tiles * (rank + 1), rows)
-    rows_per_share = triton.cdiv(triton.cdiv(rows, shares), tile.bk) * tile.bk
+    processors = (
+        torch.cuda.get_device_properties(h.device).multi_processor_count if h.is_cuda else 4
+    )
+    programs = tiles * (rank + 1)
+    rows_per_share = _rows_per_share(processors, programs, rows, max(i, o, rank), tile.bk)
     shares = triton.cdiv(rows, rows_per_share)
     dtype = weight.dtype if shares == 1 else torch.float32
     sums = h.new_empty(shares, *weight.shape, dtype=dtype)
@@ -447,6 +459,6 @@ def _launch_backward_weight(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor) ->
         *(dz, h, g, sums, rows, rank, i, o, rows_per_share),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **constants("backward_weight", tile, True, _precision()),
+        **constants("backward_weight", tile, True, _precision(h.dtype)),
     )
     return sums[0] if shares == 1 else sums.sum(0).to(weight.dtype)
