@@ -124,6 +124,33 @@ def test_sar_net_transforms_the_input_by_scenario() -> None:
         torch.testing.assert_close(net.transform(x, scenario)[row], expected)
 
 
+def test_sar_net_gates_what_it_transforms_and_normalises() -> None:
+    net, (x, scenario) = make("sar_net", tasks=2), samples()
+    nn.init.normal_(net.transform.scale)
+    nn.init.normal_(net.transform.shift)
+    h = F.layer_norm(x * net.transform.scale[scenario] + net.transform.shift[scenario], [IN])
+    experts = torch.cat([net.shared(h), net.own(h, scenario)], dim=1)
+    weights = F.linear(h, net.gate.weight, net.gate.bias).view(ROWS, 2, -1).softmax(-1)
+    expected = net.towers(weights @ experts, torch.zeros_like(scenario))
+    torch.testing.assert_close(net(x, scenario), expected)
+
+
+def test_star_normalises_by_scenario_and_adds_an_auxiliary_network() -> None:
+    net, (x, scenario) = make("star", tasks=2), samples()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    h = F.layer_norm(x, [IN], net.norm.weight, net.norm.bias)
+    h = h * net.scale[scenario] + net.shift[scenario]
+    for layer in net.layers:
+        h = layer(h, scenario).relu()
+    auxiliary = x
+    for layer in net.auxiliary.modules():
+        if isinstance(layer, nn.Linear):
+            last = layer.out_features == 2
+            auxiliary = layer(auxiliary) if last else layer(auxiliary).relu()
+    torch.testing.assert_close(net(x, scenario), net.out(h, scenario) + auxiliary)
+
+
 def test_m2m_meta_unit_is_a_layer_that_the_scenario_generates() -> None:
     unit = m2m.MetaUnit(5)
     nn.init.normal_(unit.bias)
@@ -334,6 +361,21 @@ def test_hinet_attends_to_the_other_scenarios() -> None:
     torch.testing.assert_close(weights.sum(1), torch.ones(ROWS))
     assert weights[torch.arange(ROWS), scenario].abs().max() == 0
     assert make("hinet", scenarios=1).attend(x, torch.zeros_like(scenario)).abs().max() == 0
+
+
+def test_hinet_mixes_each_tasks_experts_with_the_shared_ones() -> None:
+    net, (x, scenario) = make("hinet", tasks=2), samples()
+    own = F.one_hot(scenario, S).float()
+    others = net.attend(x, scenario)
+    extracted = [net.of_scenarios(x, choice[:, None])[:, 0] for choice in (own, others)]
+    h = torch.cat([net.shared(x, torch.ones(ROWS, 1, 1))[:, 0], *extracted], dim=1)
+    first, second, common = net.of_tasks(h).view(ROWS, 3, hinet.TASK_EXPERTS, -1).unbind(1)
+    weights = net.gate(h).view(ROWS, 2, -1).softmax(-1)
+    mixed = [
+        (weights[:, [task]] @ torch.cat([experts, common], dim=1))[:, 0]
+        for task, experts in enumerate((first, second))
+    ]
+    torch.testing.assert_close(net(x, scenario), net.towers(torch.stack(mixed, dim=1), scenario))
 
 
 def test_hinet_sub_experts_are_mixed_by_their_groups_gate() -> None:

@@ -13,6 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -339,13 +342,24 @@ def test_add_your_own_is_short_and_works(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- two ranks
 
 
+def add_label(data: Path, name: str) -> None:
+    """Gives a prepared data set a further label: whether the event's time is even."""
+    for file in data.glob("*/part-*.parquet"):
+        table = pq.read_table(file)
+        even = (table["timestamp"].to_numpy() % 2 == 0).astype(np.int8)
+        pq.write_table(table.append_column(f"label_{name}", pa.array(even)), file)
+    info = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(info | {"extra_labels": [name]}))
+
+
 def ranked_config(name: str, data: Path, stores: Path, output: Path) -> RunConfig:
-    """LLM4MSR around the backbone, with nothing random in it."""
+    """LLM4MSR around the backbone with two labels, with nothing random in it."""
     return make_config(
         data,
         stores,
         output,
         train__global_batch_size=640,
+        data__labels='{"even": 0.5}',
         model__backbone=name,
         model__dropout=0.0,
         model__meta__noise=0.0,
@@ -385,16 +399,19 @@ def step_on_all_ranks(data: Path, stores: Path, root: Path) -> dict[str, list[fl
                         batch.logits, batch.label, batch.weight, reduction="sum"
                     ),
                     batch.weight.sum(),
+                    (batch.extra_logits[:, 0] * batch.weight).sum(),
                 ]
             )
             dist.all_reduce(loss)
-            found[name] = [before, (loss[0] / loss[1]).item(), measure(run, valid)[1]]
+            first_loss, further_logit = (loss[0] / loss[1]).item(), (loss[2] / loss[1]).item()
+            found[name] = [before, first_loss, measure(run, valid)[1], further_logit]
     return found
 
 
 @pytest.mark.distributed
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     data, stores = make_inputs(tmp_path / "inputs", users=80)
+    add_label(data, "even")
     one = step_on_all_ranks(data, stores, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

@@ -37,3 +37,10 @@ def test_one_mixture_is_what_it_is_among_several() -> None:
     both = mix(experts, scores)
     for task in range(2):
         torch.testing.assert_close(mix(experts, scores[:, task : task + 1]), both[:, [task]])
+
+
+def test_all_but_one_share_that_rounds_to_all_still_drops() -> None:
+    """A configuration may ask for any share below 1; 16 bits do not tell the last ones apart from 1."""
+    y = Dropout(0.999995).train()(torch.ones(100_000))
+    assert y.isfinite().all()
+    assert (y != 0).sum() < 20

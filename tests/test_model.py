@@ -1,6 +1,7 @@
 """Backbones and meta networks: their defining properties."""
 
 import itertools
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -134,6 +135,29 @@ def test_every_meta_parameter_learns(form: str, options: dict) -> None:
         name for name, value in dense.meta.named_parameters() if torch.equal(value, before[name])
     ]
     assert still == []
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fusion"),
+    [*((name, "sum") for name in BACKBONES), ("star", "concat"), ("star", "gate")],
+)
+def test_every_backbone_takes_several_labels_and_llm4msr(backbone: str, fusion: str) -> None:
+    torch.manual_seed(0)
+    meta = MetaConfig(enabled=True, item_knowledge="match", fusion=fusion)
+    config = ModelConfig(backbone=backbone, hidden=[8, 6], dropout=0.0, meta=meta)
+    dense = DenseModel(config, replace(shapes(), label_weights=(0.5, 2.0)), DIM).train()
+    *looked_up, batch = inputs()
+    batch.extra_labels = torch.stack([1 - batch.label, batch.label], dim=1)
+    optimizer = torch.optim.Adam(dense.parameters(), lr=0.02)
+    for _ in range(80):
+        optimizer.zero_grad()
+        dense(*looked_up, batch)[0].backward()
+        optimizer.step()
+    found = dense.eval()(*looked_up, batch)[1]
+    # The second label says the opposite of the first: one logit per sample could not learn both.
+    learned = torch.cat([found.logits[:, None], found.extra_logits], dim=1) > 0
+    wanted = torch.stack([batch.label, 1 - batch.label, batch.label], dim=1) > 0
+    assert (learned == wanted).float().mean() > 0.9
 
 
 def test_linear_form_differs_by_user_knowledge_from_the_start() -> None:

@@ -1,6 +1,7 @@
 """The study of docs/quality.md: arms, held-out users of the simulated log, tables."""
 
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.quality import bound, page, regularisation, study, tables
+from benchmarks.quality.__main__ import main as quality
 from benchmarks.quality.arms import ARMS, CLOSE, DATASETS, DIFFERENCES, MAIN, REGULARISED, TUNED_ON
 from trainer.config import load_config, save_config
 from trainer.data.dataset import open_dataset, validate_dataset
@@ -275,6 +277,36 @@ def test_a_control_tuned_alike_takes_the_other_arms_choice(tmp_path: Path) -> No
     assert len(further) == 5
 
 
+def test_regularisation_needs_trials_of_the_backbones_it_tunes_on_and_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Path] = []
+
+    def train(runs: list[tuple[Path, list[str]]], jobs: int) -> None:
+        trained.extend(run for run, _ in runs)
+        for run, words in runs:
+            finished(run, 0.1, auc=0.9 if "dropout-0.5" in str(run) else 0.8, words=words)
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(regularisation, "make_data", lambda work, name: None)
+    words = f"regularisation --work {tmp_path} --datasets movielens --arms alone features"
+    monkeypatch.setattr("sys.argv", ["quality", *words.split()])
+    for backbone in (*TUNED_ON, "mmoe"):
+        for number, (run, words) in enumerate(
+            study.trials(tmp_path, "movielens", backbone, "alone")
+        ):
+            finished(run, 0.6 + 0.1 * number, words=words)
+    names = " ".join(TUNED_ON)
+    with pytest.raises(SystemExit, match=f"movielens --backbones {names} --arms features$"):
+        quality()
+    assert trained == []
+    monkeypatch.setattr("sys.argv", [one for one in sys.argv if one != "features"])
+    quality()
+    seeds = [run for run in trained if run.name.startswith("seed-")]
+    assert {run.parents[2].name for run in seeds} == {*TUNED_ON, "mmoe"}  # all that have been run
+    assert len(seeds) == 5 * (len(TUNED_ON) + 1)
+
+
 def test_every_arm_is_regularised_by_the_same_budget(tmp_path: Path) -> None:
     best = DATASETS["movielens"].trials[1]
     before: dict[str, list[Path]] = {}
@@ -368,22 +400,28 @@ def test_what_tuning_changed_is_compared_again_and_the_rest_is_the_studys_own(
     before = {arm: runs("runs", arm) for arm in ("alone", "llm4msr", "shuffled", "leak")}
     after = {arm: before[arm] for arm in ("alone", "llm4msr", "shuffled")}
     after["alone"] = runs("regularised", "alone")
-    own = [
-        {"dataset": "movielens", "backbone": "star", "arm": "llm4msr", "base": base, "low": "0.1"}
+    head = {"dataset": "movielens", "arm": "llm4msr", "seeds": "5", "low": "0.1"}
+    own = [  # as the CSV files have them, MMoE of another folder
+        head | {"backbone": backbone, "base": base}
+        for backbone in ("mmoe", "star")
         for base in ("alone", "shuffled", "leak")
     ]
-    record = [  # as the CSV file has them: of another data set, not chosen, chosen
-        {"dataset": name, "arm": "alone", "setting": setting, "chosen": chosen}
-        for name, setting, chosen in (
-            ("simulated", "dropout .5", "1"),
-            ("movielens", "dropout .5", "0"),
-            ("movielens", "dropout .1", "1"),
+    own.append(own[1] | {"backbone": "ple", "seeds": "3"})
+    unchanged = regularisation.UNCHANGED
+    record = [
+        {"dataset": name, "arm": arm, "setting": setting, "chosen": chosen}
+        for name, arm, setting, chosen in (
+            ("simulated", "alone", "dropout .5", "1"),
+            ("movielens", "alone", "dropout .5", "0"),
+            ("movielens", "alone", "dropout .1", "1"),
+            ("movielens", "llm4msr", unchanged, "1"),
+            ("movielens", "shuffled", unchanged, "1"),
         )
     ]
     asked: list[dict] = []
 
     def complete(work: Path, name: str, backbone: str, settings: dict, found: dict) -> dict:
-        assert settings == {"alone": "dropout .1"}
+        assert settings == {"alone": "dropout .1", "llm4msr": unchanged, "shuffled": unchanged}
         return after
 
     def compared(found: dict, pairs: dict, file: Path) -> list[dict]:
@@ -397,7 +435,11 @@ def test_what_tuning_changed_is_compared_again_and_the_rest_is_the_studys_own(
         cells = [("movielens", "star", before)]
         lines, added = tables._regularised(tmp_path, cells, own, record, pool)  # type: ignore[arg-type]
     assert asked == [{"llm4msr": ["alone"]}]
-    assert [(row["base"], row["low"]) for row in lines] == [("alone", "0.2"), ("shuffled", "0.1")]
+    assert [(row["backbone"], row["base"], row["low"]) for row in lines] == [
+        ("mmoe", "shuffled", "0.1"),
+        ("star", "alone", "0.2"),
+        ("star", "shuffled", "0.1"),
+    ]
     assert added == [("movielens", "star", "alone", after["alone"][0])]
 
 

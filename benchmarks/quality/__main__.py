@@ -56,13 +56,19 @@ def main() -> None:
         return
     if options.stage == "regularisation":
         for name in options.datasets:
+            regularisation.check(options.work, name, options.arms)
             regularisation.make_data(options.work, name)
             tried = [
                 run for a in options.arms for run in regularisation.trials(options.work, name, a)
             ]
             study.train(tried, options.jobs)
             settings = regularisation.chosen(options.work, name)
-            cells = [(backbone, arm) for backbone in options.backbones for arm in options.arms]
+            cells = [
+                (backbone, arm)
+                for backbone in options.backbones
+                for arm in options.arms
+                if study.has_tried(options.work, name, backbone, arm)  # else it has no step sizes
+            ]
             runs = [
                 run
                 for backbone, arm in cells

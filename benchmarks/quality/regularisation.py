@@ -87,6 +87,21 @@ def trial(work: Path, name: str, backbone: str, arm: str, setting: str) -> tuple
     return run, assignments(work, name, backbone, arm, 0, run, changes)
 
 
+def check(work: Path, name: str, arms: list[str]) -> None:
+    """Says what has to be run before the arms can be tuned: they keep the step sizes of their trials.
+
+    Raises:
+        SystemExit: With the command that is missing.
+    """
+    cells = [(b, arm) for b in TUNED_ON for arm in arms if not has_tried(work, name, b, arm)]
+    if cells:
+        backbones, missing = (" ".join(dict.fromkeys(words)) for words in zip(*cells, strict=True))
+        raise SystemExit(
+            f"{work}: trials of the study are missing; first: python -m benchmarks.quality run "
+            f"--work {work} --datasets {name} --backbones {backbones} --arms {missing}"
+        )
+
+
 def trials(work: Path, name: str, arm: str) -> list[tuple[Path, list[str]]]:
     """What an arm tries: every setting on every backbone of `TUNED_ON`."""
     return [

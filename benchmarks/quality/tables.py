@@ -66,15 +66,16 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
             for arm, folders in found.items():
                 runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
             differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
-        tuned, tuned_runs = _regularised(work, cells, differences, all_trials, pool)
-    for name in dict.fromkeys(name for name, *_ in cells):
-        head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
-        runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
-    changed = changed_cells(runs, record)
+        for name in dict.fromkeys(name for name, *_ in cells):
+            head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
+            runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
+        changed = changed_cells(runs, record)
+        all_runs = _save(out / "runs.csv", runs, CELL)
+        lines = _short_lines(differences)
+        all_differences = _save(out / "differences.csv", lines, PAIR, changed)
+        tuned, tuned_runs = _regularised(work, cells, all_differences, all_trials, pool)
     changed_tuned = changed | changed_cells(tuned_runs, _read(out / "regularised_runs.csv"))
-    all_runs = _save(out / "runs.csv", runs, CELL)
     _save(out / "regularised_runs.csv", tuned_runs, CELL)
-    all_differences = _save(out / "differences.csv", _short_lines(differences), PAIR, changed)
     all_tuned = _save(out / "regularised_differences.csv", _short_lines(tuned), PAIR, changed_tuned)
     newest = max(
         work.glob("*/runs/*/*/trial-*/versions.json"), key=lambda file: file.stat().st_mtime
@@ -302,33 +303,34 @@ def _trials(work: Path, name: str, arm: str) -> list[dict[str, Any]]:
 def _regularised(
     work: Path,
     cells: list[tuple[str, str, dict[str, list[Path]]]],
-    differences: list[dict[str, Any]],
+    differences: list[Row],
     trials: list[Row],
     pool: ProcessPoolExecutor,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Differences of the arms as tuned, and the runs that tuning added.
 
-    Where both arms of a difference kept the study's setting it is the study's own. `trials` are those on
-    record, so that cells of a folder without trials have the differences of what was chosen elsewhere.
+    Where both arms of a difference kept the study's setting it is the study's own. `differences` and
+    `trials` are those on record, whatever folder they are from.
     """
-    lines: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     waiting = []
+    settings: dict[str, dict[str, str]] = {name: {} for name in DATASETS}
+    for row in trials:
+        if row["chosen"] == "1":
+            settings[row["dataset"]][row["arm"]] = row["setting"]
+    lines: list[dict[str, Any]] = [
+        {**row}
+        for row in differences
+        if row["seeds"] == str(SEEDS)
+        and all(
+            settings[row["dataset"]].get(row[arm]) == regularisation.UNCHANGED
+            for arm in ("arm", "base")
+        )
+    ]
     for name, backbone, before in cells:
-        settings = {
-            row["arm"]: row["setting"]
-            for row in trials
-            if row["dataset"] == name and row["chosen"] == "1"
-        }
-        found = regularisation.complete(work, name, backbone, settings, before)
+        found = regularisation.complete(work, name, backbone, settings[name], before)
         changed = {arm for arm in found if found[arm] != before.get(arm)}
         pairs = _pairs(found)
-        lines += [
-            row
-            for row in differences
-            if (row["dataset"], row["backbone"]) == (name, backbone)
-            and {row["arm"], row["base"]} <= set(found) - changed
-        ]
         again = {
             one: chosen
             for one, others in pairs.items()

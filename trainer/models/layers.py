@@ -30,7 +30,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.share)
-        dropped = round(self.share * 65_536)
+        dropped = min(round(self.share * 65_536), 65_535)
         # Whole words: a draw of fewer bits leaves their sign 0.
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
