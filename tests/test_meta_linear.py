@@ -625,12 +625,29 @@ def test_profile_names_the_strategy_and_its_share_of_the_peak(distinct: int | No
     assert report["explanation"] in text_of(report)
 
 
+@pytest.mark.parametrize(("kind", "distinct"), [("core", None), ("core", 2), ("gate", 2)])
+def test_profile_knows_the_cheap_kinds(kind: str, distinct: int | None) -> None:
+    one = profile_meta_layer(64, 4, 32, 16, distinct, kind=kind, core_width=8, rounds=2)
+    assert one["explanation"].startswith(
+        "meta core of" if kind == "core" else "meta layer 32 to 16"
+    )
+    # By hand: B (i m + m o) and the core of m x m; B i o and two products of [S, r] by [r, o].
+    work = 2 * 64 * 8 * 48 + 2 * 64 * 5 * 8 * 8  # 32 rows a key are too few to group
+    if kind == "gate":
+        work = 2 * 64 * 32 * 16 + 4 * 2 * 4 * 16
+    for name, times in (("forward", 1), ("step", 3)):
+        gflops = times * work / one[name]["median"] / 1e6
+        assert one[name]["gflops"] == pytest.approx(gflops)
+    assert one["strategy"] == ("gate" if kind == "gate" else "reference")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"rank": 0},
         {"distinct": 0},
         {"dtype": "int8"},
+        {"kind": "full"},
         {"strategy": "fused"},
         {"strategy": "grouped"},
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 PEAK_SIZE = 2048  # of the square product that stands for the machine's peak
 DTYPES = ("float32", "bfloat16", "float16")
+KINDS = ("low_rank", "core", "gate")
 
 
 def interleaved(
@@ -53,6 +54,23 @@ def flops(
     return layer * batch * (rank + 1)
 
 
+def _work(
+    kind: str,
+    strategy: str,
+    shape: tuple[int, int, int, int],
+    distinct: int | None,
+    core_width: int,
+) -> int:
+    """The same of a layer of any kind."""
+    batch, rank, in_features, out_features = shape
+    if kind == "gate":
+        return 2 * out_features * (batch * in_features + 2 * rank * (distinct or batch))
+    if kind == "core":
+        core = flops(strategy, batch, rank, core_width, core_width, distinct or 0)
+        return 2 * batch * core_width * (in_features + out_features) + core
+    return flops(strategy, *shape, distinct or 0)
+
+
 def profile_meta_layer(
     batch: int,
     rank: int,
@@ -62,6 +80,8 @@ def profile_meta_layer(
     dtype: str = "float32",
     device: str = "cpu",
     *,
+    kind: str = "low_rank",
+    core_width: int = 16,
     strategy: str = "auto",
     rounds: int = 9,
 ) -> dict[str, Any]:
@@ -75,45 +95,58 @@ def profile_meta_layer(
         distinct: Distinct knowledge rows S that the samples share; None: every sample has its own.
         dtype: One of DTYPES.
         device: "cpu" or "cuda".
-        strategy: Of the op; "auto" is what training takes.
+        kind: One of KINDS: what is generated, as `model.meta.kind`.
+        core_width: Width of the generated matrix of kind core.
+        strategy: Of the op; "auto" is what training takes. Kind gate has none.
         rounds: Measurements; median and quartiles are reported.
 
     Returns:
-        "explanation" (a line with the strategy and why), "strategy", "forward" and "step" (each with
-        "median", "low", "high" in ms, "gflops" per second, "fraction_of_peak"), "peak_gflops" of a
-        square product in the same run, "machine".
+        "explanation" (a line with the strategy and why), "strategy" (of kind gate "gate"), "forward"
+        and "step" (each with "median", "low", "high" in ms, "gflops" per second, "fraction_of_peak"),
+        "peak_gflops" of a square product in the same run, "machine".
 
     Raises:
-        InputError: If a number, the dtype, the device or the strategy is impossible here.
+        InputError: If a number, the dtype, the device, the kind or the strategy is impossible here.
     """
     import torch
 
     from embeddings.measure import machine, summary
     from llm_knowledge.errors import InputError
-    from trainer.ops import choose_strategy, explain_strategy, meta_linear
+    from trainer.models.meta import Generator, MetaLayer
+    from trainer.ops import choose_strategy
 
     rows = batch if distinct is None else distinct
-    if min(batch, rank, in_features, out_features, rows, rounds - 1) < 1:
+    if min(batch, rank, in_features, out_features, rows, core_width, rounds - 1) < 1:
         raise InputError("profile meta-layer: sizes must be at least 1, and rounds at least 2")
     if dtype not in DTYPES:
         raise InputError(f"profile meta-layer: dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    if kind not in KINDS:
+        raise InputError(f"profile meta-layer: kind {kind!r}; use one of {', '.join(KINDS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("profile meta-layer: no CUDA device here; use --device cpu")
-    kind = getattr(torch, dtype)
+    if strategy == "grouped" and distinct is None and kind != "gate":
+        raise InputError("profile meta-layer: strategy grouped needs --distinct")
+    element = getattr(torch, dtype)
     shape = (batch, rank, in_features, out_features)
-    where: dict[str, Any] = {"groups": distinct, "device": device, "dtype": kind}
-    chosen = choose_strategy(*shape, **where)[0] if strategy == "auto" else strategy
+    generated = (batch, rank, core_width, core_width) if kind == "core" else shape
+    chosen = strategy
+    if kind == "gate":
+        chosen = kind
+    elif strategy == "auto":
+        chosen, _ = choose_strategy(*generated, groups=distinct, device=device, dtype=element)
 
     def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, device=device).to(kind)
+        return torch.randn(*sizes, device=device).to(element)
 
+    generator = Generator(rank, kind, core_width, residual=False, strategy=strategy)
+    layer = MetaLayer(in_features, out_features, generator).to(device, element)
     group = None if distinct is None else torch.arange(batch, device=device) % distinct
-    sizes = ((batch, in_features), (rows, rank), (rank + 1, out_features, in_features))
-    inputs = [random(*one).requires_grad_() for one in (*sizes, (rank + 1, out_features))]
+    h, g = (random(*sizes).requires_grad_() for sizes in ((batch, in_features), (rows, rank)))
+    inputs = [h, g, *layer.parameters()]
     dy, square = random(batch, out_features), random(PEAK_SIZE, PEAK_SIZE)
 
     def forward() -> torch.Tensor:
-        return meta_linear(*inputs, group=group, activation="relu", strategy=strategy)
+        return layer(h, g, group, activation="relu")
 
     try:
         forward()
@@ -126,9 +159,9 @@ def profile_meta_layer(
     }
     seconds = interleaved(calls, rounds, device)
     peak = 2 * PEAK_SIZE**3 / statistics.median(seconds["peak"]) / 1e9
-    work = flops(chosen, *shape, distinct or 0)
+    work = _work(kind, chosen, shape, distinct, core_width)
     report: dict[str, Any] = {
-        "explanation": explain_strategy(*shape, **where, strategy=strategy),
+        "explanation": layer.explain(batch, distinct, device, element),
         "strategy": chosen,
         "peak_gflops": peak,
         "machine": machine(),
@@ -172,6 +205,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--distinct", type=int, help="knowledge rows that the samples share (default: one each)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the numbers")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="low_rank", help="what is generated (model.meta.kind)"
+    )
+    parser.add_argument("--core-width", type=int, default=16, help="of kind core (default 16)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     parser.add_argument(
         "--strategy",
@@ -193,6 +230,8 @@ def main(options: argparse.Namespace) -> None:
         options.distinct,
         options.dtype,
         options.device,
+        kind=options.kind,
+        core_width=options.core_width,
         strategy=options.strategy,
         rounds=options.rounds,
     )

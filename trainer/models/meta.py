@@ -182,13 +182,16 @@ class MetaLayer(nn.Module):
             return meta_core(h, z, self.down, self.weight, self.bias, self.up, **options)
         return meta_linear(h, z, self.weight, self.bias, **options)
 
-    def explain(self, rows: int, groups: int | None, device: str) -> str:
+    def explain(
+        self, rows: int, groups: int | None, device: str, dtype: torch.dtype = torch.float32
+    ) -> str:
         """One line: which implementation a batch of `rows` takes, and why.
 
         Args:
             rows: Samples on this rank.
             groups: Distinct knowledge rows, or None where every sample has its own.
             device: "cpu" or "cuda".
+            dtype: Of the products.
         """
         if self.kind == "gate":
             shape = f"{self.in_features} to {self.out_features}, rank {self.rank}"
@@ -196,7 +199,7 @@ class MetaLayer(nn.Module):
         slices, o, i = self.weight.shape
         strategy = "auto" if groups is None and self.strategy == "grouped" else self.strategy
         line = explain_strategy(
-            rows, slices - 1, i, o, groups=groups, device=device, strategy=strategy
+            rows, slices - 1, i, o, groups=groups, device=device, dtype=dtype, strategy=strategy
         )
         if self.kind == "core":
             line = line.replace(
