@@ -4,7 +4,7 @@
 
 One process, the quickstart's configuration and batches held in memory. Rounds alternate between the
 arms; a round is a number of steps, its figure the time per step. Printed: the median ratio to the
-backbone and its quartiles, wall-clock and processor time.
+backbone and its quartiles, wall-clock and processor time, and how many operators a step calls.
 """
 
 import argparse
@@ -15,12 +15,14 @@ import platform
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 _NO_LAYERS = {"user_layers": 0, "scenario_layers": 0}
 _INPUTS = {"item_knowledge": "match", "inputs": ["user"]}
-# Arm to the settings that make it: each adds one part to the one before; the last two replace the kind.
+# Arm to the settings that make it: each adds one part to the one before. Then two replace the kind, and
+# the last has the layers alone, without items, match or the user's vector as an input.
 ARMS = {
     "backbone": {"model.meta.enabled": False},
     "item input": _NO_LAYERS | {"item_knowledge": "input"},
@@ -30,6 +32,7 @@ ARMS = {
     "LLM4MSR": _INPUTS | {"kind": "gate"},
     "LLM4MSR, core": _INPUTS | {"kind": "core"},
     "LLM4MSR, low rank": _INPUTS | {"kind": "low_rank"},
+    "layers alone": {"kind": "gate"},
 }
 
 
@@ -51,12 +54,12 @@ def main() -> None:
     print(f"{found['hardware']}; {found['versions']}; load {found['load']}")
     print(f"backbone {options.backbone}, batch {options.batch}, {options.rounds} rounds of "
           f"{options.steps} steps each, after one round of warm-up")  # fmt: skip
-    print("\n| arm | ms a step | to the backbone, wall | to the backbone, processor |")
-    print("|---|---|---|---|")
+    print("\n| arm | ms a step | to the backbone, wall | to the backbone, processor | operations |")
+    print("|---|---|---|---|---|")
     for name, arm in found["arms"].items():
         wall, busy = arm["wall_ratio"], arm["processor_ratio"]
         print(f"| {name} | {arm['milliseconds']:.1f} | {wall[1]:.2f} ({wall[0]:.2f} to {wall[2]:.2f}) "
-              f"| {busy[1]:.2f} ({busy[0]:.2f} to {busy[2]:.2f}) |")  # fmt: skip
+              f"| {busy[1]:.2f} ({busy[0]:.2f} to {busy[2]:.2f}) | {arm['operations']} |")  # fmt: skip
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -65,15 +68,33 @@ def main() -> None:
 def measure(options: argparse.Namespace, scratch: Path) -> dict:
     """Times of every arm, round by round, and their ratios."""
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     from embeddings.versions import versions
     from trainer.distributed import distributed
+
+    class Counter(TorchDispatchMode):
+        """Counts the operators that a step calls, forward and backward."""
+
+        calls = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
 
     load = os.getloadavg()[0]
     steps: dict[str, list[float]] = {name: [] for name in ARMS}
     busy: dict[str, list[float]] = {name: [] for name in ARMS}
     with distributed(60) as runtime:
         arms = {name: _arm(options, name, scratch, runtime) for name in ARMS}
+        operations = {}
+        for name, step in arms.items():
+            step()
+            with Counter() as counter:
+                step()
+            operations[name] = counter.calls
         for number in range(options.rounds + 1):
             for name, step in arms.items():
                 began, used = time.perf_counter(), time.process_time()
@@ -95,6 +116,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         "arms": {
             name: {
                 "milliseconds": 1000 * float(np.median(steps[name])),
+                "operations": operations[name],
                 "wall_ratio": np.percentile(np.array(steps[name]) / base, quartiles).tolist(),
                 "processor_ratio": np.percentile(
                     np.array(busy[name]) / base_busy, quartiles
@@ -120,8 +142,9 @@ def _arm(options: argparse.Namespace, name: str, scratch: Path, runtime):  # typ
     else:
         meta = {"enabled": True, **ARMS[name]}
         changes |= {f"model.meta.{key}": value for key, value in meta.items()}
-        levels = ["item"]
-        levels += ["user"] if meta["item_knowledge"] == "match" or meta.get("user_layers") else []
+        items = meta.get("item_knowledge", "none")
+        levels = [] if items == "none" else ["item"]
+        levels += ["user"] if items == "match" or meta.get("user_layers", 1) else []
         levels += ["scenario"] if meta.get("scenario_layers", 1) else []
         changes |= {f"knowledge.{level}": str(options.knowledge / level) for level in levels}
     config = load_config(None, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
