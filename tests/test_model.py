@@ -216,6 +216,20 @@ def test_match_is_a_bilinear_form_and_a_small_network_where_both_are_known(item_
     assert expected[~known].abs().min() > 0
 
 
+def test_match_is_left_out_of_its_share_of_samples_in_training_only() -> None:
+    match = KnowledgeMatch(VECTOR, VECTOR, 3, num_tasks=1, dropout=0.25)
+    nn.init.normal_(match.out.weight)
+    users, items = torch.randn(4000, VECTOR), torch.randn(4000, VECTOR)
+    known = torch.arange(4000) % 2 == 0
+    given = ((match.user(users), match.item(items)), users, items, known, {})
+    whole, training = match.eval()(*given), match.train()(*given)
+    assert torch.equal((whole != 0).squeeze(1), known)
+    left = (training != 0).squeeze(1)
+    assert torch.equal(training[left], whole[left])
+    assert not left[~known].any()
+    assert 0.7 < left[known].float().mean() < 0.8
+
+
 @pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_no_output_depends_on_batch_mates(backbone: str) -> None:
     torch.manual_seed(3)

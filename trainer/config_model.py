@@ -88,6 +88,13 @@ class MetaConfig(Section):
     match_width: int = Field(
         default=16, ge=1, description="Width of the projections that are matched."
     )
+    match_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of samples that go without the match while training, so that it does not learn "
+        "by heart what their users said to their items.",
+    )
     match_layers: list[Literal["user", "scenario"]] = Field(
         default=[],
         max_length=2,

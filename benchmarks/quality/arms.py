@@ -142,6 +142,11 @@ ARMS = {
         _TRUE,
         {**_FULL, "item_knowledge": "input"},
     ),
+    "match_dropout": Arm(
+        "llm4msr, its match left out of half of the samples while training",
+        _TRUE,
+        {**_FULL, "match_dropout": 0.5},
+    ),
     "match_layers": Arm(
         "llm4msr with layers on the match that user and scenario generate",
         _TRUE,
@@ -198,14 +203,17 @@ DIFFERENCES = {
         "no_layers", "no_input", "no_match", "features", "match_only", "item_only", "leak",
     ),
     "llm4msr_alike": ("shuffled",),  # alike too where the backbone and the control chose the same trial
+    "match_dropout": ("llm4msr", "no_match", "features"),
     "match_layers": ("llm4msr",),
     "aligned": ("llm4msr",),
     "match_only": ("item_only",),
     "slow_layers": ("features",),
     "no_layers": ("features",),
+    "no_match": ("features",),
     "tastes": ("alone", "tastes_shuffled", "llm4msr"),
     "alone": (
-        "llm4msr_alike", "features", "paper", "user_only", "scenario_only", "item_only", "leak",
+        "llm4msr_alike", "no_match", "match_dropout", "features", "paper", "user_only",
+        "scenario_only", "item_only", "leak",
     ),
 }  # fmt: skip
 

@@ -126,6 +126,7 @@ class MetaNetworks(nn.Module):
                 shapes.tasks,
                 tuple(config.match_layers),
                 generator,
+                config.match_dropout,
             )
 
     def strategies(self, rows: int, device: str) -> list[str]:

@@ -316,6 +316,7 @@ class KnowledgeMatch(nn.Module):
         num_tasks: Logits per sample.
         meta: Levels whose knowledge generates a layer on the match: "user", "scenario".
         generator: Of these layers.
+        dropout: Share of samples that go without the match (training only).
     """
 
     def __init__(
@@ -326,8 +327,10 @@ class KnowledgeMatch(nn.Module):
         num_tasks: int,
         meta: tuple[str, ...] = (),
         generator: Generator | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.user = nn.Linear(user_dim, width, bias=False)
         self.item = nn.Linear(item_dim, width, bias=False)
         nn.init.normal_(self.user.weight)
@@ -350,7 +353,7 @@ class KnowledgeMatch(nn.Module):
         known: Tensor,
         codes: dict[str, tuple[Tensor, Tensor | None]],
     ) -> Tensor:
-        """Maps knowledge of both sides to logits [B, tasks]; 0 where `known` is false.
+        """Maps knowledge of both sides to logits [B, tasks]; 0 where `known` is false or dropped.
 
         Args:
             projections: What `user` and `item` make of the vectors, [B, width] each, see `project`.
@@ -366,5 +369,7 @@ class KnowledgeMatch(nn.Module):
             features = torch.cat([features, cosine], dim=1)
         for level, layer in self.meta.items():
             features = features + layer(features, *codes[level])
+        if self.training and self.dropout:
+            known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
         both = torch.cat([self.hidden(features), features], dim=1)
         return self.out(both) * known[:, None]
