@@ -54,12 +54,12 @@ def main() -> None:
     print(f"{found['hardware']}; {found['versions']}; load {found['load']}")
     print(f"backbone {options.backbone}, batch {options.batch}, {options.rounds} rounds of "
           f"{options.steps} steps each, after one round of warm-up")  # fmt: skip
-    print("\n| arm | ms a step | to the backbone, wall | to the backbone, processor | operations |")
+    print("\n| arm | ms a step | to the backbone, wall | to the backbone, processor | operators |")
     print("|---|---|---|---|---|")
     for name, arm in found["arms"].items():
         wall, busy = arm["wall_ratio"], arm["processor_ratio"]
         print(f"| {name} | {arm['milliseconds']:.1f} | {wall[1]:.2f} ({wall[0]:.2f} to {wall[2]:.2f}) "
-              f"| {busy[1]:.2f} ({busy[0]:.2f} to {busy[2]:.2f}) | {arm['operations']} |")  # fmt: skip
+              f"| {busy[1]:.2f} ({busy[0]:.2f} to {busy[2]:.2f}) | {arm['operators']} |")  # fmt: skip
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -89,12 +89,12 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     busy: dict[str, list[float]] = {name: [] for name in ARMS}
     with distributed(60) as runtime:
         arms = {name: _arm(options, name, scratch, runtime) for name in ARMS}
-        operations = {}
+        operators = {}
         for name, step in arms.items():
             step()
             with Counter() as counter:
                 step()
-            operations[name] = counter.calls
+            operators[name] = counter.calls
         for number in range(options.rounds + 1):
             for name, step in arms.items():
                 began, used = time.perf_counter(), time.process_time()
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         "arms": {
             name: {
                 "milliseconds": 1000 * float(np.median(steps[name])),
-                "operations": operations[name],
+                "operators": operators[name],
                 "wall_ratio": np.percentile(np.array(steps[name]) / base, quartiles).tolist(),
                 "processor_ratio": np.percentile(
                     np.array(busy[name]) / base_busy, quartiles

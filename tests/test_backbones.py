@@ -369,7 +369,9 @@ def ranked_config(name: str, data: Path, stores: Path, output: Path) -> RunConfi
 
 
 def step_on_all_ranks(data: Path, stores: Path, root: Path) -> dict[str, list[float]]:
-    """Loss of a step on the whole training split, and on the validation split before and after it.
+    """Loss on the validation split, of a step on the whole training split, and on the former after it.
+
+    Last, the mean logit of the further label in that step.
 
     The first process to come leaves the initial state in a checkpoint; later ones begin with it.
     """
@@ -393,7 +395,7 @@ def step_on_all_ranks(data: Path, stores: Path, root: Path) -> dict[str, list[fl
             train = run.stream(["train"], shuffle=False)
             assert train.steps == 1
             batch = run.pipeline.progress(iter(train.batches()))
-            loss = torch.stack(
+            sums = torch.stack(
                 [
                     F.binary_cross_entropy_with_logits(
                         batch.logits, batch.label, batch.weight, reduction="sum"
@@ -402,9 +404,9 @@ def step_on_all_ranks(data: Path, stores: Path, root: Path) -> dict[str, list[fl
                     (batch.extra_logits[:, 0] * batch.weight).sum(),
                 ]
             )
-            dist.all_reduce(loss)
-            first_loss, further_logit = (loss[0] / loss[1]).item(), (loss[2] / loss[1]).item()
-            found[name] = [before, first_loss, measure(run, valid)[1], further_logit]
+            dist.all_reduce(sums)
+            loss, further_logit = (sums[0] / sums[1]).item(), (sums[2] / sums[1]).item()
+            found[name] = [before, loss, measure(run, valid)[1], further_logit]
     return found
 
 

@@ -389,7 +389,7 @@ def _rows_per_share(processors: int, programs: int, rows: int, widest: int, bloc
     """
     shares = max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(rows, 512)))
     wanted = triton.cdiv(triton.cdiv(rows, shares), block) * block
-    return max(block, min(wanted, 2**31 // widest // block * block))
+    return min(wanted, 2**31 // widest // block * block)
 
 
 def fused_backward(
