@@ -9,7 +9,7 @@ the machine hits all of them. A square product of the same run gives the machine
 
 On CUDA every form is captured several times over in a graph, and the graph is what is timed: a layer takes
 tens of microseconds there, and to launch its kernels from Python takes longer. `--tiles` times the fused
-kernels alone with every candidate tile and prints the lines for the tile table (trainer/ops/triton_meta.py).
+kernels alone with every candidate tile and prints the lines for the tile table (trainer/ops/triton_tiles.py).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from trainer.ops.grouped import can_group_on_device
 from trainer.profile_meta_layer import DTYPES, PEAK_SIZE, flops, interleaved
 
 if TYPE_CHECKING:
-    from trainer.ops.triton_meta import Tile
+    from trainer.ops.triton_tiles import Tile
 
 SHAPES = {  # B, r, i, o
     "cpu": [(4096, 32, 128, 128), (4096, 16, 64, 64), (4096, 64, 256, 128)],
@@ -260,9 +260,17 @@ def _cell(column: str, found: Any) -> str:
 
 def candidates(kernel: str, itemsize: int, columns: int, depth: int) -> list[Line]:
     """Lines of the tile table that a kernel could have for a shape, as far as memory on chip allows."""
-    from trainer.ops.triton_meta import Tile
+    from trainer.ops.triton_tiles import Tile
 
     found: list[Line] = []
+    if kernel.startswith("diagonal"):  # 16 slices at a time, whatever the rank
+        of_batch = kernel == "diagonal_backward_weight"
+        rows, depths = ((16,), (32, 64, 128)) if of_batch else ((16, 32, 64), (16,))
+        for bm, bn, bk, warps, stages in itertools.product(
+            rows, (32, 64, 128), depths, (2, 4, 8), (1, 2)
+        ):
+            found.append((kernel, itemsize, columns, None, Tile(bm, bn, bk, warps, stages)))
+        return found
     # Elements of 2 bytes take small blocks only where nothing else fills them.
     least_n, least_k = (32 if itemsize == 4 or one < 64 else 64 for one in (columns, depth))
     widths = [one for one in (32, 64, 128, 256) if least_n <= one <= max(columns, 32)]
@@ -288,29 +296,42 @@ def sweep(
     """Times each fused kernel with the table's tile and every candidate (the first `most`)."""
     from triton.runtime.errors import OutOfResources
 
-    from trainer.ops import triton_meta
+    from trainer.ops import triton_diagonal, triton_meta
+    from trainer.ops.triton_tiles import TILES, choose_tile
 
     batch, rank, i, o = shape
     sizes = [(batch, i), (batch, rank), (rank + 1, o, i), (rank + 1, o), (batch, o)]
     h, g, weight, bias, dz = ((torch.randn(*one) * i**-0.5).to(device, dtype) for one in sizes)
+    gate = (dz, g, bias, bias)  # h, g, weight, bias of diagonals
     kernels: dict[str, tuple[Callable[[], Any], int, int]] = {
         "forward": (lambda: triton_meta.fused_forward(h, g, weight, bias, "relu"), o, i),
-        "backward_input": (lambda: triton_meta._launch_backward_input(dz, h, g, weight), i, o),
-        "backward_weight": (lambda: triton_meta._launch_backward_weight(dz, h, g, weight), i, 0),
+        "backward_input": (lambda: triton_meta.launch_backward_input(dz, h, g, weight), i, o),
+        "backward_weight": (lambda: triton_meta.launch_backward_weight(dz, h, g, weight), i, 0),
+        "diagonal_forward": (lambda: triton_diagonal.fused_forward(*gate, "relu"), o, rank + 1),
+        "diagonal_backward_input": (
+            lambda: triton_diagonal.launch_backward_input(dz, *gate),
+            o,
+            rank + 1,
+        ),
+        "diagonal_backward_weight": (
+            lambda: triton_diagonal.launch_backward_weight(dz, *gate[:3]),
+            o,
+            0,
+        ),
     }
     rows = []
     for kernel, (call, columns, depth) in kernels.items():
-        tile, once = triton_meta.choose_tile(kernel, dtype.itemsize, columns, depth)
+        tile, once = choose_tile(kernel, dtype.itemsize, columns, depth)
         ours: Line = (kernel, dtype.itemsize, columns, tile.bk if once else None, tile)
         others = candidates(kernel, dtype.itemsize, columns, depth or batch)[:most]
         for line in (ours, *others):
-            triton_meta.TILES.insert(0, line)  # the first line that fits is taken
+            TILES.insert(0, line)  # the first line that fits is taken
             try:
                 found = timed({kernel: call}, rounds, device)[kernel]
             except OutOfResources:
                 continue
             finally:
-                triton_meta.TILES.pop(0)
+                TILES.pop(0)
             rows.append({"line": line, "ms": 1e3 * min(found)})
     return rows
 

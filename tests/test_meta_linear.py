@@ -2,10 +2,10 @@
 
 import functools
 import importlib.util
-import itertools
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import diagonal_layer
 from benchmarks.meta_layer import COMPILED, NAIVE, PEAK, candidates, forms, rows_of, table
 from benchmarks.meta_layer import main as benchmark
 from launch.cli import main
@@ -405,6 +406,9 @@ def test_choice_can_be_asked() -> None:
         ({"activation": "gelu"}, "unknown activation"),
         ({"g": torch.zeros(4, 2)}, "do not fit"),
         ({"bias": torch.zeros(3, 9)}, "do not fit"),
+        ({"weight": torch.zeros(3, 4)}, "do not fit"),
+        ({"weight": torch.zeros(3, 3)}, "bias .* must be"),
+        ({"weight": torch.zeros(3)}, "do not fit"),
     ],
 )
 def test_refuses_what_does_not_fit(change: dict, message: str) -> None:
@@ -514,20 +518,82 @@ def test_core_equals_the_full_layer_with_factored_slices(
     check_gradients(ours, expected, [h, g, down, core, core_bias, up])
 
 
+@pytest.mark.parametrize("strategy", ["auto", "reference", "grouped"])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("activation", [None, "sigmoid"])
 def test_gate_equals_the_full_layer_with_diagonal_slices(
-    grouped: bool, activation: str | None
+    grouped: bool, activation: str | None, strategy: str
 ) -> None:
     h, g, _, bias = tensors(12, 3, 5, 6, knowledge_rows=2 if grouped else None)
     weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     scale = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     group = torch.arange(12) % 2 if grouped else None
-    ours = meta_gate(h, g, weight, scale, bias, group=group, activation=activation)
+    call = functools.partial(
+        *(meta_gate, h, g, weight, scale, bias),
+        group=group,
+        activation=activation,
+        strategy=strategy,
+    )
+    if strategy == "grouped" and not grouped:
+        with pytest.raises(ValueError, match="needs group"):
+            call()
+        return
+    ours = call()
     per_sample = g if group is None else g[group]
     expected = oracle(h, per_sample, torch.diag_embed(scale) @ weight, bias)
     expected = torch.sigmoid(expected) if activation else expected
     check_gradients(ours, expected, [h, g, weight, scale, bias])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_diagonal_slices_gradcheck(activation: str) -> None:
+    h, g, _, bias = tensors(5, 2, 3, 4)
+    weight = torch.randn_like(bias, requires_grad=True)
+    h = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    call = functools.partial(meta_linear, activation=activation)
+    assert torch.autograd.gradcheck(call, (h, g, weight, bias))
+
+
+def test_diagonals_in_bfloat16_are_summed_in_float32() -> None:
+    """A hundred scales of 1/64 beside one of 64: sums in bfloat16 would not move from 64."""
+    ones, weight = torch.ones(3, 100), torch.full((101, 2), 1 / 64)
+    weight[-1] = 64.0
+    y = meta_linear(
+        torch.ones(3, 2).bfloat16(), *(t.bfloat16() for t in (ones, weight, 0 * weight))
+    )
+    torch.testing.assert_close(y, torch.full((3, 2), 64 + 100 / 64).bfloat16())
+
+
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+def test_diagonals_take_autocast_and_compile(strategy: str) -> None:
+    h, g, _, bias = (t.detach().float() for t in tensors(16, 3, 8, 4, knowledge_rows=2))
+    inputs = [one.requires_grad_() for one in (h[:, :4].clone(), g, bias + 1, bias)]
+    group = torch.arange(16) % 2
+    call = functools.partial(meta_linear, group=group, strategy=strategy, activation="tanh")
+    expected = call(*inputs)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    check_gradients(compiled(*inputs), expected, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(*inputs)
+    assert y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().sum(), inputs)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)
+
+
+def test_diagonals_are_shared_where_that_is_faster() -> None:
+    def choice(rows: int, groups: int | None, **where: Any) -> str:
+        return choose_strategy(rows, 8, 96, 96, groups=groups, diagonal=True, **where)[0]
+
+    assert choice(1000, None) == "reference"
+    assert choice(1000, 500) == "grouped"
+    assert choice(1000, 501) == "reference"
+    if importlib.util.find_spec("triton"):
+        assert choice(1000, 3, device="cuda", dtype=torch.bfloat16) == "fused"
+    assert choice(1000, 3, device="cuda", dtype=torch.float64) == "grouped"
+    line = explain_strategy(1000, 8, 96, 96, groups=3, diagonal=True)
+    assert line.startswith("meta layer diagonal of 96, rank 8, 1,000 rows, 3 knowledge rows")
+    assert line.endswith("grouped (at least 2 rows per knowledge row)")
 
 
 def test_gate_refuses_what_does_not_fit() -> None:
@@ -544,6 +610,30 @@ def test_every_form_in_the_benchmark_computes_the_same_numbers() -> None:
         if counted == "reference":  # the grouped ones have other knowledge
             torch.testing.assert_close(call(), expected, msg=name)
     assert len(found) == 8
+
+
+def test_benchmark_of_diagonals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = [
+        torch.randn(*shape, requires_grad=True) for shape in ((200, 6), (200, 3), (4, 6), (4, 6))
+    ]
+    found = diagonal_layer.forms(inputs)
+    h, g, weight, bias = inputs
+    expected = torch.relu(oracle(h, g, torch.diag_embed(weight), bias))
+    for name, (call, by) in found.items():
+        if by is inputs:  # the others have knowledge that is shared
+            torch.testing.assert_close(call(*by), expected, msg=name)
+    assert len(found) == 6
+    file = tmp_path / "figures" / "diagonal.json"
+    diagonal_layer.main(["--rounds", "2", "--shapes", "1", "--out", str(file)])
+    (shape,) = json.loads(file.read_text())["shapes"]
+    assert (shape["batch"], shape["rank"], shape["width"]) == diagonal_layer.SHAPES["cpu"][0]
+    assert [row["form"] for row in shape["rows"]] == list(found)
+    library = shape["rows"][0]["step"]
+    assert library["times_library"]["median"] == 1
+    # h, dz and dh, h, dz: five arrays of [1024, 96] in float32.
+    moved = 5 * 1024 * 96 * 4 / library["ms"]["median"] / 1e6
+    assert library["gb_per_second"] == pytest.approx(moved)
+    assert "| ours: grouped, 3 keys |" in capsys.readouterr().out
 
 
 def measurements(unit: float) -> dict[str, list[float]]:
@@ -596,23 +686,28 @@ def test_benchmark_refuses_what_needs_a_gpu(
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize(
     ("kernel", "width"),
-    list(itertools.product(("forward", "backward_input", "backward_weight"), (128, 512))),
+    [
+        (family + kernel, width)
+        for family in ("", "diagonal_")
+        for kernel in ("forward", "backward_input", "backward_weight")
+        for width in (128, 512)
+    ],
 )
 def test_candidate_tiles_are_what_the_table_would_give_out(
     kernel: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.ops import triton_meta
+    from trainer.ops import triton_tiles
 
-    depth = 16384 if kernel == "backward_weight" else width
+    depth = 16384 if kernel.endswith("backward_weight") else width
     lines = candidates(kernel, 2, width, depth)
     assert len(set(lines)) == len(lines)
     assert 30 < len(lines) < 120  # about a second each to compile
-    monkeypatch.setattr(triton_meta, "TILES", list(triton_meta.TILES))
-    shipped, _ = triton_meta.choose_tile(kernel, 2, width, depth)
+    monkeypatch.setattr(triton_tiles, "TILES", list(triton_tiles.TILES))
+    shipped, _ = triton_tiles.choose_tile(kernel, 2, width, depth)
     assert shipped in [line[-1] for line in lines]
     for line in lines:
-        triton_meta.TILES.insert(0, line)
-        assert triton_meta.choose_tile(kernel, 2, width, depth) == (line[-1], line[3] is not None)
+        triton_tiles.TILES.insert(0, line)
+        assert triton_tiles.choose_tile(kernel, 2, width, depth) == (line[-1], line[3] is not None)
 
 
 @pytest.mark.parametrize("distinct", [None, 2])
@@ -625,20 +720,21 @@ def test_profile_names_the_strategy_and_its_share_of_the_peak(distinct: int | No
     assert report["explanation"] in text_of(report)
 
 
-@pytest.mark.parametrize(("kind", "distinct"), [("core", None), ("core", 2), ("gate", 2)])
+@pytest.mark.parametrize(
+    ("kind", "distinct"), [("core", None), ("core", 2), ("gate", 2), ("gate", None)]
+)
 def test_profile_knows_the_cheap_kinds(kind: str, distinct: int | None) -> None:
     one = profile_meta_layer(64, 4, 32, 16, distinct, kind=kind, core_width=8, rounds=2)
-    assert one["explanation"].startswith(
-        "meta core of" if kind == "core" else "meta layer 32 to 16"
-    )
-    # By hand: B (i m + m o) and the core of m x m; B i o and two products of [S, r] by [r, o].
+    assert one["explanation"].startswith(f"meta {kind} of 32 to 16: ")
+    # By hand: B (i m + m o) and the core of m x m; B i o and two products of g by [r, o].
     work = 2 * 64 * 8 * 48 + 2 * 64 * 5 * 8 * 8  # 32 rows a key are too few to group
     if kind == "gate":
-        work = 2 * 64 * 32 * 16 + 4 * 2 * 4 * 16
+        work = 2 * 64 * 32 * 16 + 4 * (distinct or 64) * 4 * 16
     for name, times in (("forward", 1), ("step", 3)):
         gflops = times * work / one[name]["median"] / 1e6
         assert one[name]["gflops"] == pytest.approx(gflops)
-    assert one["strategy"] == ("gate" if kind == "gate" else "reference")
+    shared = kind == "gate" and distinct is not None
+    assert one["strategy"] == ("grouped" if shared else "reference")
 
 
 @pytest.mark.parametrize(

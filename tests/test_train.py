@@ -102,10 +102,11 @@ def test_the_strategy_of_each_meta_layer_is_printed_and_kept(
             assert (chosen, why) == ("reference", "configured")
 
 
+@pytest.mark.parametrize("kind", ["low_rank", "gate"])
 def test_a_strategy_that_the_device_has_not_is_refused_before_anything_starts(
-    inputs: tuple[Path, Path], tmp_path: Path
+    inputs: tuple[Path, Path], tmp_path: Path, kind: str
 ) -> None:
-    options = {"model__meta__kind": "low_rank", "model__meta__strategy": "fused"}
+    options = {"model__meta__kind": kind, "model__meta__strategy": "fused"}
     config = make_config(*inputs, tmp_path / "run", **options)
     with pytest.raises(InputError, match=r"model\.meta\.strategy: fused .*CUDA.*; use auto"):
         train(config)

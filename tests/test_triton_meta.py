@@ -27,8 +27,9 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 ROOT = Path(__file__).parent.parent
-# Rows, rank, in, out, activation. Ragged in every dimension; each line takes another branch or tile.
-CASES: dict[str, tuple[int, int, int, int, str]] = {
+# Rows, rank, in (None: the slices are diagonals), out, activation. Ragged in every dimension; each line
+# takes another branch or tile.
+CASES: dict[str, tuple[int, int, int | None, int, str]] = {
     "small": (37, 5, 24, 20, "relu"),
     "one_of_everything": (1, 1, 1, 1, "none"),
     "second_tile_of_columns": (70, 16, 60, 100, "leaky_relu"),
@@ -36,6 +37,11 @@ CASES: dict[str, tuple[int, int, int, int, str]] = {
     "depth_of_128": (65, 3, 128, 96, "sigmoid"),
     "depth_loop": (40, 4, 200, 136, "leaky_relu"),
     "several_shares": (1100, 2, 20, 12, "relu"),
+    "diagonal": (37, 5, None, 20, "relu"),
+    "diagonal_of_one": (1, 1, None, 1, "none"),
+    "diagonal_second_tile": (70, 15, None, 130, "leaky_relu"),
+    "diagonal_rank_beyond_a_block": (33, 40, None, 33, "tanh"),
+    "diagonal_several_shares": (1100, 16, None, 72, "sigmoid"),
 }
 # Relative Frobenius error. float32: rounding of sums of up to 1100 terms, 2^-24 each. bfloat16: the
 # interpreter cuts the result off after 8 bits, 2^-8 on average, and g dz, whose products dW sums, too.
@@ -54,9 +60,10 @@ NAMES = ("y", "dh", "dg", "dweight", "dbias")
 
 def inputs_of(case: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     rows, rank, i, o, _ = CASES[case]
-    torch.manual_seed(rows + i)
-    shapes = [(rows, i), (rows, rank), (rank + 1, o, i), (rank + 1, o), (rows, o)]
-    scales = [1.0, 1.0, (i * rank) ** -0.5, 1.0, 1.0]
+    torch.manual_seed(rows + (i or o))
+    slices = (rank + 1, o) if i is None else (rank + 1, o, i)
+    shapes = [(rows, i or o), (rows, rank), slices, (rank + 1, o), (rows, o)]
+    scales = [1.0, 1.0, ((i or 1) * rank) ** -0.5, 1.0, 1.0]
     return [
         (torch.randn(*shape) * scale).to(device, dtype)
         for shape, scale in zip(shapes, scales, strict=True)
@@ -70,6 +77,7 @@ def run(call: Any, tensors: list[Tensor], dy: Tensor) -> list[Tensor]:
 
 
 def oracle(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    weight = torch.diag_embed(weight) if weight.dim() == 2 else weight
     generated = weight[-1] + torch.einsum("br,roi->boi", g, weight[:-1])
     return torch.einsum("boi,bi->bo", generated, h) + bias[-1] + g @ bias[:-1]
 
@@ -93,13 +101,9 @@ def errors_of(case: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, f
     }
 
 
-def facts_of_the_rest() -> dict[str, Any]:
-    """Empty batches, strides, offsets, autocast, what is allocated: everything but numbers."""
-    from benchmarks.meta_layer import sweep, winners
-    from tests.test_meta_linear import LargestTensor
-    from trainer.ops.triton_meta import fused_backward, fused_forward
-
-    h, g, weight, bias, dy = inputs_of("small", torch.float32)
+def facts_of(case: str) -> dict[str, Any]:
+    """Empty batches, strides, offsets, autocast, shared knowledge: everything but numbers."""
+    h, g, weight, bias, dy = inputs_of(case, torch.float32)
     empty = run(
         lambda *a: meta_linear(*a, strategy="fused", activation="relu"),
         [h[:0], g[:0], weight, bias],
@@ -114,11 +118,6 @@ def facts_of_the_rest() -> dict[str, Any]:
         cast = meta_linear(h, g, weight, bias, strategy="fused").dtype
     group = torch.arange(len(h)) % 3
     shared = meta_linear(h, g[:3], weight, bias, group=group, strategy="fused")
-    wide_h, wide_g = torch.randn(300, 32), torch.randn(300, 8)
-    wide_weight, wide_bias = torch.randn(9, 32, 32), torch.randn(9, 32)
-    with LargestTensor() as largest:
-        y = fused_forward(wide_h, wide_g, wide_weight, wide_bias, "none")
-        fused_backward(torch.ones_like(y), wide_h, wide_g, wide_weight, wide_bias)
     fused, fused_backward_op = (
         getattr(torch.ops.llm4msr, f"meta_linear_fused{end}").default for end in ("", "_backward")
     )
@@ -127,7 +126,6 @@ def facts_of_the_rest() -> dict[str, Any]:
     checks = opcheck(fused, (*leaves, "tanh")).values()
     checks_backward = opcheck(fused_backward_op, (dy, y, h, g, weight, bias, "tanh")).values()
     return {
-        "edges": edges(),
         "empty": [[list(one.shape) for one in empty], [one.abs().sum().item() for one in empty]],
         "strided": [
             torch.allclose(a, b, atol=1e-4) for a, b in zip(strided, expected, strict=True)
@@ -135,19 +133,44 @@ def facts_of_the_rest() -> dict[str, Any]:
         "offset": [torch.allclose(a, b, atol=1e-4) for a, b in zip(offset, expected, strict=True)],
         "autocast": str(cast),
         "shared": torch.allclose(shared, oracle(h, g[:3][group], weight, bias), atol=1e-4),
-        "largest": largest.bytes,
-        "sweep": winners(sweep((33, 2, 16, 16), 2, "cpu", torch.float32, most=2)),
         "opcheck": sorted({*checks, *checks_backward}),
-        "compiled": compiled_equals_eager(),
+        "compiled": compiled_equals_eager(case),
+        "edges": edges(case),
     }
 
 
-def edges() -> dict[str, bool]:
+def largest(diagonal: bool) -> int:
+    """Bytes of the largest tensor that the launchers make of B=300, r=8, i=o=32."""
+    from tests.test_meta_linear import LargestTensor
+    from trainer.ops import triton_diagonal, triton_meta
+
+    kernels = triton_diagonal if diagonal else triton_meta
+    h, g, bias = torch.randn(300, 32), torch.randn(300, 8), torch.randn(9, 32)
+    weight = torch.randn(9, 32) if diagonal else torch.randn(9, 32, 32)
+    with LargestTensor() as seen:
+        y = kernels.fused_forward(h, g, weight, bias, "none")
+        kernels.fused_backward(torch.ones_like(y), h, g, weight, bias)
+    return seen.bytes
+
+
+def facts_of_the_rest() -> dict[str, Any]:
+    from benchmarks.meta_layer import sweep, winners
+
+    return {
+        "largest": [largest(diagonal) for diagonal in (False, True)],
+        "sweep": winners(sweep((33, 2, 16, 16), 2, "cpu", torch.float32, most=2)),
+    }
+
+
+def edges(case: str) -> dict[str, bool]:
     """Widths of 0, values that are no numbers or tiny, settings of the user's: what holds."""
-    h, g, weight, bias, dy = inputs_of("small", torch.float32)
+    h, g, weight, bias, dy = inputs_of(case, torch.float32)
     found: dict[str, bool] = {}
-    for name, i, o in (("no inputs", 0, 20), ("no outputs", 24, 0)):
-        cut = [h[:, :i], g, weight[:, :o, :i], bias[:, :o]]
+    widths = (
+        {"no inputs": (0, 20), "no outputs": (24, 0)} if weight.dim() == 3 else {"none": (0, 0)}
+    )
+    for name, (i, o) in widths.items():
+        cut = [h[:, :i], g, weight[:, :o, :i] if i != o else weight[:, :o], bias[:, :o]]
         pair = [
             run(lambda *a, s=strategy: meta_linear(*a, strategy=s), cut, dy[:, :o])
             for strategy in ("fused", "reference")
@@ -161,7 +184,9 @@ def edges() -> dict[str, bool]:
     for activation in SLOPES:
         y = meta_linear(broken, g, weight, bias, activation=activation, strategy="fused")
         missing = y.isnan()
-        found[f"nan through {activation}"] = bool(missing[3].all()) and int(missing.sum()) == 20
+        reached = missing[3].all() if weight.dim() == 3 else missing[3, 2]
+        expected = 20 if weight.dim() == 3 else 1
+        found[f"nan through {activation}"] = bool(reached) and int(missing.sum()) == expected
     for scale in (1e-6, 1e-3, 0.3, 1.0):
         scaled = [h, g, weight * scale, bias * scale]
         y = meta_linear(*scaled, activation="tanh", strategy="fused").double()
@@ -177,12 +202,12 @@ def edges() -> dict[str, bool]:
     return found
 
 
-def compiled_equals_eager() -> dict[str, Any]:
+def compiled_equals_eager(case: str) -> dict[str, Any]:
     """Output and gradients bit by bit at two batch sizes, and how often that was compiled."""
     call = functools.partial(meta_linear, strategy="fused", activation="relu")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-    *tensors, dy = inputs_of("small", torch.float32)
+    *tensors, dy = inputs_of(case, torch.float32)
     h, g, weight, bias = tensors
     same = []
     for rows in (len(h), 21):
@@ -217,28 +242,32 @@ def test_kernels_equal_oracle(interpreted: dict[str, Any], case: str, dtype: str
 
 
 @pytest.mark.slow
-def test_empty_batch(interpreted: dict[str, Any]) -> None:
-    shapes, sums = interpreted["rest"]["empty"]
-    assert shapes == [[0, 20], [0, 24], [0, 5], [6, 20, 24], [6, 20]]
+@pytest.mark.parametrize(
+    ("form", "i", "slices"), [("full", 24, [6, 20, 24]), ("diagonal", 20, [6, 20])]
+)
+def test_empty_batch(interpreted: dict[str, Any], form: str, i: int, slices: list[int]) -> None:
+    shapes, sums = interpreted[form]["empty"]
+    assert shapes == [[0, 20], [0, i], [0, 5], slices, [6, 20]]
     assert sums == [0] * 5
 
 
 @pytest.mark.slow
-def test_edges(interpreted: dict[str, Any]) -> None:
-    found = interpreted["rest"]["edges"]
-    assert len(found) == 13
+@pytest.mark.parametrize(("form", "number"), [("full", 13), ("diagonal", 12)])
+def test_edges(interpreted: dict[str, Any], form: str, number: int) -> None:
+    found = interpreted[form]["edges"]
+    assert len(found) == number
     assert [name for name, holds in found.items() if not holds] == []
 
 
 def test_float32_is_multiplied_as_the_user_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.ops.triton_meta import _precision
+    from trainer.ops.triton_tiles import precision_of
 
     # Not through torch: the two names of the setting must not be mixed in one process.
     matmul = SimpleNamespace(fp32_precision="none")
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    assert _precision(torch.float32) == "tf32x3"
+    assert precision_of(torch.float32) == "tf32x3"
     matmul.fp32_precision = "tf32"
-    assert _precision(torch.float32) == _precision(torch.bfloat16) == "tf32"
+    assert precision_of(torch.float32) == precision_of(torch.bfloat16) == "tf32"
 
 
 @pytest.mark.parametrize(
@@ -246,9 +275,9 @@ def test_float32_is_multiplied_as_the_user_asked(monkeypatch: pytest.MonkeyPatch
     [(4, 1000, 64), (500, 100_000, 512), (528, 4_194_305, 512), (9, 2**31, 128)],
 )
 def test_shares_of_the_batch_are_numbered_by_32_bits(programs: int, rows: int, widest: int) -> None:
-    from trainer.ops.triton_meta import _rows_per_share
+    from trainer.ops.triton_tiles import share_of_batch
 
-    found = _rows_per_share(132, programs, rows, widest, 64)
+    found = share_of_batch(132, programs, rows, widest, 64)
     assert found % 64 == 0
     assert found * widest <= 2**31
     shares = -(-rows // found)
@@ -258,13 +287,17 @@ def test_shares_of_the_batch_are_numbered_by_32_bits(programs: int, rows: int, w
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["strided", "offset"])
-def test_any_layout_in_memory(interpreted: dict[str, Any], how: str) -> None:
-    assert interpreted["rest"][how] == [True] * 5
+@pytest.mark.parametrize("form", ["full", "diagonal"])
+def test_any_layout_in_memory(interpreted: dict[str, Any], form: str, how: str) -> None:
+    assert interpreted[form][how] == [True] * 5
 
 
 @pytest.mark.slow
-def test_autocast_shared_knowledge_compile_and_opcheck(interpreted: dict[str, Any]) -> None:
-    rest = interpreted["rest"]
+@pytest.mark.parametrize("form", ["full", "diagonal"])
+def test_autocast_shared_knowledge_compile_and_opcheck(
+    interpreted: dict[str, Any], form: str
+) -> None:
+    rest = interpreted[form]
     assert rest["autocast"] == "torch.bfloat16"
     assert rest["shared"]
     assert rest["compiled"] == {"same": [True] * 10, "frames": 1}
@@ -276,20 +309,21 @@ def test_neither_generated_weights_nor_the_outer_product_are_stored(
     interpreted: dict[str, Any],
 ) -> None:
     # B=300, r=8, i=o=32: [B, i] is the largest; [B, r, i] would be 8 and [B, o, i] 32 times larger.
-    assert interpreted["rest"]["largest"] == 4 * 300 * 32
+    assert interpreted["rest"]["largest"] == [4 * 300 * 32] * 2
 
 
 @pytest.mark.slow
 def test_sweep_prints_lines_for_the_tile_table(interpreted: dict[str, Any]) -> None:
     from benchmarks.meta_layer import candidates
-    from trainer.ops.triton_meta import KERNELS, TILES, Tile
+    from trainer.ops import triton_diagonal, triton_meta
+    from trainer.ops.triton_tiles import TILES, Tile
 
     lines = interpreted["rest"]["sweep"]
-    assert len(lines) == len(KERNELS)
-    for line, kernel in zip(lines, KERNELS, strict=True):
+    kernels = [*triton_meta.KERNELS, *triton_diagonal.KERNELS]
+    for line, kernel in zip(lines, kernels, strict=True):
         entry, comment = line.split("  # ")
         found = eval(entry.strip().rstrip(","), {"Tile": Tile})
-        depth = 33 if kernel == "backward_weight" else 16
+        depth = 33 if kernel.endswith("backward_weight") else 16
         known = [
             *candidates(kernel, 4, 16, depth)[:2],
             *((*one[:2], 16, *one[3:]) for one in TILES),
@@ -315,10 +349,14 @@ def test_kernels_equal_oracle_on_cuda(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("form", ["fused", "grouped", "core", "core grouped", "gate"])
+@pytest.mark.parametrize(
+    "form", ["fused", "grouped", "core", "core grouped", "gate", "gate grouped"]
+)
 def test_forward_and_backward_can_be_captured_in_a_graph(form: str) -> None:
     (rows, rank, width), keys = (72, 16, 64), 4
-    if form.endswith("grouped") and not can_group_on_device(torch.bfloat16, width, width):
+    if form in ("grouped", "core grouped") and not can_group_on_device(
+        torch.bfloat16, width, width
+    ):
         pytest.skip("the ends of the groups would be read back, which a graph cannot hold")
     shared = form.endswith("grouped") or form == "gate"
     shapes = [(rows, width), (keys if shared else rows, rank), (rank + 1, width, width)]
@@ -331,8 +369,10 @@ def test_forward_and_backward_can_be_captured_in_a_graph(form: str) -> None:
     strategy = "grouped" if form.endswith("grouped") else "fused"
 
     def call(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, factor: Tensor) -> Tensor:
-        if form == "gate":
-            return meta_gate(h, g, factor, bias, bias + weight[:, 0], group=group)
+        if form.startswith("gate"):
+            return meta_gate(
+                h, g, factor, bias, bias + weight[:, 0], group=group, strategy=strategy
+            )
         options: dict[str, Any] = {"group": group, "activation": "relu", "strategy": strategy}
         if form.startswith("core"):
             return meta_core(h, g, factor, weight, bias, factor.t(), **options)
@@ -353,4 +393,5 @@ if __name__ == "__main__":
         for case in CASES
         for name in TOLERANCE
     }
-    print(json.dumps({"errors": found, "rest": facts_of_the_rest()}))
+    facts = {"full": facts_of("small"), "diagonal": facts_of("diagonal")}
+    print(json.dumps({"errors": found, **facts, "rest": facts_of_the_rest()}))

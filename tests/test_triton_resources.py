@@ -8,6 +8,7 @@ memory make a kernel slow or impossible to launch, and nothing but the compiler'
 import importlib.util
 import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trainer.ops import triton_meta
+from trainer.ops import triton_diagonal, triton_meta
 from trainer.ops.activation import ACTIVATIONS as FUSIBLE
-from trainer.ops.triton_meta import ACTIVATION_CODES, KERNELS, TILES, choose_tile, variants
+from trainer.ops.triton_tiles import ACTIVATION_CODES, TILES, Tile, choose_tile, constants
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have: A100, H100 and H200
@@ -31,8 +32,30 @@ REGISTERS, WARPS = 65_536, 64  # of a multiprocessor, on both
 SLACK = 16  # registers beyond those of the table
 ACTIVATIONS = {code: name for name, code in ACTIVATION_CODES.items()}
 ROOT = Path(__file__).parent.parent
-POINTERS = {"h", "g", "weight", "bias", "y", "dz", "dh", "dg", "dweight"}
-WRITTEN = {"y", "dh", "dweight"}  # of one type; dg is float32
+POINTERS = {"h", "g", "weight", "bias", "y", "dz", "dh", "dg", "dweight", "dbias"}
+WRITTEN = {"y", "dh", "dweight", "dbias"}  # of one type; dg is float32
+KERNELS = triton_meta.KERNELS | triton_diagonal.KERNELS
+
+
+def variants() -> Iterator[tuple[str, Tile, dict[str, Any], str, str]]:
+    """Every shipped variant: kernel, tile, constants, Triton's names of the types read and written."""
+    for kernel, itemsize, _, most_depth, tile in TILES:
+        kinds = [("bf16", "tf32"), ("fp16", "tf32")]
+        if itemsize == 4:
+            kinds = [("fp32", "tf32"), ("fp32", "tf32x3")]
+        for element, precision in kinds:
+            values = constants(KERNELS[kernel], tile, most_depth is not None, precision)
+            if kernel.endswith("forward"):
+                for code in ACTIVATION_CODES.values():
+                    yield kernel, tile, values | {"ACTIVATION": code}, element, element
+            elif kernel == "diagonal_backward_weight":  # its sums are in float32
+                yield kernel, tile, values, element, "fp32"
+            else:
+                yield kernel, tile, values, element, element
+                if kernel == "backward_weight" and itemsize == 2:  # of several shares too
+                    yield kernel, tile, values, element, "fp32"
+
+
 VARIANTS = list(variants())
 pytestmark = pytest.mark.slow
 
@@ -96,7 +119,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def name_of(index: int) -> str:
     kernel, tile, values, dtype, written = VARIANTS[index]
     once = "" if values.get("ONE_K", True) else "-loop"
-    activation = f"-{ACTIVATIONS[values['ACTIVATION']]}" if kernel == "forward" else ""
+    activation = f"-{ACTIVATIONS[values['ACTIVATION']]}" if "ACTIVATION" in values else ""
     types = dtype if written == dtype else f"{dtype}-to-{written}"
     name = f"{kernel}-{types}-{values['PRECISION']}-{tile.bm}x{tile.bn}x{tile.bk}{once}"
     return name + activation
@@ -144,7 +167,8 @@ def test_tile_fits_the_gpu(index: int, arch: int) -> None:
     assert blocks(found, tile.warps, arch) >= fitting, found[:3]
     assert found.registers <= registers + SLACK, found[:3]
     # Tensor cores, and sums whose order does not depend on who comes first.
-    assert ("wgmma.mma_async" if arch == 90 else "mma.sync") in found.ptx
+    hopper = arch == 90 and tile.bm >= 64  # whose own products take no fewer rows
+    assert ("wgmma.mma_async" if hopper else "mma.sync") in found.ptx
     assert not re.search(r"\b(atom|red)\.(global|relaxed|acq)", found.ptx)
 
 
@@ -155,9 +179,9 @@ def test_every_variant_that_users_can_launch_is_compiled() -> None:
         for index, (kernel, _, values, dtype, written) in enumerate(VARIANTS)
     }
     # Two types or precisions of each; forward with five activations, sums of 16 bit also in float32.
-    of_a_line = {"forward": 10, "backward_input": 2, "backward_weight": 2}
+    counts = [10 if line[0].endswith("forward") else 2 for line in TILES]
     sums = 2 * sum(line[:2] == ("backward_weight", 2) for line in TILES)
-    assert len(compiled) == len(VARIANTS) == sum(of_a_line[line[0]] for line in TILES) + sums
+    assert len(compiled) == len(VARIANTS) == sum(counts) + sums
     assert {row for *_, row in compiled} == {row for row, _ in promised()}
 
 
@@ -173,8 +197,9 @@ def test_a_fused_relu_keeps_what_is_not_a_number() -> None:
 
 def test_the_gate_notices_a_tile_that_is_too_large() -> None:
     kernel, _, values, *types = next(one for one in VARIANTS if not one[2].get("ONE_K", True))
-    tile = triton_meta.Tile(128, 256, 64, 8, 3)
-    VARIANTS.append((kernel, tile, values | tile.sizes(), *types))
+    tile = Tile(128, 256, 64, 8, 3)
+    again = constants(KERNELS[kernel], tile, False, values["PRECISION"])
+    VARIANTS.append((kernel, tile, values | again, *types))
     try:
         assert resources(len(VARIANTS) - 1, 80).stack > 0
     finally:

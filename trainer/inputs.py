@@ -104,8 +104,8 @@ def check_strategy(meta: MetaConfig, device: str) -> None:
     Raises:
         InputError: With what to use instead.
     """
-    if not meta.enabled or meta.strategy != "fused" or meta.kind == "gate":
-        return  # gates are library products whatever the strategy
+    if not meta.enabled or meta.strategy != "fused":
+        return
     if missing := missing_for_fused(device):
         raise InputError(
             f"model.meta.strategy: fused needs {missing}; this run is on {device}; use auto or reference"

@@ -64,7 +64,8 @@ def _work(
     """The same of a layer of any kind."""
     batch, rank, in_features, out_features = shape
     if kind == "gate":
-        return 2 * out_features * (batch * in_features + 2 * rank * (distinct or batch))
+        generated = (distinct or batch) if strategy == "grouped" else batch
+        return 2 * out_features * (batch * in_features + 2 * rank * generated)
     if kind == "core":
         core = flops(strategy, batch, rank, core_width, core_width, distinct or 0)
         return 2 * batch * core_width * (in_features + out_features) + core
@@ -97,11 +98,11 @@ def profile_meta_layer(
         device: "cpu" or "cuda".
         kind: One of KINDS: what is generated, as `model.meta.kind`.
         core_width: Width of the generated matrix of kind core.
-        strategy: Of the op; "auto" is what training takes. Kind gate has none.
+        strategy: Of the op; "auto" is what training takes.
         rounds: Measurements; median and quartiles are reported.
 
     Returns:
-        "explanation" (a line with the strategy and why), "strategy" (of kind gate "gate"), "forward"
+        "explanation" (a line with the strategy and why), "strategy", "forward"
         and "step" (each with "median", "low", "high" in ms, "gflops" per second, "fraction_of_peak"),
         "peak_gflops" of a square product in the same run, "machine".
 
@@ -124,16 +125,16 @@ def profile_meta_layer(
         raise InputError(f"profile meta-layer: kind {kind!r}; use one of {', '.join(KINDS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("profile meta-layer: no CUDA device here; use --device cpu")
-    if strategy == "grouped" and distinct is None and kind != "gate":
+    if strategy == "grouped" and distinct is None:
         raise InputError("profile meta-layer: strategy grouped needs --distinct")
     element = getattr(torch, dtype)
     shape = (batch, rank, in_features, out_features)
     generated = (batch, rank, core_width, core_width) if kind == "core" else shape
     chosen = strategy
-    if kind == "gate":
-        chosen = kind
-    elif strategy == "auto":
-        chosen, _ = choose_strategy(*generated, groups=distinct, device=device, dtype=element)
+    if strategy == "auto":
+        chosen, _ = choose_strategy(
+            *generated, groups=distinct, device=device, dtype=element, diagonal=kind == "gate"
+        )
 
     def random(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, device=device).to(element)

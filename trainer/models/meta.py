@@ -167,10 +167,6 @@ class MetaLayer(nn.Module):
         self, h: Tensor, z: Tensor, group: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         """Maps h [B, in] to [B, out] by the layer that z [B, rank] (or z[group]) generates."""
-        if self.kind == "gate":
-            return meta_gate(
-                h, z, self.shared, self.scale, self.bias, group=group, activation=activation
-            )
         # "grouped" speaks of shared vectors; without a group every sample has its own.
         ungrouped = group is None and self.strategy == "grouped"
         options: dict[str, Any] = {
@@ -180,6 +176,8 @@ class MetaLayer(nn.Module):
         }
         if self.kind == "core":
             return meta_core(h, z, self.down, self.weight, self.bias, self.up, **options)
+        if self.kind == "gate":
+            return meta_gate(h, z, self.shared, self.scale, self.bias, **options)
         return meta_linear(h, z, self.weight, self.bias, **options)
 
     def explain(
@@ -193,18 +191,20 @@ class MetaLayer(nn.Module):
             device: "cpu" or "cuda".
             dtype: Of the products.
         """
-        if self.kind == "gate":
-            shape = f"{self.in_features} to {self.out_features}, rank {self.rank}"
-            return f"meta layer {shape}: gate (a linear layer and a generated diagonal)"
-        slices, o, i = self.weight.shape
         strategy = "auto" if groups is None and self.strategy == "grouped" else self.strategy
+        is_gate = self.kind == "gate"
+        widths = (self.scale if is_gate else self.weight).shape[1:]
         line = explain_strategy(
-            rows, slices - 1, i, o, groups=groups, device=device, dtype=dtype, strategy=strategy
+            *(rows, self.rank, widths[-1], widths[0]),
+            groups=groups,
+            device=device,
+            dtype=dtype,
+            strategy=strategy,
+            diagonal=is_gate,
         )
-        if self.kind == "core":
-            line = line.replace(
-                "meta layer", f"meta core of {self.in_features} to {self.out_features}:", 1
-            )
+        if self.kind != "low_rank":
+            what = f"meta {self.kind} of {self.in_features} to {self.out_features}:"
+            line = line.replace("meta layer", what, 1)
         return line
 
 

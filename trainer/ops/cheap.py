@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops.activation import activate, activation_name
-from trainer.ops.grouped import take_rows
 from trainer.ops.meta_linear import meta_linear
 
 
@@ -62,12 +61,12 @@ def meta_gate(
     *,
     group: Tensor | None = None,
     activation: str | None = None,
+    strategy: str = "auto",
 ) -> Tensor:
     """A layer whose rows are scaled by knowledge: y_b = act(s_b * (weight h_b) + b_b).
 
-    s_b = scale_r + sum_j g_bj scale_j and b_b likewise: `meta_linear` with the slices
-    diag(scale_j) weight, but not by `meta_linear`: no matrix is generated, and one product of h and
-    two small ones of g take 2 B (i + 2 r) o operations in place of its 2 B (r+1) i o.
+    s_b = scale_r + sum_j g_bj scale_j and b_b likewise, by `meta_linear` with slices that are diagonals.
+    One product of h and two small ones of g take 2 B (i + 2 r) o operations in place of 2 B (r+1) i o.
 
     Args:
         h: Layer inputs [B, i].
@@ -77,21 +76,19 @@ def meta_gate(
         bias: Biases [r+1, o].
         group: Which row of `g` belongs to each sample, int64 [B].
         activation: As in `meta_linear`.
+        strategy: As in `meta_linear`, of the diagonals.
 
     Returns:
         Outputs [B, o].
 
     Raises:
-        ValueError: If shapes do not fit or the activation is unknown.
+        ValueError: If shapes do not fit, or the strategy or activation is unknown.
     """
-    name = activation_name(activation)
     expected = (g.shape[-1] + 1, weight.shape[0])
     if scale.shape != expected or bias.shape != expected:
         raise ValueError(
             f"meta_gate: scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be {expected}"
         )
-    scales = F.linear(g, scale[:-1].t(), scale[-1])
-    biases = F.linear(g, bias[:-1].t(), bias[-1])
-    if group is not None:
-        scales, biases = take_rows(scales, group), take_rows(biases, group)
-    return activate(scales * F.linear(h, weight) + biases, name)
+    return meta_linear(
+        F.linear(h, weight), g, scale, bias, group=group, activation=activation, strategy=strategy
+    )

@@ -6,8 +6,10 @@
 likewise. This equals act(W_b h_b + b_b) with W_b = A_r + sum_j g_bj A_j: the linear meta network of
 LLM4MSR, without ever storing W_b [B, o, i] or the product of g and h [B, r, i].
 
+Slices may be diagonals, `weight` [r+1, o] and i = o: A_j h is then their elementwise product.
+
 Three strategies compute the same numbers:
-- fused: Triton kernels for CUDA. 2 B (r+1) i o multiplications forward, twice that backward.
+- fused: Triton kernels for CUDA. 2 B (r+1) i o operations forward, twice that backward.
 - grouped: samples that share a knowledge vector (all impressions of one scenario) share one generated
   weight, built once per distinct vector: r times fewer products when few are distinct.
 - reference: the fused algorithm as a loop of library products. Any device.
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from trainer.ops.activation import activation_name
 from trainer.ops.grouped import can_group_on_device, grouped_linear, take_rows
-from trainer.ops.reference import meta_linear_fused, meta_linear_reference
+from trainer.ops.reference import diagonal_linear, meta_linear_fused, meta_linear_reference
 
 STRATEGIES = ("auto", "fused", "grouped", "reference")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -30,6 +32,7 @@ _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # with the batch, as with a knowledge row per user, they are what the op exists to avoid; at a thousand
 # scenarios of 256 x 256 in float32 they are this much.
 _MOST_GENERATED_BYTES = 256 << 20
+_ROWS_PER_DIAGONAL = 2  # from which grouped is faster on a CPU, as measured
 
 
 def min_rows_per_group(device: str, rank: int, in_features: int, out_features: int) -> float:
@@ -50,7 +53,7 @@ def missing_for_fused(device: str) -> str | None:
     if not _HAS_TRITON:
         return "the package triton"
     if device != "cuda":
-        from trainer.ops.triton_meta import INTERPRETING
+        from trainer.ops.triton_tiles import INTERPRETING
 
         if not INTERPRETING:
             return "CUDA, or Triton's interpreter (TRITON_INTERPRET=1)"
@@ -66,6 +69,7 @@ def choose_strategy(
     groups: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    diagonal: bool = False,
 ) -> tuple[str, str]:
     """What `strategy="auto"` takes, and why.
 
@@ -77,6 +81,7 @@ def choose_strategy(
         groups: Distinct knowledge rows S, or None if every sample brings its own.
         device: "cpu" or "cuda".
         dtype: Of the products (under autocast, the type it casts to).
+        diagonal: Whether the slices are diagonals.
 
     Returns:
         "fused", "grouped" or "reference", and the reason in words.
@@ -85,6 +90,12 @@ def choose_strategy(
     needed = min_rows_per_group(device, rank, in_features, out_features)
     generated = (groups or 0) * in_features * out_features * dtype.itemsize
     why = "every row has its own knowledge" if groups is None else "too few rows per knowledge row"
+    if diagonal:  # bound by memory: fused never writes the scales [B, o], grouped has to
+        if fused:
+            return "fused", "diagonals are made where they are used; Triton kernels"
+        if groups is not None and rows >= _ROWS_PER_DIAGONAL * groups:
+            return "grouped", f"at least {_ROWS_PER_DIAGONAL} rows per knowledge row"
+        return "reference", why
     if groups is not None and generated > _MOST_GENERATED_BYTES:
         why = f"weights of {groups:,} knowledge rows would take {generated / (1 << 20):,.0f} MiB"
     elif groups is not None and rows >= needed * groups:
@@ -113,6 +124,7 @@ def explain_strategy(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     strategy: str = "auto",
+    diagonal: bool = False,
 ) -> str:
     """One line to print at start-up: the layer, the strategy taken, and why.
 
@@ -125,25 +137,34 @@ def explain_strategy(
         device: "cpu" or "cuda".
         dtype: Of the products.
         strategy: What was configured; other than "auto" it is taken as it is.
+        diagonal: Whether the slices are diagonals.
     """
     chosen, why = strategy, "configured"
     if strategy == "auto":
         chosen, why = choose_strategy(
-            rows, rank, in_features, out_features, groups=groups, device=device, dtype=dtype
+            *(rows, rank, in_features, out_features),
+            groups=groups,
+            device=device,
+            dtype=dtype,
+            diagonal=diagonal,
         )
     shared = "" if groups is None else f", {groups:,} knowledge rows"
     name = str(dtype).removeprefix("torch.")
-    layer = f"{in_features} to {out_features}, rank {rank}, {rows:,} rows{shared}, {device} {name}"
+    widths = f"diagonal of {out_features}" if diagonal else f"{in_features} to {out_features}"
+    layer = f"{widths}, rank {rank}, {rows:,} rows{shared}, {device} {name}"
     return f"meta layer {layer}: {chosen} ({why})"
 
 
 def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | None) -> None:
     rows = h.shape[0] if group is None else g.shape[0]
-    expected = (g.shape[-1] + 1, bias.shape[-1], h.shape[-1])
-    if h.dim() != 2 or g.dim() != 2 or g.shape[0] != rows or weight.shape != expected:
+    full = (g.shape[-1] + 1, bias.shape[-1], h.shape[-1])
+    diagonal = (g.shape[-1] + 1, h.shape[-1])
+    fits = weight.shape == (full if weight.dim() == 3 else diagonal)
+    if h.dim() != 2 or g.dim() != 2 or g.shape[0] != rows or not fits:
         raise ValueError(
             f"meta_linear: h {tuple(h.shape)}, g {tuple(g.shape)}, weight {tuple(weight.shape)}, "
-            f"bias {tuple(bias.shape)} do not fit [B,i], [B,r], [r+1,o,i], [r+1,o]"
+            f"bias {tuple(bias.shape)} do not fit [B,i], [B,r], [r+1,o,i], [r+1,o], nor with "
+            f"diagonals [B,o], [B,r], [r+1,o], [r+1,o]"
         )
     if group is not None and group.shape != h.shape[:1]:
         raise ValueError(f"meta_linear: group {tuple(group.shape)} must be {tuple(h.shape[:1])}")
@@ -155,6 +176,8 @@ def _grouped(
     h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor, activation: str
 ) -> Tensor:
     """Generates one weight per knowledge row, as one product, and applies it to the row's samples."""
+    if weight.dim() == 2:
+        return diagonal_linear(h, g, weight, bias, group, activation)
     gates = torch.cat([g, g.new_ones(g.shape[0], 1)], dim=1)
     generated = (gates @ weight.flatten(1)).view(-1, *weight.shape[1:])
     return grouped_linear(h, generated, gates @ bias, group, activation)
@@ -173,12 +196,13 @@ def meta_linear(
     """Applies a generated linear layer to each sample (see the module's equation).
 
     Samples never reach each other's outputs. Saved for the backward pass: the inputs, and the output
-    if there is an activation. Gradients are deterministic: the same bits on every run.
+    if there is an activation (of diagonals, where no kernel runs, also what they generate). Gradients
+    are deterministic: the same bits on every run.
 
     Args:
         h: Layer inputs [B, i].
         g: Knowledge vectors [B, r]; with `group`, the distinct ones [S, r].
-        weight: Generator slices and the shared layer [r+1, o, i].
+        weight: Generator slices and the shared layer [r+1, o, i]; as diagonals [r+1, o], i = o.
         bias: Their biases [r+1, o].
         group: Which row of `g` belongs to each sample, int64 [B], values in [0, S)
             (`trainer.ops.group_by_key` finds it where only keys are known).
@@ -206,6 +230,7 @@ def meta_linear(
             groups=None if group is None else g.shape[0],
             device=device,
             dtype=torch.bfloat16 if cast else h.dtype,
+            diagonal=weight.dim() == 2,
         )
     if strategy == "grouped":
         if group is None:
@@ -219,6 +244,8 @@ def meta_linear(
         )
     if strategy == "fused" and not _HAS_TRITON:
         raise ValueError(f"meta_linear: strategy fused needs {missing_for_fused(h.device.type)}")
-    op = meta_linear_fused if strategy == "fused" else meta_linear_reference
     per_sample = g if group is None else take_rows(g, group)
+    if strategy != "fused" and weight.dim() == 2:
+        return diagonal_linear(h, per_sample, weight, bias, None, name)
+    op = meta_linear_fused if strategy == "fused" else meta_linear_reference
     return op(h, per_sample, weight, bias, name)

@@ -1,17 +1,22 @@
 """The op in plain PyTorch: a loop over the r+1 slices, scaled after the product. Any device.
 
 It registers two pairs of operators, forward and backward, that compute the same numbers:
-`llm4msr::meta_linear` by this loop, and `llm4msr::meta_linear_fused` by the Triton kernels. They are
+`llm4msr::meta_linear` by this loop, and `llm4msr::meta_linear_fused` by the Triton kernels, which also
+has kernels for slices that are diagonals (without them `diagonal_linear` is all it takes). They are
 opaque to the compiler (`custom_op`, not `triton_op`: that one is traced into its launch, so that it
 cannot be compiled on a machine without a GPU). What is saved for the backward pass: the inputs, and the
 output where there is an activation.
 """
 
+from types import ModuleType
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from trainer.ops.activation import activate_, activation_gradient
+from trainer.ops.activation import activate, activate_, activation_gradient
+from trainer.ops.grouped import take_rows
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -58,6 +63,20 @@ def reference_backward(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: T
     return dh.to(h.dtype), dg.to(g.dtype), dweight, dbias
 
 
+def diagonal_linear(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | None, activation: str
+) -> Tensor:
+    """Outputs [B, o] where slices are diagonals [r+1, o]: two small products, a multiplication, a sum.
+
+    With `group`, scales and biases are made once per row of `g`. An operator of our own that saves no
+    scales for the backward pass was no faster on a CPU (docs/kernels.md); the compiler sees through this.
+    """
+    scales, biases = (F.linear(g, one[:-1].t(), one[-1]) for one in (weight, bias))
+    if group is not None:
+        scales, biases = take_rows(scales, group), take_rows(biases, group)
+    return activate(scales * h.to(scales.dtype) + biases, activation)
+
+
 @torch.library.custom_op("llm4msr::meta_linear", mutates_args=())
 def meta_linear_reference(
     h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
@@ -74,14 +93,19 @@ def _reference_backward(
     return reference_backward(dz.contiguous(), h.contiguous(), g, weight, bias)
 
 
+def _kernels(weight: Tensor) -> ModuleType:
+    """The kernels for slices of a shape. Imported late: triton may be missing."""
+    from trainer.ops import triton_diagonal, triton_meta
+
+    return triton_diagonal if weight.dim() == 2 else triton_meta
+
+
 @torch.library.custom_op("llm4msr::meta_linear_fused", mutates_args=(), device_types="cuda")
 def meta_linear_fused(
     h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
 ) -> Tensor:
     """The Triton kernel: CUDA, or any device under Triton's interpreter."""
-    from trainer.ops.triton_meta import fused_forward
-
-    return fused_forward(h, g, weight, bias, activation)
+    return _kernels(weight).fused_forward(h, g, weight, bias, activation)
 
 
 @torch.library.custom_op(
@@ -90,27 +114,25 @@ def meta_linear_fused(
 def _fused_backward(
     dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
 ) -> Gradients:
-    from trainer.ops.triton_meta import fused_backward
-
-    return fused_backward(activation_gradient(dy, y, activation), h, g, weight, bias)
+    dz = activation_gradient(dy, y, activation)
+    return _kernels(weight).fused_backward(dz, h, g, weight, bias)
 
 
 @meta_linear_fused.register_kernel("cpu")
 def _(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    from trainer.ops.triton_meta import INTERPRETING, fused_forward
+    from trainer.ops.triton_tiles import INTERPRETING
 
     if not INTERPRETING:
         raise ValueError("meta_linear: strategy fused needs CUDA tensors; on a CPU use reference")
-    return fused_forward(h, g, weight, bias, activation)
+    return _kernels(weight).fused_forward(h, g, weight, bias, activation)
 
 
 @_fused_backward.register_kernel("cpu")
 def _(
     dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
 ) -> Gradients:
-    from trainer.ops.triton_meta import fused_backward
-
-    return fused_backward(activation_gradient(dy, y, activation), h, g, weight, bias)
+    dz = activation_gradient(dy, y, activation)
+    return _kernels(weight).fused_backward(dz, h, g, weight, bias)
 
 
 def _fake_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:

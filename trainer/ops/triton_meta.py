@@ -1,4 +1,4 @@
-"""Triton kernels of the fused strategy, their tile table and their launchers. Needs `triton` to import.
+"""Triton kernels of the fused strategy, and their launchers. Needs `triton` to import.
 
 Three kernels, float32 accumulation, every size masked, no atomics (two runs give the same bits):
 - forward: h [BM, i] stays on chip, A_j streams by; acc += g_j * (h A_j^T). The scale is applied after
@@ -7,60 +7,30 @@ Three kernels, float32 accumulation, every size masked, no atomics (two runs giv
 - backward to weights: dA_j = (g_j dz)^T h over a share of the batch; the host adds the shares up.
 Neither [B, o, i] nor the product of g and h reaches memory. dz = dy act'(y) does, once, [B, o]: with
 the activation inside the kernels its loads could not be pipelined into shared memory.
-
-Under TRITON_INTERPRET=1 (set before the import) the same kernels run on CPU tensors, which is how they
-are tested without a GPU.
 """
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# The interpreter multiplies bfloat16 operands of a dot as if their bits were integers.
-_WIDEN = tl.constexpr(INTERPRETING)
-_GATES = tl.constexpr(32)  # biases are applied in blocks of that many slices
-
-# One compiled variant for every batch size and rank. Widths are padded to a multiple of 16 by the
-# launchers: loads that cannot be vectorised cost so many registers that the tiles would spill.
-_kernel = triton.jit(
-    do_not_specialize=["ROWS", "RANK", "rows_per_share"], do_not_specialize_on_alignment=["g"]
+from trainer.ops.triton_tiles import (
+    ACTIVATION_CODES,
+    activate_tile,
+    any_size,
+    choose_tile,
+    constants,
+    dot,
+    multiprocessors,
+    padded,
+    precision_of,
+    share_of_batch,
 )
-ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4}
+
+_BIASES = tl.constexpr(32)  # applied in blocks of that many slices
 
 
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 1:  # not the plain maximum, which on a GPU makes 0 of what is not a number
-        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == 2:
-        z = tl.where(z > 0, z, 0.01 * z)
-    elif ACTIVATION == 3:
-        z = tl.sigmoid(z)
-    elif ACTIVATION == 4:  # near 0, where the difference would cancel, by its series
-        x = z * z
-        series = 2 / 15 + x * (-17 / 315 + x * (62 / 2835))
-        series = z * (1 + x * (-1 / 3 + x * series))
-        z = tl.where(tl.abs(z) < 0.25, series, 2.0 * tl.sigmoid(2.0 * z) - 1.0)
-    return z
-
-
-@_kernel
+@any_size
 def meta_forward(
     h,
     g,
@@ -88,8 +58,8 @@ def meta_forward(
     k = tl.arange(0, BK)
     in_m, in_n = m < ROWS - first, n < OUT
     acc = tl.zeros((BM, BN), tl.float32)
-    for j0 in range(0, RANK + 1, _GATES):
-        j = j0 + tl.arange(0, _GATES)
+    for j0 in range(0, RANK + 1, _BIASES):
+        j = j0 + tl.arange(0, _BIASES)
         gates = tl.load(
             g + m[:, None] * RANK + j[None, :], mask=in_m[:, None] & (j < RANK)[None, :], other=0.0
         )
@@ -99,7 +69,7 @@ def meta_forward(
             mask=(j <= RANK)[:, None] & in_n[None, :],
             other=0.0,
         )
-        acc = _dot(gates + ones[None, :], c, acc, PRECISION)
+        acc = dot(gates + ones[None, :], c, acc, PRECISION)
     if ONE_K:
         x = tl.load(
             h + m[:, None] * IN + k[None, :], mask=in_m[:, None] & (k < IN)[None, :], other=0.0
@@ -114,7 +84,7 @@ def meta_forward(
                 mask=in_n[None, :] & (k < IN)[:, None],
                 other=0.0,
             )
-            u = _dot(x, a, u, PRECISION)
+            u = dot(x, a, u, PRECISION)
         else:
             for k0 in range(0, IN, BK):
                 in_k = k < IN - k0
@@ -128,9 +98,9 @@ def meta_forward(
                     mask=in_n[None, :] & in_k[:, None],
                     other=0.0,
                 )
-                u = _dot(xk, a, u, PRECISION)
+                u = dot(xk, a, u, PRECISION)
         acc += gate[:, None] * u
-    acc = _activate(acc, ACTIVATION)
+    acc = activate_tile(acc, ACTIVATION)
     tl.store(
         y + m[:, None] * OUT + n[None, :],
         acc.to(y.dtype.element_ty),
@@ -138,7 +108,7 @@ def meta_forward(
     )
 
 
-@_kernel
+@any_size
 def meta_backward_input(
     dz,
     h,
@@ -184,7 +154,7 @@ def meta_backward_input(
                 mask=(k < OUT)[:, None] & in_n[None, :],
                 other=0.0,
             )
-            v = _dot(d, a, v, PRECISION)
+            v = dot(d, a, v, PRECISION)
         else:
             for k0 in range(0, OUT, BK):
                 in_k = k < OUT - k0
@@ -198,14 +168,14 @@ def meta_backward_input(
                     mask=in_k[:, None] & in_n[None, :],
                     other=0.0,
                 )
-                v = _dot(dk, a, v, PRECISION)
+                v = dot(dk, a, v, PRECISION)
         acc += gate[:, None] * v
         share = tl.sum(v * x.to(tl.float32), axis=1)
         tl.store(dg + tl.cast(j, tl.int64) * ROWS + m, share, mask=in_m & (j < RANK))
     tl.store(dh + m[:, None] * IN + n[None, :], acc.to(dh.dtype.element_ty), mask=inside)
 
 
-@_kernel
+@any_size
 def meta_backward_weight(
     dz,
     h,
@@ -244,7 +214,7 @@ def meta_backward_weight(
         gate = tl.load(g + b * RANK + j, mask=in_k & (j < RANK), other=1.0).to(tl.float32)
         x = tl.load(h + b[:, None] * IN + n[None, :], mask=in_k[:, None] & in_n[None, :], other=0.0)
         scaled = (gate[:, None] * d.to(tl.float32)).to(x.dtype)
-        acc = _dot(tl.trans(scaled), x, acc, PRECISION)
+        acc = dot(tl.trans(scaled), x, acc, PRECISION)
     dweight += (share * (RANK + 1) + j) * OUT * IN
     tl.store(
         dweight + m[:, None] * IN + n[None, :],
@@ -253,109 +223,11 @@ def meta_backward_weight(
     )
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Block sizes (rows, columns, depth of the product), warps and pipeline stages of a program."""
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-
-    def sizes(self) -> dict[str, int]:
-        """The block sizes as the kernels name them."""
-        return {"BM": self.bm, "BN": self.bn, "BK": self.bk}
-
-
-# (kernel, bytes per element, most columns, most depth) -> tile; None = any. The first that fits is
-# taken. Depth within the limit means that the resident operand is loaded once (ONE_K). Chosen by
-# registers, spills and shared memory as compiled for sm_80 and sm_90 (tests/test_triton_resources.py
-# holds every line to them); NOT by time on a GPU, which nobody has measured yet.
-TILES: list[tuple[str, int, int | None, int | None, Tile]] = [
-    ("forward", 2, 32, 64, Tile(64, 32, 64, 4, 3)),
-    ("forward", 2, None, 64, Tile(128, 64, 64, 8, 3)),
-    ("forward", 2, None, 128, Tile(128, 64, 128, 8, 2)),
-    ("forward", 2, None, None, Tile(128, 128, 64, 8, 3)),
-    ("forward", 4, None, 64, Tile(64, 32, 64, 4, 2)),
-    ("forward", 4, None, None, Tile(64, 32, 32, 4, 3)),
-    ("backward_input", 2, 32, 64, Tile(64, 32, 64, 4, 3)),
-    ("backward_input", 2, None, 64, Tile(64, 64, 64, 4, 3)),
-    ("backward_input", 2, None, 128, Tile(64, 64, 128, 4, 2)),
-    ("backward_input", 2, None, None, Tile(64, 128, 64, 8, 3)),
-    ("backward_input", 4, None, 64, Tile(64, 32, 64, 8, 2)),
-    ("backward_input", 4, None, None, Tile(64, 32, 32, 8, 3)),
-    ("backward_weight", 2, 64, None, Tile(64, 64, 64, 4, 3)),
-    ("backward_weight", 2, None, None, Tile(128, 128, 64, 8, 2)),
-    ("backward_weight", 4, None, None, Tile(64, 64, 32, 4, 2)),
-]
 KERNELS = {
     "forward": meta_forward,
     "backward_input": meta_backward_input,
     "backward_weight": meta_backward_weight,
 }
-
-
-def choose_tile(kernel: str, itemsize: int, columns: int, depth: int) -> tuple[Tile, bool]:
-    """The tile for a kernel ("forward", "backward_input", "backward_weight").
-
-    Args:
-        kernel: Which of the three.
-        itemsize: Bytes per element of the inputs, 2 or 4.
-        columns: Width of the kernel's output.
-        depth: Length of its inner products (of no account for the weights' kernel: the batch).
-
-    Returns:
-        The tile, and whether the whole depth fits into one block.
-    """
-    for name, size, most_columns, most_depth, tile in TILES:
-        fits = (most_columns is None or columns <= most_columns) and (
-            most_depth is None or depth <= most_depth
-        )
-        if name == kernel and size == itemsize and fits:
-            return tile, most_depth is not None
-    raise ValueError(f"no tile for kernel {kernel!r} with elements of {itemsize} bytes")
-
-
-def constants(kernel: str, tile: Tile, one_k: bool, precision: str) -> dict[str, Any]:
-    """The compile-time constants of a kernel but for the activation (forward only)."""
-    values: dict[str, Any] = {"PRECISION": precision, **tile.sizes()}
-    return values if kernel == "backward_weight" else values | {"ONE_K": one_k}
-
-
-def variants() -> Iterator[tuple[str, Tile, dict[str, Any], str, str]]:
-    """Every shipped variant: kernel, tile, constants, Triton's names of the types read and written."""
-    for kernel, itemsize, _, most_depth, tile in TILES:
-        kinds = [("bf16", "tf32"), ("fp16", "tf32")]
-        if itemsize == 4:
-            kinds = [("fp32", "tf32"), ("fp32", "tf32x3")]
-        for element, precision in kinds:
-            values = constants(kernel, tile, most_depth is not None, precision)
-            if kernel == "forward":
-                for code in ACTIVATION_CODES.values():
-                    yield kernel, tile, values | {"ACTIVATION": code}, element, element
-                continue
-            yield kernel, tile, values, element, element
-            if kernel == "backward_weight" and itemsize == 2:  # several shares: sums in float32
-                yield kernel, tile, values, element, "fp32"
-
-
-def _precision(dtype: torch.dtype) -> str:
-    # float32 on tensor cores: three products make up for TF32's short mantissa, unless the user
-    # traded precision for speed for every other product as well. Asked by the name that torch has had
-    # since 2.9: the older one, `allow_tf32`, raises where a user has set the newer.
-    matmul = torch.backends.cuda.matmul
-    is_fast = dtype != torch.float32 or matmul.fp32_precision == "tf32"
-    return "tf32" if is_fast else "tf32x3"
-
-
-def _padded(one: Tensor, *widths: int) -> Tensor:
-    """Its last dimensions filled up with zeros to multiples of 16; contiguous, aligned to 16 bytes."""
-    extra: list[int] = []
-    for width in widths:
-        extra += [0, -width % 16]
-    one = F.pad(one, extra) if any(extra) else one.contiguous()
-    return one.clone() if one.data_ptr() % 16 else one
 
 
 def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -364,9 +236,9 @@ def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation
     if rows * width_out == 0:
         return h.new_empty(rows, width_out)
     h, weight, bias = (
-        _padded(h, width_in),
-        _padded(weight, width_in, width_out),
-        _padded(bias, width_out),
+        padded(h, width_in),
+        padded(weight, width_in, width_out),
+        padded(bias, width_out),
     )
     i, o = h.shape[1], weight.shape[1]
     y = h.new_empty(rows, o)
@@ -376,20 +248,9 @@ def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation
         ACTIVATION=ACTIVATION_CODES[activation],
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **constants("forward", tile, one_k, _precision(h.dtype)),
+        **constants(meta_forward, tile, one_k, precision_of(h.dtype)),
     )
     return y[:, :width_out].contiguous()
-
-
-def _rows_per_share(processors: int, programs: int, rows: int, widest: int, block: int) -> int:
-    """Rows of a part of the batch that the weights' kernel sums apart, a multiple of `block`.
-
-    Parts are made so that every multiprocessor has work, and so that what they read of the widest input
-    is numbered by 32 bits.
-    """
-    shares = max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(rows, 512)))
-    wanted = triton.cdiv(triton.cdiv(rows, shares), block) * block
-    return min(wanted, 2**31 // widest // block * block)
 
 
 def fused_backward(
@@ -412,10 +273,10 @@ def fused_backward(
     dg_of_bias = dz @ bias[:-1].t()
     if rows * width_in * width_out == 0:
         return torch.zeros_like(h), dg_of_bias, torch.zeros_like(weight), dbias
-    dz, h, g = _padded(dz, width_out), _padded(h, width_in), g.contiguous()
-    weight = _padded(weight, width_in, width_out)
-    dh, dg = _launch_backward_input(dz, h, g, weight)
-    dweight = _launch_backward_weight(dz, h, g, weight)
+    dz, h, g = padded(dz, width_out), padded(h, width_in), g.contiguous()
+    weight = padded(weight, width_in, width_out)
+    dh, dg = launch_backward_input(dz, h, g, weight)
+    dweight = launch_backward_weight(dz, h, g, weight)
     return (
         dh[:, :width_in].contiguous(),
         (dg.t() + dg_of_bias).to(g.dtype).contiguous(),
@@ -424,7 +285,7 @@ def fused_backward(
     )
 
 
-def _launch_backward_input(
+def launch_backward_input(
     dz: Tensor, h: Tensor, g: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns dh [B, i] and, float32 [r, B], the inner products <V_j, h>."""
@@ -437,28 +298,25 @@ def _launch_backward_input(
         *(dz, h, g, weight, dh, dg, rows, rank, i, o),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **constants("backward_input", tile, one_k, _precision(h.dtype)),
+        **constants(meta_backward_input, tile, one_k, precision_of(h.dtype)),
     )
     return dh, dg.sum(0)
 
 
-def _launch_backward_weight(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+def launch_backward_weight(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor) -> Tensor:
     """Returns dweight [r+1, o, i]."""
     (rows, i), rank, o = h.shape, g.shape[1], dz.shape[1]
     tile, _ = choose_tile("backward_weight", h.element_size(), i, 0)
     tiles = triton.cdiv(o, tile.bm) * triton.cdiv(i, tile.bn)
-    processors = (
-        torch.cuda.get_device_properties(h.device).multi_processor_count if h.is_cuda else 4
-    )
-    programs = tiles * (rank + 1)
-    rows_per_share = _rows_per_share(processors, programs, rows, max(i, o, rank), tile.bk)
-    shares = triton.cdiv(rows, rows_per_share)
+    processors, programs = multiprocessors(h.device), tiles * (rank + 1)
+    share = share_of_batch(processors, programs, rows, max(i, o, rank), tile.bk)
+    shares = triton.cdiv(rows, share)
     dtype = weight.dtype if shares == 1 else torch.float32
     sums = h.new_empty(shares, *weight.shape, dtype=dtype)
     meta_backward_weight[(tiles, rank + 1, shares)](
-        *(dz, h, g, sums, rows, rank, i, o, rows_per_share),
+        *(dz, h, g, sums, rows, rank, i, o, share),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **constants("backward_weight", tile, True, _precision(h.dtype)),
+        **constants(meta_backward_weight, tile, True, precision_of(h.dtype)),
     )
     return sums[0] if shares == 1 else sums.sum(0).to(weight.dtype)
