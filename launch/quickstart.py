@@ -16,6 +16,13 @@ from llm_knowledge.errors import InputError
 BASE = Path(__file__).parent / "configs" / "movielens.yaml"
 LEVELS = ("user", "scenario", "item")
 BACKBONES = ("shared_bottom", "star")
+# Arm to the kind of its stores (None: the backbone alone) and what it changes of the configuration.
+ARMS: dict[str, tuple[str | None, list[str]]] = {
+    "": (None, ["model.meta.enabled=false"]),
+    "+llm4msr": ("", []),
+    "+no_match": ("", ["model.meta.item_knowledge=input"]),
+    "+shuffled": ("-shuffled", []),
+}
 
 
 def quickstart(out: Path, raw: Path | None = None, seeds: int = 3, processes: int = 2) -> Path:
@@ -41,7 +48,8 @@ def quickstart(out: Path, raw: Path | None = None, seeds: int = 3, processes: in
     say("2/5 knowledge: a frozen language model reads one prompt per user, scenario and item")
     knowledge = _extract(data, out / "knowledge", processes)
     say(
-        f"3/5 training: {len(BACKBONES)} backbones x 3 arms x {seeds} seeds on {processes} processes"
+        f"3/5 training: {len(BACKBONES)} backbones x {len(ARMS)} arms x {seeds} seeds on "
+        f"{processes} processes"
     )
     arms = _train(data, knowledge, out, seeds, processes)
     say("4/5 evaluation")
@@ -118,14 +126,12 @@ def _train(
     arms: dict[str, list[Path]] = {}
     pending: list[Path] = []
     for backbone in BACKBONES:
-        for arm, suffix in (("", None), ("+llm4msr", ""), ("+shuffled", "-shuffled")):
+        for arm, (kind, own) in ARMS.items():
             name = backbone + arm
-            changes: list[str] = [f"name={name}", f"data.path={data}", f"model.backbone={backbone}"]
-            if suffix is None:
-                changes += ["model.meta.enabled=false"]
-                changes += [f"knowledge.{level}=null" for level in LEVELS]
-            else:
-                changes += [f"knowledge.{level}={knowledge / (level + suffix)}" for level in LEVELS]
+            changes = [f"name={name}", f"data.path={data}", f"model.backbone={backbone}", *own]
+            for level in LEVELS:
+                store = "null" if kind is None else knowledge / (level + kind)
+                changes.append(f"knowledge.{level}={store}")
             for seed in range(seeds):
                 run = out / "runs" / name / f"seed-{seed}"
                 arms.setdefault(name, []).append(run)
@@ -160,8 +166,13 @@ def _evaluate(arms: dict[str, list[Path]], out: Path) -> list[dict[str, Any]]:
             write_evaluation(run)
     comparisons: list[dict[str, Any]] = []
     for backbone in BACKBONES:
-        lifted, control = f"{backbone}+llm4msr", f"{backbone}+shuffled"
-        for base, others in ((backbone, [lifted, control]), (control, [lifted])):
+        _, lifted, without, control = (backbone + arm for arm in ARMS)
+        # The last difference is the share of the match of user and item knowledge.
+        for base, others in (
+            (backbone, [lifted, without, control]),
+            (control, [lifted]),
+            (without, [lifted]),
+        ):
             result = compare([(name, arms[name]) for name in (base, *others)])
             comparisons.append(result)
             write_comparison(result, out / f"comparison-{base}.json")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from launch import quickstart
 from llm_knowledge.extract import ExtractConfig, extract
 from llm_knowledge.store import KnowledgeStore
 from llm_knowledge.writer import shuffled_store
@@ -122,6 +124,35 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
     assert "http://" not in page.replace(
         "http://www.w3.org", ""
     )  # nothing is loaded from elsewhere
+
+
+def test_quickstart_arms_differ_in_what_they_are_to_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(quickstart, "_workers", lambda words, processes: asked.extend(words))
+    data, knowledge, out = tmp_path / "data", tmp_path / "knowledge", tmp_path / "out"
+    arms = quickstart._train(data, knowledge, out, seeds=2, processes=1)
+    assert asked[:3] == ["train", "--resume", "--config"]
+    assert len(asked[3:]) == sum(map(len, arms.values())) == 2 * 4 * 2
+
+    def settings(arm: str) -> dict[str, Any]:
+        config = load_config(out / "configs" / f"star{arm}-seed-1.yaml").model_dump(mode="json")
+        assert Path(config.pop("output")) == arms[f"star{arm}"][1]
+        assert config.pop("name") == f"star{arm}"
+        return config
+
+    lifted, without, control, plain = (
+        settings(arm) for arm in ("+llm4msr", "+no_match", "+shuffled", "")
+    )
+    assert lifted["model"]["meta"]["item_knowledge"] == "match"
+    without["model"]["meta"]["item_knowledge"] = "match"  # its share is what that difference tells
+    assert without == lifted
+    names = {level: str(knowledge / f"{level}-shuffled") for level in LEVELS}
+    assert {level: control["knowledge"][level] for level in LEVELS} == names
+    assert control | {"knowledge": lifted["knowledge"]} == lifted
+    assert not plain["model"]["meta"]["enabled"]
+    assert [plain["knowledge"][level] for level in LEVELS] == [None] * 3
 
 
 def check_run(run: Path, test_rows: int, with_knowledge: bool) -> None:
