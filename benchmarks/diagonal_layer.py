@@ -11,8 +11,6 @@ forward, h, dz and dh once each backward besides, over the time it took.
 
 import argparse
 import functools
-import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.meta_layer import COMPILED, peak_bytes, timed
+from benchmarks.meta_layer import COMPILED, finish, peak_bytes, timed
 from embeddings.measure import machine, summary
 from trainer.ops import meta_linear
 from trainer.profile_meta_layer import DTYPES
@@ -151,13 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(shape, options.dtype, rows), end="\n\n", flush=True)
         names = ("batch", "rank", "width")
         report["shapes"].append(dict(zip(names, shape, strict=True)) | {"rows": rows})
-    report["load_after"] = os.getloadavg()[0]
-    print("load after:", report["load_after"])
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(options.out)
+    finish(report, options.out)
 
 
 if __name__ == "__main__":

@@ -383,13 +383,18 @@ def main(arguments: list[str] | None = None) -> None:
             print(table(shape, options.dtype, rows), end="\n\n", flush=True)
         names = ("batch", "rank", "in_features", "out_features")
         report["shapes"].append(dict(zip(names, shape, strict=True)) | {"rows": rows})
+    finish(report, options.out)
+
+
+def finish(report: dict[str, Any], out: Path | None) -> None:
+    """Adds and prints the load, and writes the report if a file is named; it appears whole, by rename."""
     report["load_after"] = os.getloadavg()[0]
     print("load after:", report["load_after"])
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.out.with_suffix(".partial")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(options.out)
+        partial.replace(out)
 
 
 if __name__ == "__main__":

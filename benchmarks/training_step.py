@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--knowledge", type=Path, required=True, help="stores user, scenario, item")
     parser.add_argument("--backbone", default="star")
     parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of every arm, as in train"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=10, help="per round")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -52,8 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(options, Path(scratch))
     print(f"{found['hardware']}; {found['versions']}; load {found['load']}")
-    print(f"backbone {options.backbone}, batch {options.batch}, {options.rounds} rounds of "
-          f"{options.steps} steps each, after one round of warm-up")  # fmt: skip
+    print(f"backbone {options.backbone} {' '.join(options.set)}, batch {options.batch}, "
+          f"{options.rounds} rounds of {options.steps} steps each, after one round of warm-up")  # fmt: skip
     print("\n| arm | ms a step | to the backbone, wall | to the backbone, processor | operators |")
     print("|---|---|---|---|---|")
     for name, arm in found["arms"].items():
@@ -110,6 +113,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         "versions": versions(),
         "load": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end",
         "backbone": options.backbone,
+        "set": options.set,
         "batch": options.batch,
         "rounds": options.rounds,
         "steps_per_round": options.steps,
@@ -147,7 +151,8 @@ def _arm(options: argparse.Namespace, name: str, scratch: Path, runtime):  # typ
         levels += ["user"] if items == "match" or meta.get("user_layers", 1) else []
         levels += ["scenario"] if meta.get("scenario_layers", 1) else []
         changes |= {f"knowledge.{level}": str(options.knowledge / level) for level in levels}
-    config = load_config(None, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    words = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    config = load_config(None, [*words, *options.set])
     inputs = open_inputs(config, runtime)
     run = build(config, runtime, prepare_folder(config, runtime, resume=False), inputs)
     run.model.train()

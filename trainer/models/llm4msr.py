@@ -192,11 +192,8 @@ class MetaNetworks(nn.Module):
             z, known = self.user_adapter(projection, known)
             found["user"] = z, None
         if self.scenario_adapter is not None:
-            padded = F.pad(self.scenario_vectors, (0, 0, 0, 1))
-            none = len(padded) - 1  # the last row stands for "no knowledge"
-            has_vector = torch.arange(len(padded), device=rows.device) < none
-            z, _ = self.scenario_adapter(self.scenario_adapter.first(padded), has_vector)
-            found["scenario"] = z, torch.where(rows < 0, none, rows)
+            z = self.scenario_adapter.all_codes(self.scenario_vectors)
+            found["scenario"] = z, rows % len(z)  # -1 is the last one: "no knowledge"
         return found, known
 
     def align(

@@ -80,6 +80,10 @@ class KnowledgeAdapter(nn.Module):
             known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
         return torch.where(known[:, None], self.rest(projection), self.default), known
 
+    def all_codes(self, vectors: Tensor) -> Tensor:
+        """Codes of undisturbed vectors [S, dim], as a last row the default: [S + 1, rank]."""
+        return torch.cat([self.rest(self.first(vectors)), self.default[None]])
+
     def _projected_noise(self, rows: int) -> Tensor:
         """What noise on the vectors becomes behind the first projection W, [rows, width of it].
 
