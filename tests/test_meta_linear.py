@@ -432,6 +432,10 @@ def test_a_group_outside_the_knowledge_rows_is_refused(
         call(*inputs, group=group)
     with pytest.raises(IndexError):
         meta_linear(*inputs, group=group, strategy="reference")
+    square, diagonals = torch.randn(6, 4).double(), inputs[3]
+    for strategy in ("reference", "grouped"):
+        with pytest.raises(IndexError):
+            meta_linear(*(square, inputs[1], diagonals, diagonals), group=group, strategy=strategy)
 
 
 @pytest.mark.parametrize("strategy", ["reference", "grouped"])

@@ -215,7 +215,8 @@ def meta_linear(
     Raises:
         ValueError: If shapes do not fit, or the strategy or activation is unknown or impossible, or
             (grouped, on a CPU) a group is outside [0, S).
-        IndexError: If it is for another strategy. On CUDA an assertion fails, asynchronously.
+        IndexError: If it is for another strategy, or for diagonals. On CUDA an assertion fails,
+            asynchronously.
     """
     _check(h, g, weight, bias, group)
     name = activation_name(activation)
