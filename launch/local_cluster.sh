@@ -13,6 +13,7 @@
 # State is kept in $LLM4MSR_CLUSTER (default /var/tmp/llm4msr-cluster). Everything listens on the loopback or
 # on the namespaces' own bridge. Exit code 3: not possible on this machine, says why.
 set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin  # where tc, munged and Slurm's daemons are; not every root's shell looks there
 S=${LLM4MSR_CLUSTER:-/var/tmp/llm4msr-cluster}
 export SLURM_CONF=$S/slurm.conf
 N=${LLM4MSR_NAMESPACES:-llm4msr}
