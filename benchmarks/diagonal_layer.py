@@ -4,8 +4,8 @@
     python -m benchmarks.diagonal_layer --device cuda --dtype bfloat16 --out diagonal_layer_gpu.json
 
 Only y_b = relu(s(g_b) * h_b + c(g_b)) is timed, not the gate's shared matrix. All forms run once per
-round, in turn; ratios are taken round by round. On CUDA what is timed are graphs, as in
-`benchmarks.meta_layer`. The layer is bound by memory: "GB/s" is what it has to read and write, h and y
+round, in turn; ratios are taken round by round. On CUDA what is timed are graphs
+(benchmarks/layer_timing.py). The layer is bound by memory: "GB/s" is what it has to read and write, h and y
 forward, h, dz and dh once each backward besides, over the time it took.
 """
 
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.meta_layer import COMPILED, finish, peak_bytes, timed
-from embeddings.measure import machine, summary
+from benchmarks.layer_timing import begin, finish, peak_bytes, timed
+from benchmarks.meta_layer import COMPILED
+from embeddings.measure import summary
 from trainer.ops import meta_linear
 from trainer.profile_meta_layer import DTYPES
 
@@ -137,13 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here")
-    report: dict[str, Any] = {
-        "machine": machine(),
-        "rounds": options.rounds,
-        "dtype": options.dtype,
-        "shapes": [],
-    }
-    print(report["machine"], end="\n\n")
+    report = begin(options.rounds, options.dtype)
     for shape in SHAPES[options.device][: options.shapes]:
         rows = measure(shape, options.rounds, options.device, getattr(torch, options.dtype))
         print(table(shape, options.dtype, rows), end="\n\n", flush=True)

@@ -7,31 +7,26 @@
 All forms run once per round, in turn, and ratios are taken round by round, so that a disturbance of
 the machine hits all of them. A square product of the same run gives the machine's own peak.
 
-On CUDA every form is captured several times over in a graph, and the graph is what is timed: a layer takes
-tens of microseconds there, and to launch its kernels from Python takes longer. `--tiles` times the fused
-kernels alone with every candidate tile and prints the lines for the tile table (trainer/ops/triton_tiles.py).
+On CUDA what is timed are graphs (benchmarks/layer_timing.py). `--tiles` times the fused kernels alone with
+every candidate tile and prints the lines for the tile table (trainer/ops/triton_tiles.py).
 """
 
 import argparse
 import functools
-import itertools
-import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from embeddings.measure import machine, summary
+from benchmarks.layer_tiles import sweep, winners
+from benchmarks.layer_timing import begin, finish, peak_bytes, timed
+from embeddings.measure import summary
 from trainer.ops import meta_linear
 from trainer.ops.grouped import can_group_on_device
-from trainer.profile_meta_layer import DTYPES, PEAK_SIZE, flops, interleaved
-
-if TYPE_CHECKING:
-    from trainer.ops.triton_tiles import Tile
+from trainer.profile_meta_layer import DTYPES, PEAK_SIZE, flops
 
 SHAPES = {  # B, r, i, o
     "cpu": [(4096, 32, 128, 128), (4096, 16, 64, 64), (4096, 64, 256, 128)],
@@ -41,11 +36,8 @@ DISTINCT = (10, 100, 1000)
 # Rows at a time of the reordered form: U then stays in a CPU's second cache, or a GPU's.
 CHUNK = {"cpu": 256, "cuda": 4096}
 SQUARE = {"cpu": PEAK_SIZE, "cuda": 8192}  # smaller ones do not reach a GPU's peak
-CAPTURED = 10  # calls in a graph
 NAIVE, PEAK, REFERENCE = "naive: W_b, bmm", "square product", "ours: reference"
 COMPILED = ", compiled"
-# As in the tile table: kernel, bytes per element, most columns, most depth, tile.
-Line: TypeAlias = "tuple[str, int, int | None, int | None, Tile]"
 
 
 def naive(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -110,42 +102,6 @@ def forms(inputs: list[Tensor]) -> dict[str, tuple[Callable[[], Tensor], list[Te
             distinct,
         )
     return found
-
-
-def captured(call: Callable[[], Any], pool: Any) -> Callable[[], None]:
-    """A CUDA graph of CAPTURED calls, as a call; graphs of one pool share their memory."""
-    call()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for _ in range(CAPTURED):
-            call()
-    return graph.replay
-
-
-def timed(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call per round, by name; on CUDA without the time that launching takes."""
-    if device == "cpu":
-        return interleaved(calls, rounds, device)
-    pool = torch.cuda.graph_pool_handle()
-    graphs: dict[str, Callable[[], Any]] = {
-        name: captured(call, pool) for name, call in calls.items()
-    }
-    seconds = interleaved(graphs, rounds, device)
-    return {name: [one / CAPTURED for one in found] for name, found in seconds.items()}
-
-
-def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """Most memory of CUDA that a call takes above what was there before it; None on a CPU."""
-    if device == "cpu":
-        return None
-    call()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(
@@ -258,99 +214,6 @@ def _cell(column: str, found: Any) -> str:
     return f"{found['median']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
 
 
-def candidates(kernel: str, itemsize: int, columns: int, depth: int) -> list[Line]:
-    """Lines of the tile table that a kernel could have for a shape, as far as memory on chip allows."""
-    from trainer.ops.triton_tiles import Tile
-
-    found: list[Line] = []
-    if kernel.startswith("diagonal"):  # 16 slices at a time, whatever the rank
-        of_batch = kernel == "diagonal_backward_weight"
-        rows, depths = ((16,), (32, 64, 128)) if of_batch else ((16, 32, 64), (16,))
-        for bm, bn, bk, warps, stages in itertools.product(
-            rows, (32, 64, 128), depths, (2, 4, 8), (1, 2)
-        ):
-            found.append((kernel, itemsize, columns, None, Tile(bm, bn, bk, warps, stages)))
-        return found
-    # Elements of 2 bytes take small blocks only where nothing else fills them.
-    least_n, least_k = (32 if itemsize == 4 or one < 64 else 64 for one in (columns, depth))
-    widths = [one for one in (32, 64, 128, 256) if least_n <= one <= max(columns, 32)]
-    depths = [one for one in (32, 64, 128, 256) if least_k <= one <= max(depth, 32)]
-    for bm, bn, bk, warps, stages in itertools.product(
-        (64, 128), widths, depths, (4, 8), (2, 3, 4)
-    ):
-        once = kernel != "backward_weight" and bk >= depth  # the resident operand is loaded once
-        staged = bk * (bn if once else bm + bn) * stages + (bm * bk if once else 0)
-        if staged * itemsize <= 200 * 1024 and bm * bn <= 128 * 128:
-            tile = Tile(bm, bn, bk, warps, stages)
-            found.append((kernel, itemsize, columns, bk if once else None, tile))
-    return found
-
-
-def sweep(
-    shape: tuple[int, int, int, int],
-    rounds: int,
-    device: str,
-    dtype: torch.dtype,
-    most: int | None = None,
-) -> list[dict[str, Any]]:
-    """Times each fused kernel with the table's tile and every candidate (the first `most`)."""
-    from triton.runtime.errors import OutOfResources
-
-    from trainer.ops import triton_diagonal, triton_meta
-    from trainer.ops.triton_tiles import TILES, choose_tile
-
-    batch, rank, i, o = shape
-    sizes = [(batch, i), (batch, rank), (rank + 1, o, i), (rank + 1, o), (batch, o)]
-    h, g, weight, bias, dz = ((torch.randn(*one) * i**-0.5).to(device, dtype) for one in sizes)
-    gate = (dz, g, bias, bias)  # h, g, weight, bias of diagonals
-    kernels: dict[str, tuple[Callable[[], Any], int, int]] = {
-        "forward": (lambda: triton_meta.fused_forward(h, g, weight, bias, "relu"), o, i),
-        "backward_input": (lambda: triton_meta.launch_backward_input(dz, h, g, weight), i, o),
-        "backward_weight": (lambda: triton_meta.launch_backward_weight(dz, h, g, weight), i, 0),
-        "diagonal_forward": (lambda: triton_diagonal.fused_forward(*gate, "relu"), o, rank + 1),
-        "diagonal_backward_input": (
-            lambda: triton_diagonal.launch_backward_input(dz, *gate),
-            o,
-            rank + 1,
-        ),
-        "diagonal_backward_weight": (
-            lambda: triton_diagonal.launch_backward_weight(dz, *gate[:3]),
-            o,
-            0,
-        ),
-    }
-    rows = []
-    for kernel, (call, columns, depth) in kernels.items():
-        tile, once = choose_tile(kernel, dtype.itemsize, columns, depth)
-        ours: Line = (kernel, dtype.itemsize, columns, tile.bk if once else None, tile)
-        others = candidates(kernel, dtype.itemsize, columns, depth or batch)[:most]
-        for line in (ours, *others):
-            TILES.insert(0, line)  # the first line that fits is taken
-            try:
-                found = timed({kernel: call}, rounds, device)[kernel]
-            except OutOfResources:
-                continue
-            finally:
-                TILES.pop(0)
-            rows.append({"line": line, "ms": 1e3 * min(found)})
-    return rows
-
-
-def winners(rows: list[dict[str, Any]]) -> list[str]:
-    """The fastest tile of each kernel as a line for the tile table, with what the table's takes."""
-    text = []
-    for _, group in itertools.groupby(rows, key=lambda row: row["line"][0]):
-        table_first = list(group)  # as `sweep` orders them
-        best = min(table_first, key=lambda row: row["ms"])
-        kernel, itemsize, columns, depth, tile = best["line"]
-        sizes = f"Tile({tile.bm}, {tile.bn}, {tile.bk}, {tile.warps}, {tile.stages})"
-        text.append(
-            f'    ("{kernel}", {itemsize}, {columns}, {depth}, {sizes}),'
-            f"  # {best['ms']:.4f} ms; {table_first[0]['ms']:.4f} with the table's tile"
-        )
-    return text
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints the tables, writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -365,13 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--tiles times the kernels of CUDA: add --device cuda")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here")
-    report: dict[str, Any] = {
-        "machine": machine(),
-        "rounds": options.rounds,
-        "dtype": options.dtype,
-        "shapes": [],
-    }
-    print(report["machine"], end="\n\n")
+    report = begin(options.rounds, options.dtype)
     for shape in SHAPES[options.device][: options.shapes]:
         what = (shape, options.rounds, options.device, getattr(torch, options.dtype))
         if options.tiles:
@@ -384,17 +241,6 @@ def main(arguments: list[str] | None = None) -> None:
         names = ("batch", "rank", "in_features", "out_features")
         report["shapes"].append(dict(zip(names, shape, strict=True)) | {"rows": rows})
     finish(report, options.out)
-
-
-def finish(report: dict[str, Any], out: Path | None) -> None:
-    """Adds and prints the load, and writes the report if a file is named; it appears whole, by rename."""
-    report["load_after"] = os.getloadavg()[0]
-    print("load after:", report["load_after"])
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(out)
 
 
 if __name__ == "__main__":

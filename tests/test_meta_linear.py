@@ -18,7 +18,8 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import diagonal_layer
-from benchmarks.meta_layer import COMPILED, NAIVE, PEAK, candidates, forms, rows_of, table
+from benchmarks.layer_tiles import candidates
+from benchmarks.meta_layer import COMPILED, NAIVE, PEAK, forms, rows_of, table
 from benchmarks.meta_layer import main as benchmark
 from launch.cli import main
 from llm_knowledge.errors import InputError
@@ -622,10 +623,10 @@ def test_benchmark_of_diagonals(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ]
     found = diagonal_layer.forms(inputs)
     h, g, weight, bias = inputs
-    expected = torch.relu(oracle(h, g, torch.diag_embed(weight), bias))
     for name, (call, by) in found.items():
-        if by is inputs:  # the others have knowledge that is shared
-            torch.testing.assert_close(call(*by), expected, msg=name)
+        per_sample = g if by is inputs else by[1][call.keywords["group"]]  # the others share rows
+        expected = torch.relu(oracle(h, per_sample, torch.diag_embed(weight), bias))
+        torch.testing.assert_close(call(*by), expected, msg=name)
     assert len(found) == 6
     file = tmp_path / "figures" / "diagonal.json"
     diagonal_layer.main(["--rounds", "2", "--shapes", "1", "--out", str(file)])

@@ -154,7 +154,7 @@ def largest(diagonal: bool) -> int:
 
 
 def facts_of_the_rest() -> dict[str, Any]:
-    from benchmarks.meta_layer import sweep, winners
+    from benchmarks.layer_tiles import sweep, winners
 
     return {
         "largest": [largest(diagonal) for diagonal in (False, True)],
@@ -314,7 +314,7 @@ def test_neither_generated_weights_nor_the_outer_product_are_stored(
 
 @pytest.mark.slow
 def test_sweep_prints_lines_for_the_tile_table(interpreted: dict[str, Any]) -> None:
-    from benchmarks.meta_layer import candidates
+    from benchmarks.layer_tiles import candidates
     from trainer.ops import triton_diagonal, triton_meta
     from trainer.ops.triton_tiles import TILES, Tile
 

@@ -170,7 +170,7 @@ class MetaNetworks(nn.Module):
         if "scenario" not in self.inputs:
             return 0.0
         added = self.inputs["scenario"](self.scenario_vectors)
-        return take_rows(F.pad(added, (0, 0, 0, 1)), torch.where(rows < 0, len(added), rows))
+        return take_rows(F.pad(added, (0, 0, 0, 1)), rows % (len(added) + 1))
 
     def codes(
         self, projection: Tensor | None, known: Tensor, rows: Tensor

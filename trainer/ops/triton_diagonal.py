@@ -17,25 +17,17 @@ from trainer.ops.triton_tiles import (
     activate_tile,
     any_size,
     choose_tile,
-    constants,
     dot,
+    load_gates,
+    load_slices,
     multiprocessors,
     padded,
-    precision_of,
     share_of_batch,
+    start,
 )
 
 # Slices at a time: few, since each takes registers of two products and their three TF32 parts.
 _SLICES = tl.constexpr(16)
-
-
-@triton.jit
-def _gates(g, m, in_m, j, RANK):
-    """g~ of some rows and slices: g, and 1 for slice RANK."""
-    found = tl.load(
-        g + m[:, None] * RANK + j[None, :], mask=in_m[:, None] & (j < RANK)[None, :], other=0.0
-    )
-    return found + tl.where(j == RANK, 1.0, 0.0).to(found.dtype)[None, :]
 
 
 @any_size
@@ -67,10 +59,9 @@ def diagonal_forward(
     shift = tl.zeros((BM, BN), tl.float32)
     for j0 in range(0, RANK + 1, _SLICES):
         j = j0 + tl.arange(0, _SLICES)
-        within = (j <= RANK)[:, None] & in_n[None, :]
-        gates = _gates(g, m, in_m, j, RANK)
-        a = tl.load(weight + j[:, None] * OUT + n[None, :], mask=within, other=0.0)
-        c = tl.load(bias + j[:, None] * OUT + n[None, :], mask=within, other=0.0)
+        gates = load_gates(g, m, in_m, j, RANK)
+        a = load_slices(weight, j, n, in_n, RANK, OUT)
+        c = load_slices(bias, j, n, in_n, RANK, OUT)
         scale = dot(gates, a, scale, PRECISION)
         shift = dot(gates, c, shift, PRECISION)
     z = activate_tile(scale * x.to(tl.float32) + shift, ACTIVATION)
@@ -110,10 +101,9 @@ def diagonal_backward_input(
     scale = tl.zeros((BM, BN), tl.float32)
     for j0 in range(0, RANK + 1, _SLICES):
         j = j0 + tl.arange(0, _SLICES)
-        within = (j <= RANK)[:, None] & in_n[None, :]
-        gates = _gates(g, m, in_m, j, RANK)
-        a = tl.load(weight + j[:, None] * OUT + n[None, :], mask=within, other=0.0)
-        c = tl.load(bias + j[:, None] * OUT + n[None, :], mask=within, other=0.0)
+        gates = load_gates(g, m, in_m, j, RANK)
+        a = load_slices(weight, j, n, in_n, RANK, OUT)
+        c = load_slices(bias, j, n, in_n, RANK, OUT)
         scale = dot(gates, a, scale, PRECISION)
         share = tl.zeros((BM, _SLICES), tl.float32)
         share = dot(dscale, tl.trans(a), share, PRECISION)
@@ -158,7 +148,7 @@ def diagonal_backward_weight(
         inside = in_k[:, None] & in_n[None, :]
         d = tl.load(dz + b[:, None] * OUT + n[None, :], mask=inside, other=0.0)
         x = tl.load(h + b[:, None] * OUT + n[None, :], mask=inside, other=0.0)
-        gates = tl.trans(_gates(g, b, in_k, j, RANK))
+        gates = tl.trans(load_gates(g, b, in_k, j, RANK))
         dscale = (d.to(tl.float32) * x.to(tl.float32)).to(x.dtype)
         of_weight = dot(gates, dscale, of_weight, PRECISION)
         of_bias = dot(gates, d, of_bias, PRECISION)
@@ -184,12 +174,12 @@ def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation
     out = h.shape[1]
     y = torch.empty_like(h)
     tile, _ = choose_tile("diagonal_forward", h.element_size(), out, rank + 1)
-    diagonal_forward[(triton.cdiv(rows, tile.bm), triton.cdiv(out, tile.bn))](
-        *(h, g.contiguous(), weight, bias, y, rows, rank, out),
+    start(
+        diagonal_forward,
+        (triton.cdiv(rows, tile.bm), triton.cdiv(out, tile.bn)),
+        (h, g.contiguous(), weight, bias, y, rows, rank, out),
+        tile,
         ACTIVATION=ACTIVATION_CODES[activation],
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants(diagonal_forward, tile, True, precision_of(h.dtype)),
     )
     return y[:, :width].contiguous()
 
@@ -234,11 +224,11 @@ def launch_backward_input(
     tiles = triton.cdiv(out, tile.bn)
     dh = torch.empty_like(h)
     dg = h.new_empty(tiles, rows, rank, dtype=torch.float32)
-    diagonal_backward_input[(triton.cdiv(rows, tile.bm), tiles)](
-        *(dz, h, g, weight, bias, dh, dg, rows, rank, out),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants(diagonal_backward_input, tile, True, precision_of(h.dtype)),
+    start(
+        diagonal_backward_input,
+        (triton.cdiv(rows, tile.bm), tiles),
+        (dz, h, g, weight, bias, dh, dg, rows, rank, out),
+        tile,
     )
     return dh, dg.sum(0).to(g.dtype)
 
@@ -254,11 +244,11 @@ def launch_backward_weight(
     share = share_of_batch(processors, programs[0] * programs[1], rows, max(out, rank), tile.bk)
     shares = triton.cdiv(rows, share)
     sums = [h.new_empty(shares, *weight.shape, dtype=torch.float32) for _ in range(2)]
-    diagonal_backward_weight[(*programs, shares)](
-        *(dz, h, g, *sums, rows, rank, out, share),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants(diagonal_backward_weight, tile, True, precision_of(h.dtype)),
+    start(
+        diagonal_backward_weight,
+        (*programs, shares),
+        (dz, h, g, *sums, rows, rank, out, share),
+        tile,
     )
     dweight, dbias = (one.sum(0).to(weight.dtype) for one in sums)
     return dweight, dbias

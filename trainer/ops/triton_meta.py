@@ -19,12 +19,13 @@ from trainer.ops.triton_tiles import (
     activate_tile,
     any_size,
     choose_tile,
-    constants,
     dot,
+    load_gates,
+    load_slices,
     multiprocessors,
     padded,
-    precision_of,
     share_of_batch,
+    start,
 )
 
 _BIASES = tl.constexpr(32)  # applied in blocks of that many slices
@@ -60,16 +61,8 @@ def meta_forward(
     acc = tl.zeros((BM, BN), tl.float32)
     for j0 in range(0, RANK + 1, _BIASES):
         j = j0 + tl.arange(0, _BIASES)
-        gates = tl.load(
-            g + m[:, None] * RANK + j[None, :], mask=in_m[:, None] & (j < RANK)[None, :], other=0.0
-        )
-        ones = tl.where(j == RANK, 1.0, 0.0).to(gates.dtype)
-        c = tl.load(
-            bias + j[:, None] * OUT + n[None, :],
-            mask=(j <= RANK)[:, None] & in_n[None, :],
-            other=0.0,
-        )
-        acc = dot(gates + ones[None, :], c, acc, PRECISION)
+        c = load_slices(bias, j, n, in_n, RANK, OUT)
+        acc = dot(load_gates(g, m, in_m, j, RANK), c, acc, PRECISION)
     if ONE_K:
         x = tl.load(
             h + m[:, None] * IN + k[None, :], mask=in_m[:, None] & (k < IN)[None, :], other=0.0
@@ -243,12 +236,13 @@ def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation
     i, o = h.shape[1], weight.shape[1]
     y = h.new_empty(rows, o)
     tile, one_k = choose_tile("forward", h.element_size(), o, i)
-    meta_forward[(triton.cdiv(rows, tile.bm), triton.cdiv(o, tile.bn))](
-        *(h, g.contiguous(), weight, bias, y, rows, rank, i, o),
+    start(
+        meta_forward,
+        (triton.cdiv(rows, tile.bm), triton.cdiv(o, tile.bn)),
+        (h, g.contiguous(), weight, bias, y, rows, rank, i, o),
+        tile,
+        one_k,
         ACTIVATION=ACTIVATION_CODES[activation],
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants(meta_forward, tile, one_k, precision_of(h.dtype)),
     )
     return y[:, :width_out].contiguous()
 
@@ -294,11 +288,12 @@ def launch_backward_input(
     tiles = triton.cdiv(i, tile.bn)
     dh = torch.empty_like(h)
     dg = h.new_empty(tiles, rank, rows, dtype=torch.float32)
-    meta_backward_input[(triton.cdiv(rows, tile.bm), tiles)](
-        *(dz, h, g, weight, dh, dg, rows, rank, i, o),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants(meta_backward_input, tile, one_k, precision_of(h.dtype)),
+    start(
+        meta_backward_input,
+        (triton.cdiv(rows, tile.bm), tiles),
+        (dz, h, g, weight, dh, dg, rows, rank, i, o),
+        tile,
+        one_k,
     )
     return dh, dg.sum(0)
 
@@ -313,10 +308,10 @@ def launch_backward_weight(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor) -> 
     shares = triton.cdiv(rows, share)
     dtype = weight.dtype if shares == 1 else torch.float32
     sums = h.new_empty(shares, *weight.shape, dtype=dtype)
-    meta_backward_weight[(tiles, rank + 1, shares)](
-        *(dz, h, g, sums, rows, rank, i, o, share),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants(meta_backward_weight, tile, True, precision_of(h.dtype)),
+    start(
+        meta_backward_weight,
+        (tiles, rank + 1, shares),
+        (dz, h, g, sums, rows, rank, i, o, share),
+        tile,
     )
     return sums[0] if shares == 1 else sums.sum(0).to(weight.dtype)

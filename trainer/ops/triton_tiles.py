@@ -36,6 +36,22 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_gates(g, m, in_m, j, RANK):
+    """A block of g~ [rows, RANK + 1]: g, and 1 for slice RANK."""
+    found = tl.load(
+        g + m[:, None] * RANK + j[None, :], mask=in_m[:, None] & (j < RANK)[None, :], other=0.0
+    )
+    return found + tl.where(j == RANK, 1.0, 0.0).to(found.dtype)[None, :]
+
+
+@triton.jit
+def load_slices(slices, j, n, in_n, RANK, OUT):
+    """A block of biases or diagonals [RANK + 1, OUT]."""
+    inside = (j <= RANK)[:, None] & in_n[None, :]
+    return tl.load(slices + j[:, None] * OUT + n[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def activate_tile(z, ACTIVATION: tl.constexpr):
     """One of ACTIVATION_CODES, of a float32 tile."""
     if ACTIVATION == 1:  # not the plain maximum, which on a GPU makes 0 of what is not a number
@@ -128,6 +144,33 @@ def precision_of(dtype: torch.dtype) -> str:
     matmul = torch.backends.cuda.matmul
     is_fast = dtype != torch.float32 or matmul.fp32_precision == "tf32"
     return "tf32" if is_fast else "tf32x3"
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    tile: Tile,
+    one_k: bool = True,
+    **further: int,
+) -> None:
+    """Starts a kernel with a tile; the type of the first argument, a tensor, says how it multiplies.
+
+    Args:
+        kernel: Decorated with `any_size`.
+        grid: Programs.
+        arguments: What is not a compile-time constant, in order.
+        tile: Of `choose_tile`.
+        one_k: As `choose_tile` says it.
+        further: Compile-time constants that `constants` does not know.
+    """
+    kernel[grid](
+        *arguments,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **constants(kernel, tile, one_k, precision_of(arguments[0].dtype)),
+        **further,
+    )
 
 
 def padded(one: Tensor, *widths: int) -> Tensor:
