@@ -4,6 +4,7 @@ Ranks are forked from a process that has imported everything, so that a life cos
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -28,9 +29,11 @@ from trainer.config import RunConfig
 from trainer.data.rows import RowEncoder
 from trainer.guard import incidents
 
-KILLS = 20
+KILLS, STEPS_PER_LIFE = 20, 9
 ROWS, BATCH = 497, 40
 STEPS_PER_EPOCH = -(-ROWS // BATCH)
+EPOCHS = 20  # more steps than all lives can make, with some left for those made between two looks
+assert EPOCHS * STEPS_PER_EPOCH > 1.4 * KILLS * STEPS_PER_LIFE
 
 
 def rank_main(
@@ -80,10 +83,12 @@ class Life:
             step: sorted(rows) for step, rows in found.items() if counts[step] == len(self.ranks)
         }
 
-    def wait_for_steps(self, count: int) -> None:
-        """Waits until so many steps have begun, or the life is over."""
+    def wait_for_steps(self, count: int, until: float = math.inf) -> None:
+        """Waits until so many steps have begun, or the life or the time `until` is over."""
         end = time.monotonic() + 60
         while len(self.steps()) < count and any(rank.is_alive() for rank in self.ranks):
+            if time.monotonic() > until:
+                return
             assert time.monotonic() < end, f"{self.name}: {self.errors()}"
             time.sleep(0.01)
 
@@ -128,7 +133,7 @@ class Drill:
         self.changes: dict[str, object] = {
             "data__train_splits": ["train"], "data__streams": 4, "data__shuffle_buffer": 40,
             "data__workers": 2, "data__prefetch_batches": 2, "train__global_batch_size": BATCH,
-            "train__epochs": 8, "train__eval_every": 10, "train__checkpoint_every": 3,
+            "train__epochs": EPOCHS, "train__eval_every": 10, "train__checkpoint_every": 3,
             "train__timeout_seconds": 30,
         } | changes  # fmt: skip
         self.name = f"whole-{ranks}-{len(changes)}"
@@ -170,11 +175,12 @@ def random_kills(drill: Drill, seed: int) -> dict[str, Any]:
         life = Life(config, f"killed-{kill}")
         lives.append(life)
         if draw.random() < 0.2:
-            time.sleep(draw.uniform(0.05, 1.0))  # perhaps before the first step
+            # perhaps before the first step
+            life.wait_for_steps(STEPS_PER_LIFE, until=time.monotonic() + draw.uniform(0.05, 1.0))
         else:
             life.wait_for_steps(1)
             recovery.append(time.monotonic() - life.began)
-            life.wait_for_steps(draw.randint(1, 9))
+            life.wait_for_steps(draw.randint(1, STEPS_PER_LIFE))
             time.sleep(draw.uniform(0, 0.05))
         victims = draw.choice([(0,), (1,), (0, 1)])
         life.signal(signal.SIGKILL, *victims)
