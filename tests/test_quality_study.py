@@ -13,10 +13,20 @@ import pytest
 
 from benchmarks.quality import bound, page, regularisation, study, tables
 from benchmarks.quality.__main__ import main as quality
-from benchmarks.quality.arms import ARMS, CLOSE, DATASETS, DIFFERENCES, MAIN, REGULARISED, TUNED_ON
+from benchmarks.quality.arms import (
+    ARMS,
+    CLOSE,
+    DATASETS,
+    DIFFERENCES,
+    MAIN,
+    REGULARISED,
+    SEEDS,
+    TUNED_ON,
+)
 from trainer.config import load_config, save_config
 from trainer.data.dataset import open_dataset, validate_dataset
 from trainer.data.simulate import simulate
+from trainer.models import BACKBONES
 
 
 def finished(run: Path, valid: float, auc: float = 0.5, words: list[str] | None = None) -> None:
@@ -520,6 +530,19 @@ def test_the_summary_counts_intervals_beside_zero() -> None:
     assert cells[3] == "+0.030 (+0.020 to +0.040); 1 above, 0 below"
     assert cells[5] == "–"  # no user was new in a scenario
     assert cells[7] == "+0.090 (-0.020 to +0.200); 1 above, 1 below"
+
+
+def test_an_arm_covers_the_backbones_that_have_all_its_seeds() -> None:
+    whole = [
+        {"dataset": name, "backbone": backbone, "arm": "alone", "seed": str(seed)}
+        for name, backbones in (("movielens", list(BACKBONES)), ("simulated", ["star", "mmoe"]))
+        for backbone in backbones
+        for seed in range(SEEDS)
+        for _ in range(2)  # one line per section
+    ]
+    lines = page.coverage([*whole, whole[0] | {"dataset": "food_kitchen"}]).splitlines()
+    assert f"| alone | {len(BACKBONES)} | 0 | 2: mmoe, star |" in lines
+    assert "| features | 0 | 0 | 0 |" in lines
 
 
 def test_auc_inside_users_sees_their_taste_and_not_how_easily_they_are_pleased() -> None:

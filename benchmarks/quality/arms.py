@@ -226,7 +226,9 @@ REGULARISATION: dict[str, dict[str, Any]] = {
     "user dropout 0": {"model.user_dropout": 0.0},
     "user dropout .8": {"model.user_dropout": 0.8},
 }
-REGULARISED = ("alone", "llm4msr", "shuffled", "features", "random", "user_only", "scenario_only")
+REGULARISED = (
+    "alone", "llm4msr", "shuffled", "features", "random", "user_only", "scenario_only", "slow_layers",
+)  # fmt: skip
 TUNED_ON = ("shared_bottom", "star", "pepnet")
 TUNING_USERS = 0.2
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import regularisation, sensitivity
-from benchmarks.quality.arms import ARMS, DATASETS, TUNED_ON
+from benchmarks.quality.arms import ARMS, DATASETS, SEEDS, TUNED_ON
 from trainer.models import BACKBONES
 
 ALL, NEW_USER = ("overall", "overall"), ("segment", "new_user")  # (section, key)
@@ -29,6 +29,7 @@ def write_page(
     """Writes the tables of docs/quality.md between its markers; the words around them stay."""
     text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
     text = _between(text, "summary", summary(differences))
+    text = _between(text, "coverage", coverage(runs))
     text = _between(text, "regularisation", _chosen(trials) or "Not run yet.")
     text = _between(text, "regularised summary", summary(tuned) or "Not run yet.")
     for name in DATASETS:
@@ -76,6 +77,24 @@ def summary(differences: list[dict[str, Any]]) -> str:
             cells.append(f"{sum(values) / len(values):+.3f}{spread}; {above} above, {below} below")
         rows.append([name, f"{arm} - {base}", str(len({row["backbone"] for row in own})), *cells])
     return _table(["data set", "difference", "backbones", *(words for *_, words in COLUMNS)], rows)
+
+
+def coverage(runs: list[dict[str, Any]]) -> str:
+    """On how many backbones every arm has all its seeds; which ones, where they are a few."""
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for row in runs:
+        cell = found.setdefault((row["arm"], row["dataset"]), {})
+        cell.setdefault(row["backbone"], set()).add(row["seed"])
+    rows = []
+    for arm in ARMS:
+        cells = []
+        for name in DATASETS:
+            seeds = found.get((arm, name), {})
+            whole = [backbone for backbone in BACKBONES if len(seeds.get(backbone, ())) == SEEDS]
+            names = f": {', '.join(whole)}" if 0 < len(whole) <= len(BACKBONES) // 2 else ""
+            cells.append(f"{len(whole)}{names}")
+        rows.append([arm, *cells])
+    return _table(["arm", *DATASETS], rows)
 
 
 def figure(rows: list[dict[str, Any]], file: Path) -> None:
