@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import json
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +51,13 @@ from trainer.ops.grouped import (
 from trainer.ops.meta_linear import min_rows_per_group
 from trainer.ops.reference import reference_backward, reference_forward
 from trainer.profile_meta_layer import profile_meta_layer, text_of
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    """The compiler remembers calls of all tests, and only so many."""
+    yield
+    torch._dynamo.reset()
 
 
 def oracle(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -145,7 +156,25 @@ def test_grouped_gradcheck_and_opcheck() -> None:
         (dy, dy.relu(), h, weight.detach(), *sort_groups(group, 3), "relu"),
     )
     assert set(results.values()) == {"SUCCESS"}
+    assert set(opcheck(torch.ops.llm4msr.take_rows.default, (bias, group)).values()) == {"SUCCESS"}
+    results = opcheck(torch.ops.llm4msr.add_rows.default, (dy, group, 3))
+    assert set(results.values()) == {"SUCCESS"}
     results = opcheck(torch.ops.llm4msr.sort_groups.default, (group, 3))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("rows", [6, 0])
+def test_gradients_have_the_strides_that_the_compiler_was_told(rows: int) -> None:
+    h, g, weight, bias = (t.detach() for t in tensors(6, 2, 3, 4))
+    dy, h, g = torch.randn(6, 4, dtype=torch.float64)[:rows], h[:rows], g[:rows]
+    twisted = [one.transpose(0, 1).contiguous().transpose(0, 1) for one in (h, g, weight, bias)]
+    backward = torch.ops.llm4msr.meta_linear_backward.default
+    results = opcheck(backward, (dy, dy, *twisted, "relu"))
+    assert set(results.values()) == {"SUCCESS"}
+    results = opcheck(
+        torch.ops.llm4msr.grouped_linear_backward.default,
+        (dy, dy, twisted[0], twisted[2], *sort_groups(torch.arange(rows) % 3, 3), "relu"),
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -252,12 +281,12 @@ def test_autocast_leaves_float64_to_the_strategy_that_can_do_it(
 ) -> None:
     asked = []
 
-    def choose(*_: int, **where: Any) -> tuple[str, str]:
-        asked.append(where["dtype"])
+    def choose(*where: Any) -> tuple[str, str]:
+        asked.append(where[-2])
         return "reference", ""
 
     module = sys.modules[min_rows_per_group.__module__]  # whose name the function has taken
-    monkeypatch.setattr(module, "choose_strategy", choose)
+    monkeypatch.setattr(module, "_choose", choose)
     inputs = tensors(6, 2, 3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert meta_linear(*inputs).dtype == torch.float64
@@ -310,6 +339,59 @@ def test_layers_of_scenarios_have_the_same_gradients_every_time(layer: str) -> N
         assert all(torch.equal(one, other) for one, other in zip(first, gradients(), strict=True))
 
 
+@pytest.mark.parametrize("form", ["reference", "grouped", "diagonal", "gate"])
+def test_the_compiler_sees_no_gather_that_it_could_make_atomic(form: str) -> None:
+    """Of rows that samples share it would add gradients up in any order, and take any index."""
+    h, g, weight, bias = (t.detach() for t in tensors(9, 2, 4, 4, knowledge_rows=3))
+    inputs, call = {
+        "diagonal": ([h, g, bias, bias], functools.partial(meta_linear, strategy="grouped")),
+        "gate": ([h, g, weight[0], bias, bias], meta_gate),
+    }.get(form, ([h, g, weight, bias], functools.partial(meta_linear, strategy=form)))
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=look))
+    leaves = [one.clone().requires_grad_() for one in inputs]
+    compiled(*leaves, group=torch.arange(9) % 3).sum().backward()
+    assert any("llm4msr" in name for name in seen)
+    # "aten.index_put", "aten.index_select", "aten.embedding_dense_backward", "aten.gather", ...
+    assert not [name for name in seen if re.match(r"aten\.(index|embed|gather|scatter)", name)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler's own compiler is missing")
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+@pytest.mark.usefixtures("two_threads")
+def test_compiled_code_equals_eager_and_repeats_its_bits(strategy: str) -> None:
+    """With the default backend: the others neither hold us to strides nor fuse a gather."""
+    rows, keys = 20_000, 4
+    h, g, weight, bias = (t.detach().float() for t in tensors(rows, 4, 16, 16, keys))
+    group = torch.randint(0, keys, (rows,))
+    inputs = [one.clone().requires_grad_() for one in (h, g, weight, bias, bias)]
+
+    def layers(*leaves: Tensor, group: Tensor) -> Tensor:
+        h, g, weight, bias, scale = leaves
+        call = functools.partial(meta_linear, group=group, strategy=strategy, activation="relu")
+        return call(call(h, g, weight.transpose(1, 2), bias), g, scale, bias)
+
+    compiled = torch.compile(layers, fullgraph=True)
+
+    def gradients(call: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(*inputs, group=group).square().mean(), inputs)
+
+    first = gradients(compiled)
+    for one, other in zip(first, gradients(layers), strict=True):
+        torch.testing.assert_close(one, other)
+    for _ in range(5):
+        again = gradients(compiled)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    with pytest.raises((IndexError, ValueError), match=r"out of range|outside"):
+        compiled(*inputs, group=group - 1)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the size in bytes of the largest intermediate result."""
 
@@ -357,7 +439,7 @@ def test_choice_follows_device_type_and_rows_per_knowledge_vector(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for major, has_kernel in ((8, False), (9, True), (10, True), (12, False)):
         monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda m=major: SimpleNamespace(major=m)
+            torch.cuda, "get_device_properties", lambda _, m=major: SimpleNamespace(major=m)
         )
         assert can_group_on_device(torch.bfloat16, 128, 128) is has_kernel
         assert not can_group_on_device(torch.float16, 128, 128)
@@ -389,6 +471,17 @@ def test_the_meta_unit_of_m2m_stores_no_weights_of_samples() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_choice_is_compiled_for_any_number_of_large_knowledge_rows() -> None:
+    """Past what may be stored, for which `choose_strategy` has words with numbers in them."""
+    weight, bias, h = torch.zeros(2, 512, 1024), torch.zeros(2, 512), torch.zeros(2048, 1024)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(meta_linear, fullgraph=True, backend=counter)
+    for groups in (140, 150, 160):
+        group = torch.arange(len(h)) % groups
+        compiled(h, torch.zeros(groups, 1), weight, bias, group=group)
+    assert counter.frame_count == 2  # the second for any number
+
+
 def test_choice_can_be_asked() -> None:
     line = explain_strategy(4096, 32, 128, 64, groups=3)
     assert line.startswith(
@@ -410,6 +503,7 @@ def test_choice_can_be_asked() -> None:
         ({"weight": torch.zeros(3, 4)}, "do not fit"),
         ({"weight": torch.zeros(3, 3)}, "bias .* must be"),
         ({"weight": torch.zeros(3)}, "do not fit"),
+        ({"g": torch.zeros(5, 2).bfloat16()}, "one type, not bfloat16, float32"),
     ],
 )
 def test_refuses_what_does_not_fit(change: dict, message: str) -> None:
@@ -426,17 +520,17 @@ def test_a_group_outside_the_knowledge_rows_is_refused(
 ) -> None:
     inputs = tensors(6, 2, 3, 4, knowledge_rows=3)
     group = torch.tensor([0, 1, 2, wrong, 1, 0])
-    call = functools.partial(meta_linear, strategy="grouped")
+    call: Any = meta_linear
     if compiled:
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=rf"{held}, outside \[0, 3\)"):
-        call(*inputs, group=group)
+        call(*inputs, group=group, strategy="grouped")
     with pytest.raises(IndexError):
-        meta_linear(*inputs, group=group, strategy="reference")
+        call(*inputs, group=group, strategy="reference")
     square, diagonals = torch.randn(6, 4).double(), inputs[3]
     for strategy in ("reference", "grouped"):
         with pytest.raises(IndexError):
-            meta_linear(*(square, inputs[1], diagonals, diagonals), group=group, strategy=strategy)
+            call(*(square, inputs[1], diagonals, diagonals), group=group, strategy=strategy)
 
 
 @pytest.mark.parametrize("strategy", ["reference", "grouped"])
@@ -458,6 +552,47 @@ def test_grouped_linear_keeps_groups_apart() -> None:
     assert weight.grad is not None
     assert weight.grad[[0, 1, 3]].abs().max() == 0
     assert weight.grad[2].abs().max() > 0
+    with pytest.raises(ValueError, match="sorted into 3 groups, weights for 4"):
+        grouped_linear(h, weight, bias, sort_groups(group, 3))
+
+
+@pytest.mark.parametrize("strategy", ["reference", "grouped"])
+def test_a_forward_mode_derivative_is_refused_and_not_zero(strategy: str) -> None:
+    h, g, weight, bias = (t.detach() for t in tensors(6, 2, 4, 4, knowledge_rows=3))
+    call = functools.partial(meta_linear, group=torch.arange(6) % 3, strategy=strategy)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: call(x, g, weight, bias), (h,), (h,))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jacfwd(lambda x: call(h, g, x, bias))(weight)
+    # Diagonals are the library's own products here.
+    y, tangent = torch.func.jvp(lambda x: call(x, g, bias, 0 * bias), (h,), (h,))
+    torch.testing.assert_close(y, tangent)
+
+
+def test_float16_products_beyond_its_range_are_scaled_down_first() -> None:
+    h, g = torch.full((2, 16), 300.0).half(), torch.tensor([[0.0], [1 / 1024]]).half()
+    weight, bias = torch.zeros(2, 4, 16).half(), torch.ones(2, 4).half()
+    weight[0] = 300.0
+    leaves = [one.requires_grad_() for one in (h, g, weight, bias)]
+    y = meta_linear(*leaves, strategy="reference")
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.detach(), oracle(*(one.detach().float() for one in leaves)).half())
+    gradients = torch.autograd.grad(y.sum(), leaves[2:])
+    assert all(one.isfinite().all() and one.dtype == torch.float16 for one in gradients)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reference", "grouped"])
+@pytest.mark.parametrize(("i", "o"), [(0, 4), (3, 0)])
+def test_widths_of_zero(strategy: str, i: int, o: int) -> None:
+    h, g, weight, bias = tensors(6, 2, 3, 4, knowledge_rows=3)
+    inputs, group = [h[:, :i], g, weight[:, :o, :i], bias[:, :o]], torch.arange(6) % 3
+    y = meta_linear(*inputs, group=group, strategy=strategy)
+    torch.testing.assert_close(y, oracle(inputs[0], g[group], *inputs[2:]))
+
+
+def test_a_device_without_autocast_is_no_hindrance() -> None:
+    inputs = [one.detach().to("meta") for one in tensors(6, 2, 3, 4)]
+    assert meta_linear(*inputs).shape == (6, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -493,8 +628,12 @@ def test_group_by_key_generates_each_key_once(size: int | None) -> None:
 def test_group_by_key_refuses_more_keys_than_promised() -> None:
     with pytest.raises(RuntimeError, match="more distinct keys than size"):
         group_by_key(torch.tensor([1, 2, 3]), size=2)
-    first, group = group_by_key(torch.tensor([], dtype=torch.int64))
-    assert first.shape == group.shape == (0,)
+    for size in (None, 5):
+        first, group = group_by_key(torch.tensor([], dtype=torch.int64), size)
+        assert first.shape == group.shape == (0,)
+        h, g, weight, bias = (t.detach() for t in tensors(6, 2, 3, 4))
+        y = meta_linear(h[:0], g[:0][first], weight, bias, group=group, strategy="grouped")
+        assert y.shape == (0, 4)
 
 
 def check_gradients(ours: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:

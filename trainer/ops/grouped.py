@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from trainer.ops.activation import activate_, activation_gradient, activation_name
 
@@ -30,12 +31,67 @@ def take_rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows [B, d] of a table [S, d] by index, int64 [B]; its gradient has the same bits on every run.
 
     `table[index]` has not on a CPU: its gradient adds up in whatever order threads arrive. Nor has
-    `index_select` on CUDA, which adds by atomics; an embedding sorts, but is the slower on a CPU.
+    `index_select` on CUDA, which adds by atomics; an embedding sorts, but is the slower on a CPU. The
+    compiler would add by atomics in all of them, and take an index that is negative or too large.
 
     Raises:
         IndexError: If an index is not in [0, S) (on CUDA, asynchronously).
     """
+    return _take_rows(table, index) if torch.compiler.is_compiling() else _look_up(table, index)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table) if table.is_cuda else table.index_select(0, index)
+
+
+@torch.library.custom_op("llm4msr::take_rows", mutates_args=())
+def _take_rows(table: Tensor, index: Tensor) -> Tensor:
+    return _look_up(table, index)
+
+
+@torch.library.custom_op("llm4msr::add_rows", mutates_args=())
+def _add_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """The gradient of `take_rows`: sums [size, d] of the rows [B, d] that have an index."""
+    if rows.is_cuda:
+        return torch.ops.aten.embedding_dense_backward(rows, index, size, -1, False)
+    return rows.new_zeros(size, rows.shape[1]).index_add_(0, index, rows)
+
+
+@_take_rows.register_fake
+def _(table: Tensor, index: Tensor) -> Tensor:
+    return table.new_empty(index.shape[0], table.shape[1])
+
+
+@_add_rows.register_fake
+def _(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    return rows.new_empty(size, rows.shape[1])
+
+
+def _save_index(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    table, index = inputs
+    ctx.size = table.shape[0]
+    ctx.save_for_backward(index)
+
+
+def _gradient_of_rows(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+    return _add_rows(dy.contiguous(), *ctx.saved_tensors, ctx.size), None
+
+
+_take_rows.register_autograd(_gradient_of_rows, setup_context=_save_index)
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """Raises for inputs that carry a tangent: an operator of ours would answer with a silent zero.
+
+    Raises:
+        NotImplementedError: If one does.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(unpack_dual(one).tangent is not None for one in tensors):
+        raise NotImplementedError(
+            "meta layers have no forward-mode derivative (torch.func.jvp, jacfwd); use backward()"
+        )
 
 
 @torch.library.custom_op("llm4msr::sort_groups", mutates_args=())
@@ -88,7 +144,7 @@ def group_by_key(keys: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]
 
     Returns:
         first: A sample of each distinct key, int64 [S]; with `size`, S = size and rows beyond the
-            distinct keys are 0.
+            distinct keys are 0 (S = 0 in an empty batch, which has no sample 0).
         group: Row of `first` for each sample, int64 [B].
 
     Raises:
@@ -102,11 +158,14 @@ def group_by_key(keys: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]
     if size is None:
         return order[new], group
     torch._assert_async((rank[-1:] < size).all(), "group_by_key: more distinct keys than size")
+    size = size if len(keys) else 0
     first = order.new_zeros(size).scatter_add_(0, rank.clamp(max=size - 1), order * new)
     return first, group
 
 
-def can_group_on_device(dtype: torch.dtype, in_features: int, out_features: int) -> bool:
+def can_group_on_device(
+    dtype: torch.dtype, in_features: int, out_features: int, device: torch.device | None = None
+) -> bool:
     """Whether CUDA has a grouped GEMM for these elements and widths; without a GPU, a Hopper's answer.
 
     `grouped_mm` takes more than that, float16 or an A100: but there it reads the ends of the groups
@@ -114,13 +173,13 @@ def can_group_on_device(dtype: torch.dtype, in_features: int, out_features: int)
     """
     if dtype != torch.bfloat16:
         return False
-    if torch.cuda.is_available() and torch.cuda.get_device_properties().major not in (9, 10):
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(device).major not in (9, 10):
         return False
     return all(width * dtype.itemsize % _ALIGNMENT == 0 for width in (in_features, out_features))
 
 
 def _on_device(h: Tensor, weight: Tensor) -> bool:
-    return h.is_cuda and can_group_on_device(h.dtype, weight.shape[2], weight.shape[1])
+    return h.is_cuda and can_group_on_device(h.dtype, weight.shape[2], weight.shape[1], h.device)
 
 
 def _unsort(rows: Tensor, order: Tensor) -> Tensor:
@@ -273,10 +332,16 @@ def grouped_linear(
         Outputs [B, o]. Samples of one group never reach the weights of another, forward or backward.
 
     Raises:
-        ValueError: If a group is outside [0, S), not every sample has one, or the activation is
-            unknown.
+        ValueError: If a group is outside [0, S), not every sample has one, `Groups` are of another
+            number of groups, or the activation is unknown.
+        NotImplementedError: If forward-mode derivatives are asked for.
     """
     groups = group if isinstance(group, Groups) else sort_groups(group, weight.shape[0])
     if groups.order.shape != h.shape[:1]:
         raise ValueError(f"grouped_linear: {len(groups.order)} groups for {len(h)} samples")
+    if groups.ends.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"grouped_linear: sorted into {len(groups.ends)} groups, weights for {len(weight)}"
+        )
+    refuse_forward_mode(h, weight, bias)
     return _grouped(h, weight, bias, groups.order, groups.ends, activation_name(activation))

@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from trainer.ops.activation import activation_name
-from trainer.ops.grouped import can_group_on_device, grouped_linear, take_rows
+from trainer.ops.grouped import (
+    can_group_on_device,
+    grouped_linear,
+    refuse_forward_mode,
+    take_rows,
+)
 from trainer.ops.reference import diagonal_linear, meta_linear_fused, meta_linear_reference
 
 STRATEGIES = ("auto", "fused", "grouped", "reference")
@@ -86,6 +91,23 @@ def choose_strategy(
     Returns:
         "fused", "grouped" or "reference", and the reason in words.
     """
+    strategy, why = _choose(rows, rank, in_features, out_features, groups, device, dtype, diagonal)
+    needed = min_rows_per_group(device, rank, in_features, out_features)
+    generated = (groups or 0) * in_features * out_features * dtype.itemsize
+    return strategy, why.format(needed=math.ceil(needed), groups=groups, mib=generated / (1 << 20))
+
+
+def _choose(
+    rows: int,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    groups: int | None,
+    device: str,
+    dtype: torch.dtype,
+    diagonal: bool,
+) -> tuple[str, str]:
+    """As `choose_strategy`, numbers not yet in the words: the compiler cannot format those of a shape."""
     fused = device == "cuda" and _HAS_TRITON and dtype in _FUSED_DTYPES
     needed = min_rows_per_group(device, rank, in_features, out_features)
     generated = (groups or 0) * in_features * out_features * dtype.itemsize
@@ -97,10 +119,10 @@ def choose_strategy(
             return "grouped", f"at least {_ROWS_PER_DIAGONAL} rows per knowledge row"
         return "reference", why
     if groups is not None and generated > _MOST_GENERATED_BYTES:
-        why = f"weights of {groups:,} knowledge rows would take {generated / (1 << 20):,.0f} MiB"
+        why = "weights of {groups:,} knowledge rows would take {mib:,.0f} MiB"
     elif groups is not None and rows >= needed * groups:
         if device != "cuda" or can_group_on_device(dtype, in_features, out_features):
-            return "grouped", f"at least {math.ceil(needed)} rows per knowledge row"
+            return "grouped", "at least {needed} rows per knowledge row"
         if not fused:
             return (
                 "grouped",
@@ -155,6 +177,11 @@ def explain_strategy(
     return f"meta layer {layer}: {chosen} ({why})"
 
 
+def _is_cast(device: str) -> bool:
+    """Whether autocast is on for a type of device; some have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | None) -> None:
     rows = h.shape[0] if group is None else g.shape[0]
     full = (g.shape[-1] + 1, bias.shape[-1], h.shape[-1])
@@ -166,6 +193,10 @@ def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | N
             f"bias {tuple(bias.shape)} do not fit [B,i], [B,r], [r+1,o,i], [r+1,o], nor with "
             f"diagonals [B,o], [B,r], [r+1,o], [r+1,o]"
         )
+    types = {one.dtype for one in (h, g, weight, bias)}
+    if len(types) > 1 and not _is_cast(h.device.type):
+        names = ", ".join(sorted(str(one).removeprefix("torch.") for one in types))
+        raise ValueError(f"meta_linear: h, g, weight and bias must be of one type, not {names}")
     if group is not None and group.shape != h.shape[:1]:
         raise ValueError(f"meta_linear: group {tuple(group.shape)} must be {tuple(h.shape[:1])}")
     if bias.shape != weight.shape[:2]:
@@ -179,7 +210,7 @@ def _grouped(
     if weight.dim() == 2:
         return diagonal_linear(h, g, weight, bias, group, activation)
     gates = torch.cat([g, g.new_ones(g.shape[0], 1)], dim=1)
-    generated = (gates @ weight.flatten(1)).view(-1, *weight.shape[1:])
+    generated = (gates @ weight.flatten(1)).view(g.shape[0], *weight.shape[1:])
     return grouped_linear(h, generated, gates @ bias, group, activation)
 
 
@@ -213,25 +244,26 @@ def meta_linear(
         Outputs [B, o]. With g = 0 they are those of the shared layer alone.
 
     Raises:
-        ValueError: If shapes do not fit, or the strategy or activation is unknown or impossible, or
+        ValueError: If shapes or types do not fit, or the strategy or activation is unknown or impossible, or
             (grouped, on a CPU) a group is outside [0, S).
         IndexError: If it is for another strategy, or for diagonals. On CUDA an assertion fails,
             asynchronously.
+        NotImplementedError: If forward-mode derivatives are asked for.
     """
     _check(h, g, weight, bias, group)
     name = activation_name(activation)
     if strategy == "auto":
         device = h.device.type
-        cast = torch.is_autocast_enabled(device) and h.dtype != torch.float64  # which stays
-        strategy, _ = choose_strategy(
+        cast = _is_cast(device) and h.dtype != torch.float64  # which stays
+        strategy, _ = _choose(
             h.shape[0],
             g.shape[1],
             h.shape[1],
             bias.shape[1],
-            groups=None if group is None else g.shape[0],
-            device=device,
-            dtype=torch.bfloat16 if cast else h.dtype,
-            diagonal=weight.dim() == 2,
+            None if group is None else g.shape[0],
+            device,
+            torch.bfloat16 if cast else h.dtype,
+            weight.dim() == 2,
         )
     if strategy == "grouped":
         if group is None:
@@ -248,5 +280,6 @@ def meta_linear(
     per_sample = g if group is None else take_rows(g, group)
     if strategy != "fused" and weight.dim() == 2:
         return diagonal_linear(h, per_sample, weight, bias, None, name)
+    refuse_forward_mode(h, per_sample, weight, bias)
     op = meta_linear_fused if strategy == "fused" else meta_linear_reference
     return op(h, per_sample, weight, bias, name)

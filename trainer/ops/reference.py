@@ -29,6 +29,9 @@ def reference_forward(
     h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
 ) -> Tensor:
     """Outputs [B, o] of `trainer.ops.meta_linear`, summed in float32 at least."""
+    if h.dtype == torch.float16:  # whose range a product may leave before g scales it down
+        wide_inputs = (h.float(), g.float(), weight.float(), bias.float())
+        return reference_forward(*wide_inputs, activation).half()
     wide = _accumulator(h.dtype)
     y = torch.addmm(bias[-1].to(wide), g.to(wide), bias[:-1].to(wide))
     y += h @ weight[-1].t()
@@ -45,10 +48,15 @@ def reference_backward(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: T
     V_j = dz A_j serves both dh (scaled by g_j) and dg_j (its inner product with h): two products per
     slice in all, as many as if the forward pass had stored something.
     """
+    if h.dtype == torch.float16:
+        found = reference_backward(*(one.float() for one in (dz, h, g, weight, bias)))
+        dh, dg, dweight, dbias = (one.half() for one in found)
+        return dh, dg, dweight, dbias
     wide = _accumulator(h.dtype)
     dh = (dz @ weight[-1]).to(wide)
     dg = (dz @ bias[:-1].t()).to(wide)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    # Not empty_like: the compiler was told that these are contiguous, whatever the strides of the inputs.
+    dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     torch.mm(dz.t(), h, out=dweight[-1])
     dbias[-1] = dz.sum(0)
     dbias[:-1] = g.t() @ dz

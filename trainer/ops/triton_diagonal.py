@@ -3,7 +3,8 @@
     y_b = act( s_b * h_b + c_b ),   s_b = sum_j g~_bj weight_j,   c_b = sum_j g~_bj bias_j
 
 Bound by memory, so what counts is how often arrays of [B, o] are read and written: twice forward (h, y),
-five times backward (dz, h, dh; dz, h). Scales and biases are made where they are used and never written.
+five times backward (dz, h, dh; dz, h), besides the partial sums of dg. Scales and biases are made where they
+are used and never written.
 Sums in float32, no atomics: two runs give the same bits. Needs `triton` to import.
 """
 
@@ -169,7 +170,7 @@ def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation
     """Launches the forward kernel: y [B, o] of `trainer.ops.meta_linear`, inputs of one dtype."""
     (rows, width), rank = h.shape, g.shape[1]
     if rows * width == 0:
-        return torch.empty_like(h)
+        return h.new_empty(h.shape)
     h, weight, bias = (padded(one, width) for one in (h, weight, bias))
     out = h.shape[1]
     y = torch.empty_like(h)
@@ -201,7 +202,7 @@ def fused_backward(
     """
     width = h.shape[1]
     if h.numel() == 0:
-        dh, dg, dweight, dbias = (torch.zeros_like(one) for one in (h, g, weight, bias))
+        dh, dg, dweight, dbias = (one.new_zeros(one.shape) for one in (h, g, weight, bias))
         return dh, dg, dweight, dbias
     dz, h, weight, bias = (padded(one, width) for one in (dz, h, weight, bias))
     g = g.contiguous()

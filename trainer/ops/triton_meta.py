@@ -266,7 +266,8 @@ def fused_backward(
     dbias = torch.cat([g.t() @ dz, dz.sum(0, keepdim=True)])
     dg_of_bias = dz @ bias[:-1].t()
     if rows * width_in * width_out == 0:
-        return torch.zeros_like(h), dg_of_bias, torch.zeros_like(weight), dbias
+        dh, dweight = h.new_zeros(h.shape), weight.new_zeros(weight.shape)
+        return dh, dg_of_bias, dweight, dbias
     dz, h, g = padded(dz, width_out), padded(h, width_in), g.contiguous()
     weight = padded(weight, width_in, width_out)
     dh, dg = launch_backward_input(dz, h, g, weight)

@@ -164,13 +164,16 @@ def start(
         one_k: As `choose_tile` says it.
         further: Compile-time constants that `constants` does not know.
     """
-    kernel[grid](
-        *arguments,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants(kernel, tile, one_k, precision_of(arguments[0].dtype)),
-        **further,
-    )
+    with torch.cuda.device_of(
+        arguments[0]
+    ):  # Triton starts on the current device, not the tensors'
+        kernel[grid](
+            *arguments,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **constants(kernel, tile, one_k, precision_of(arguments[0].dtype)),
+            **further,
+        )
 
 
 def padded(one: Tensor, *widths: int) -> Tensor:
