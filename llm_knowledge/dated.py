@@ -80,6 +80,10 @@ class DatedStores:
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
+    def store_of_rows(self) -> np.ndarray:
+        """Which of `stores` each row is of, int64 [rows]."""
+        return np.repeat(np.arange(len(self.stores)), np.diff(self.offsets))
+
     def read_vectors(self, start: int, stop: int) -> np.ndarray:
         """Vectors of rows start..stop-1 over all stores: [stop-start, dim] float16 or float32."""
         found = []

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.test_backbones import HIDDEN, IN, ROWS, A, D, S, make, samples
-from trainer.models import adaptdhm, adasparse, dcnv2, hamur, hinet, m2m, m3oe, ple
+from trainer.models import BACKBONES, adaptdhm, adasparse, dcnv2, hamur, hinet, m2m, m3oe, ple
 from trainer.models.aitm import Transfer
 from trainer.models.deepfm import pairwise_interactions
 from trainer.models.epnet import EmbeddingGate
@@ -92,6 +92,8 @@ def test_aitm_transfers_forward_and_never_back() -> None:
     net = make("aitm", tasks=3)
     second = changed(net, lambda: net.bottoms.layers[-1].bias[1].add_(1))
     assert second.any(0).tolist() == [False, True, True]
+    net(*samples())[:, 2].sum().backward()  # a later task's loss trains the earlier ones' bottoms
+    assert (net.bottoms.layers[0].weight.grad.view(3, -1).abs().amax(1) > 0).all()
 
 
 def test_aitm_with_one_task_is_a_shared_bottom() -> None:
@@ -238,6 +240,13 @@ def test_embedding_gate_reaches_only_the_scenario() -> None:
     torch.testing.assert_close(gate(x), x * factors)
 
 
+def test_epnet_is_the_gated_input_through_shared_layers() -> None:
+    net, (x, scenario) = make("epnet", tasks=2), samples()
+    gated = x * net.embedding_gate.factors(x)
+    torch.testing.assert_close(net(x, scenario), net.out(net.layers(gated)))
+    assert not torch.allclose(net.layers(gated), net.layers(x), atol=1e-3)
+
+
 def test_parameter_gates_reach_the_prior_and_not_the_input() -> None:
     towers, (x, _) = GatedTowers(3, IN, HIDDEN, 0.0, 2), samples()
     nn.init.zeros_(towers.layers[0].weight)  # then x can act through the gates alone
@@ -309,6 +318,26 @@ def test_hamur_shares_the_hyper_network_alone() -> None:
     cell, h = net.cells[0], torch.randn(1, A).expand(ROWS, -1)
     out = cell(h, net.hyper(x).view(-1, hamur.RANK, hamur.RANK), scenario)
     assert len(out.unique(dim=0)) == ROWS  # one hidden state, as many outcomes as instances
+
+
+def test_hamur_is_a_relu_network_per_scenario_with_cells_behind_its_last_layers() -> None:
+    net, (x, scenario) = BACKBONES["hamur"](IN, S, [9, 8, 7], 0.0, 2), samples()
+    instance, h = net.hyper(x).view(-1, hamur.RANK, hamur.RANK), x
+    for number, layer in enumerate(net.layers):
+        h = torch.stack([layer.weight[s] @ one for s, one in zip(scenario, h, strict=True)])
+        h = (h + layer.bias[scenario]).relu()
+        if number:
+            h = net.cells[number - 1](h, instance, scenario)
+    torch.testing.assert_close(net(x, scenario), net.out(h, scenario))
+
+
+def test_hamur_learns_of_the_input_through_the_hyper_network_too() -> None:
+    net, (x, scenario) = make("hamur"), samples()
+    nn.init.zeros_(net.layers[0].weight)  # then there is no other way
+    nn.init.ones_(net.layers[0].bias)
+    x.requires_grad_()
+    net(x, scenario).sum().backward()
+    assert (x.grad.abs().amax(1) > 0).all()
 
 
 def test_m3oe_balances_own_with_the_mean_of_the_others() -> None:

@@ -38,6 +38,7 @@ def shapes() -> Shapes:
         user_vectors=(10, VECTOR),
         item_vectors=(10, VECTOR),
         scenario_vectors=torch.randn(SCENARIOS, VECTOR),
+        scenario_stores=torch.zeros(SCENARIOS, dtype=torch.long),
     )
 
 
@@ -297,10 +298,12 @@ def test_meta_layers_are_the_sum_of_their_slices(kind: dict) -> None:
 def test_alignment_draws_codes_to_the_scenarios_of_positives_only() -> None:
     scenarios = torch.eye(3)
     user = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]], requires_grad=True)
-    right = alignment_loss(user, scenarios, torch.tensor([0, 1]), torch.ones(2))
-    wrong = alignment_loss(user, scenarios, torch.tensor([1, 0]), torch.ones(2))
+    store = torch.zeros(3, dtype=torch.long)
+    right = alignment_loss(user, scenarios, store, torch.tensor([0, 1]), torch.ones(2))
+    wrong = alignment_loss(user, scenarios, store, torch.tensor([1, 0]), torch.ones(2))
     assert right < wrong
-    alignment_loss(user, scenarios, torch.tensor([2, 0]), torch.tensor([1.0, 0.0])).backward()
+    weight = torch.tensor([1.0, 0.0])
+    alignment_loss(user, scenarios, store, torch.tensor([2, 0]), weight).backward()
     assert user.grad is not None
     assert user.grad[0, 2] < 0  # a step against the gradient moves towards scenario 2
     assert user.grad[1].abs().max() == 0

@@ -66,11 +66,13 @@ class MetaConfig(Section):
     alignment: float = Field(
         default=0.0,
         ge=0,
+        allow_inf_nan=False,
         description="Weight of a loss that draws z of a user to z of the scenarios with positive events.",
     )
     noise: float = Field(
         default=0.1,
         ge=0,
+        allow_inf_nan=False,
         description="Length of noise on user vectors, their own being 1, where z is made of them while "
         "training; `inputs` and the match read vectors as they are.",
     )
@@ -124,6 +126,29 @@ class MetaConfig(Section):
         for field in ("match_layers", "inputs"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field}: name a level once")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_added_and_read(self) -> "MetaConfig":
+        """Refuses what would train as if it were not set."""
+        if not self.enabled:
+            return self
+        layers = self.user_layers + self.scenario_layers + len(self.match_layers)
+        if not layers and not self.inputs and self.item_knowledge == "none":
+            raise ValueError(
+                "nothing is added to the backbone: set user_layers, scenario_layers, inputs or "
+                "item_knowledge, or enabled to false"
+            )
+        if self.alignment and not layers:
+            raise ValueError(
+                "alignment draws codes together that no layer reads: set user_layers or "
+                "scenario_layers, or alignment to 0"
+            )
+        if self.match_dropout and self.item_knowledge != "match":
+            raise ValueError(
+                "match_dropout leaves out a match that is not there: set item_knowledge to match, or "
+                "match_dropout to 0"
+            )
         return self
 
 

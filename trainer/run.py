@@ -255,6 +255,9 @@ def make_shapes(
         scenario_vectors=torch.from_numpy(_standardised(scenario_store)(0, len(scenario_store)))
         if scenario_store
         else None,
+        scenario_stores=torch.from_numpy(scenario_store.store_of_rows())
+        if scenario_store
+        else None,
         label_weights=label_weights,
     )
 

@@ -82,7 +82,7 @@ def block_width(in_features: int) -> int:
 
 
 def block(x: Tensor, which: int) -> Tensor:
-    """One block [B, in / 6] of the bottom input [B, in]."""
+    """One block [B, in / 6] of the bottom input [B, in]; user-level meta layers before it mix the blocks."""
     return x.chunk(BLOCKS, dim=1)[which]
 
 

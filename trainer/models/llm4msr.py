@@ -36,7 +36,9 @@ class Shapes:
         scenarios: Number of scenarios.
         user_vectors: (rows, dim) of the user store, or None.
         item_vectors: (rows, dim) of the item store, or None.
-        scenario_vectors: The scenario store itself, standardised, float32 [rows, dim], or None.
+        scenario_vectors: The scenario store itself, standardised, float32 [rows, dim], or None; of
+            several dates one after the other.
+        scenario_stores: Which of the stores by date a row of it is of, int64 [rows], or None.
         label_weights: Weight in the loss of each further label; the first label's is 1.
     """
 
@@ -47,6 +49,7 @@ class Shapes:
     user_vectors: tuple[int, int] | None = None
     item_vectors: tuple[int, int] | None = None
     scenario_vectors: Tensor | None = None
+    scenario_stores: Tensor | None = None
     label_weights: tuple[float, ...] = ()
 
     @property
@@ -86,6 +89,7 @@ class MetaNetworks(nn.Module):
         )
         hidden = config.adapter_hidden
         self.scenario_vectors: Tensor
+        self.scenario_stores: Tensor
         self.user_adapter = self.user_layers = self.scenario_adapter = self.scenario_layers = None
         self.match, dim_s = None, 0
         self.alignment = config.alignment
@@ -98,6 +102,7 @@ class MetaNetworks(nn.Module):
         if shapes.scenario_vectors is not None:
             # Few and small: every rank keeps all of them. Not in checkpoints, the store has them.
             self.register_buffer("scenario_vectors", shapes.scenario_vectors, persistent=False)
+            self.register_buffer("scenario_stores", shapes.scenario_stores, persistent=False)
             dim_s = shapes.scenario_vectors.shape[1]
         if config.reads("scenario"):
             # A scenario's vector never stands for a user: neither noise nor dropout is called for.
@@ -208,7 +213,8 @@ class MetaNetworks(nn.Module):
         assert rows is not None
         none = len(z) - 1
         weight = batch.weight * batch.label * read * (rows < none)
-        loss = alignment_loss(codes["user"][0], z[:none], rows.clamp(max=none - 1), weight)
+        rows = rows.clamp(max=none - 1)
+        loss = alignment_loss(codes["user"][0], z[:none], self.scenario_stores, rows, weight)
         return self.alignment * loss
 
 

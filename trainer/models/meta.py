@@ -87,11 +87,15 @@ class KnowledgeAdapter(nn.Module):
     def _projected_noise(self, rows: int) -> Tensor:
         """What noise on the vectors becomes behind the first projection W, [rows, width of it].
 
-        Drawn there, where it is normal with covariance W W^T: a draw of `width`, not of `dim`, numbers
-        per row. A trace of noise of its own keeps the factorisation defined if W has dependent rows.
+        Where W makes fewer numbers than it reads, drawn behind it, where it is normal with covariance
+        W W^T: a draw of `width`, not of `dim`, numbers per row. A trace of noise of its own keeps the
+        factorisation defined if W has dependent rows; a wider W always has.
         """
         weight = self.first.weight.float()
         width, dim = weight.shape
+        if width >= dim:
+            drawn = torch.randn(rows, dim, device=weight.device)
+            return self.noise / math.sqrt(dim) * drawn @ weight.t()
         covariance = weight @ weight.t()
         jitter = 1e-5 * covariance.diagonal().mean() * torch.eye(width, device=weight.device)
         # Without a check, which would wait for the GPU.
@@ -284,22 +288,27 @@ class ScenarioMetaLayers(nn.Module):
         return logits + self.out(h)
 
 
-def alignment_loss(user: Tensor, scenario: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def alignment_loss(
+    user: Tensor, scenario: Tensor, store: Tensor, target: Tensor, weight: Tensor
+) -> Tensor:
     """Pulls a user's code towards the codes of the scenarios where this user said yes.
 
     Cross-entropy over scenarios of the cosine between z_u and each z_s, at temperature 0.2: both levels
-    then speak of tastes in one space.
+    then speak of tastes in one space. Scenarios of other dates are none of the classes: those of later
+    ones tell what the event's time did not know, and the same scenario's are no other scenario.
 
     Args:
         user: z_u [B, rank].
-        scenario: z_s [S, rank].
-        target: Scenario of each sample, int64 [B], in [0, S).
+        scenario: z_s of all rows of the scenario's stores [S, rank].
+        store: Which of the stores, dated each, a row is of, int64 [S].
+        target: Row of each sample, int64 [B], in [0, S).
         weight: Share of each sample in the loss [B]; 0 leaves it out.
 
     Returns:
         The sum over samples divided by B, a scalar.
     """
     scores = F.normalize(user, dim=1) @ F.normalize(scenario, dim=1).t() / 0.2
+    scores = scores.masked_fill(store[target][:, None] != store, -torch.inf)
     losses = F.cross_entropy(scores, target, reduction="none")
     return (losses * weight).sum() / len(user)
 
