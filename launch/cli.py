@@ -131,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         help="movielens, food-kitchen: train nothing of this share of the users; prompts read their first "
         "events, all later ones are test (default: 0)",
     )  # fmt: skip
+    p.add_argument(
+        "--held-out-valid-users", type=float, default=0.0, metavar="SHARE",
+        help="movielens, food-kitchen: the same of a further share, whose later events are valid, so that "
+        "what is chosen there is chosen for new users too (default: 0)",
+    )  # fmt: skip
 
     p = command(
         commands, "simulate", run.simulate_log,

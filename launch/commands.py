@@ -24,16 +24,22 @@ def run_quickstart(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
     """Turns a source into a prepared dataset."""
-    if not 0 <= options.held_out_users < 1:
-        raise InputError(f"--held-out-users is {options.held_out_users}; give a share in [0, 1)")
-    if options.held_out_users and options.source == "parquet":
-        raise InputError("--held-out-users belongs to the schema of a log: split.held_out_users")
+    for name in ("held_out_users", "held_out_valid_users"):
+        share, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if not 0 <= share < 1:
+            raise InputError(f"{flag} is {share}; give a share in [0, 1)")
+        if share and options.source == "parquet":
+            raise InputError(f"{flag} belongs to the schema of a log: split.{name}")
+    if options.held_out_users + options.held_out_valid_users >= 1:
+        raise InputError("--held-out-users and --held-out-valid-users leave nobody to train on")
     if options.append_to is not None and options.source != "parquet":
         raise InputError(f"--append-to goes with prepare parquet, not with {options.source}")
     if options.source == "movielens":
         from trainer.data.movielens import prepare_movielens
 
-        info = prepare_movielens(options.raw, options.out, options.held_out_users)
+        info = prepare_movielens(
+            options.raw, options.out, options.held_out_users, options.held_out_valid_users
+        )
     elif options.source == "food-kitchen":
         from trainer.data.food_kitchen import prepare_food_kitchen
 
@@ -43,6 +49,7 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
             negatives=options.negatives,
             seed=options.seed,
             held_out_users=options.held_out_users,
+            held_out_valid_users=options.held_out_valid_users,
         )
     else:
         from trainer.data.prepare import prepare_parquet

@@ -15,6 +15,7 @@ from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
 from tests.log_data import SCHEMA, all_rows, prepare, random_log, read_rows, write_log
 from trainer.data import pipeline, writer
 from trainer.data.dataset import SPLITS, open_dataset, split_files, validate_dataset
+from trainer.data.pipeline import hold_out
 from trainer.data.prepare import prepare_parquet
 
 
@@ -165,7 +166,13 @@ def test_parts_and_row_groups_are_bounded(tmp_path, monkeypatch):
         assert max(sizes) <= writer.ROWS_PER_GROUP
 
 
-def test_held_out_users_are_read_by_prompts_and_never_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shares", "split"),
+    [("held_out_users: 0.25", "test"), ("held_out_valid_users: 0.25", "valid")],
+)
+def test_held_out_users_are_read_by_prompts_and_never_trained(
+    tmp_path: Path, shares: str, split: str
+) -> None:
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(60), 10)
     log = pa.table(
@@ -182,7 +189,7 @@ def test_held_out_users_are_read_by_prompts_and_never_trained(tmp_path: Path) ->
     schema.write_text(
         "scenarios: [{scenario_id: a, name: A, description: ''}, "
         "{scenario_id: b, name: B, description: ''}]\n"
-        "split: {rule: per_user_time, held_out_users: 0.25, "
+        f"split: {{rule: per_user_time, {shares}, "
         "fractions: {profile: 0.4, train: 0.3, valid: 0.1, test: 0.2}}\n"
     )
     info = prepare_parquet(tmp_path / "log.parquet", tmp_path / "data", schema)
@@ -197,13 +204,14 @@ def test_held_out_users_are_read_by_prompts_and_never_trained(tmp_path: Path) ->
 
     held_out = people("introduction")
     assert 5 < len(held_out) < 25
-    assert held_out.isdisjoint(people("profile") | people("train") | people("valid"))
-    assert people("test") == set(range(60))
-    assert people("profile") == set(range(60)) - held_out
-    # Every event is somewhere, once; a held-out user's first 4 of 10 introduce, 6 are test.
+    (other,) = {"valid", "test"} - {split}
+    assert held_out.isdisjoint(people("profile") | people("train") | people(other))
+    assert people(split) == set(range(60))
+    assert people("profile") == people(other) == set(range(60)) - held_out
+    # Every event is somewhere, once; a held-out user's first 4 of 10 introduce, 6 are test or valid.
     assert info.introduction_rows == 4 * len(held_out)
-    test = rows("test")["user_id"].to_numpy()
-    assert np.isin(test, list(held_out)).sum() == 6 * len(held_out)
+    later = rows(split)["user_id"].to_numpy()
+    assert np.isin(later, list(held_out)).sum() == 6 * len(held_out)
     assert sum(info.rows.values()) + info.introduction_rows == 600
     dataset = Dataset.open(tmp_path / "data")
     batches = list(profile_batches(dataset, "user", ProfileOptions(), 100, tmp_path / "scratch"))
@@ -213,8 +221,29 @@ def test_held_out_users_are_read_by_prompts_and_never_trained(tmp_path: Path) ->
     assert all(newest[user] == 1_600_000_003 for user in held_out)
 
 
-def test_held_out_users_need_times_of_their_own(tmp_path: Path) -> None:
+def test_those_who_test_stay_the_same_whoever_validates() -> None:
+    users, codes = pa.chunked_array([np.arange(1000)]), np.full(1000, 1, dtype=np.int8)
+    tested, both = hold_out(users, codes, 0.2), hold_out(users, codes, 0.2, 0.3)
+    assert np.array_equal(tested == 3, both == 3)
+    assert np.array_equal(hold_out(users, codes, 0.5) == 3, both > 1)
+    assert 250 < (both == 2).sum() < 350
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("rule: global_time, held_out_users: 0.25", "held_out_users goes with rule per_user_time"),
+        ("rule: global_time, held_out_valid_users: 0.25", "goes with rule per_user_time"),
+        (
+            "rule: per_user_time, held_out_users: 0.5, held_out_valid_users: 0.5",
+            "nobody to train on",
+        ),
+    ],
+)
+def test_held_out_users_need_times_of_their_own_and_leave_others(
+    tmp_path: Path, split: str, message: str
+) -> None:
     schema = tmp_path / "schema.yaml"
-    schema.write_text("split: {rule: global_time, held_out_users: 0.25}\n")
-    with pytest.raises(InputError, match="held_out_users goes with rule per_user_time"):
+    schema.write_text(f"split: {{{split}}}\n")
+    with pytest.raises(InputError, match=message):
         prepare_parquet(tmp_path / "log.parquet", tmp_path / "data", schema)

@@ -50,14 +50,21 @@ class SplitInfo(StrictModel):
 
     `boundaries` (global_time only) are the first seconds of train, valid and test. Of a share
     `held_out_users` nothing is trained: their first events (the profile window's) are in the split
-    `introduction`, which only prompts read, and all their later events are in test.
+    `introduction`, which only prompts read, and all their later events are in test. A further share
+    `held_out_valid_users` has them in valid, so that what is chosen there is chosen for new users too.
     """
 
     rule: Literal["per_user_time", "global_time"]
     fractions: dict[SplitName, float]
     boundaries: list[int] | None = None
     held_out_users: float = Field(default=0.0, ge=0, lt=1)
+    held_out_valid_users: float = Field(default=0.0, ge=0, lt=1)
     text: str
+
+    @property
+    def held_out(self) -> float:
+        """Share of users of whom nothing is trained."""
+        return self.held_out_users + self.held_out_valid_users
 
 
 class Negatives(StrictModel):
@@ -180,7 +187,7 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
         info.user_id_type, info.item_id_type, info.scenario_id_type, labels=info.extra_labels
     )
     scenarios = [scenario.scenario_id for scenario in info.scenarios]
-    introduction = (INTRODUCTION,) if info.split.held_out_users else ()
+    introduction = (INTRODUCTION,) if info.split.held_out else ()
     for split in (*SPLITS, *introduction):
         rows = 0
         for file in split_files(path, split):

@@ -62,6 +62,7 @@ def prepare_food_kitchen(
     seed: int = 0,
     both_scenarios: bool = True,
     held_out_users: float = 0.0,
+    held_out_valid_users: float = 0.0,
 ) -> DatasetInfo:
     """Prepare Amazon Food-Kitchen.
 
@@ -72,6 +73,7 @@ def prepare_food_kitchen(
         seed: seed of the negatives.
         both_scenarios: keep only users with events in both scenarios.
         held_out_users: share of the users of whom nothing is trained, see `SplitInfo`.
+        held_out_valid_users: a further share, who validate in place of being tested.
 
     Raises:
         InputError: not found, columns missing, too few items to sample negatives from.
@@ -95,7 +97,7 @@ def prepare_food_kitchen(
         users = run_codes(positives["user_id"])
         times = positives["timestamp"].to_numpy()
         codes = split_per_user(users, times, list(FRACTIONS.values()))
-        codes = hold_out(positives["user_id"], codes, held_out_users)
+        codes = hold_out(positives["user_id"], codes, held_out_users, held_out_valid_users)
         sampled = sample_negatives(
             users, encode(positives, items), codes, items.scenarios, negatives, seed
         )
@@ -119,6 +121,7 @@ def prepare_food_kitchen(
                 rule="per_user_time",
                 fractions=FRACTIONS,
                 held_out_users=held_out_users,
+                held_out_valid_users=held_out_valid_users,
                 text=SPLIT_TEXT,
             ),
             negatives=Negatives(rule=NEGATIVES_TEXT.format(negatives=negatives, seed=seed)),

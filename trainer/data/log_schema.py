@@ -48,13 +48,15 @@ class Catalogue(StrictModel):
 class SplitChoice(StrictModel):
     """Split rule; give `boundaries` (three seconds since 1970) or `fractions`.
 
-    `held_out_users` is the share of users of whom nothing is trained, see `SplitInfo`.
+    `held_out_users` and `held_out_valid_users` are shares of users of whom nothing is trained, see
+    `SplitInfo`.
     """
 
     rule: Literal["per_user_time", "global_time"] = "global_time"
     fractions: dict[SplitName, float] = Field(default=DEFAULT_FRACTIONS)
     boundaries: list[int] | None = None
     held_out_users: float = Field(default=0.0, ge=0, lt=1)
+    held_out_valid_users: float = Field(default=0.0, ge=0, lt=1)
 
     @field_validator("fractions")
     @classmethod
@@ -67,11 +69,14 @@ class SplitChoice(StrictModel):
 
     @model_validator(mode="after")
     def _check_boundaries(self) -> SplitChoice:
-        if self.held_out_users and self.rule != "per_user_time":
-            raise ValueError(
-                "held_out_users goes with rule per_user_time only: under one global time their test "
-                "events would lie before other users' training events"
-            )
+        for name in ("held_out_users", "held_out_valid_users"):
+            if getattr(self, name) and self.rule != "per_user_time":
+                raise ValueError(
+                    f"{name} goes with rule per_user_time only: under one global time their events "
+                    "would lie before other users' training events"
+                )
+        if self.held_out_users + self.held_out_valid_users >= 1:
+            raise ValueError("held_out_users and held_out_valid_users leave nobody to train on")
         if self.boundaries is not None:
             if self.rule != "global_time":
                 raise ValueError("boundaries go with rule global_time only")

@@ -81,7 +81,9 @@ SCENARIOS = [
 ]
 
 
-def prepare_movielens(raw: Path | None, out: Path, held_out_users: float = 0.0) -> DatasetInfo:
+def prepare_movielens(
+    raw: Path | None, out: Path, held_out_users: float = 0.0, held_out_valid_users: float = 0.0
+) -> DatasetInfo:
     """Prepare MovieLens latest-small.
 
     A rating of 4 or more is a like. The scenario of a rating is the genre group of its movie.
@@ -91,6 +93,7 @@ def prepare_movielens(raw: Path | None, out: Path, held_out_users: float = 0.0) 
             places, else download it into the cache.
         out: dataset directory to create.
         held_out_users: share of the users of whom nothing is trained, see `SplitInfo`.
+        held_out_valid_users: a further share, who validate in place of being tested.
 
     Raises:
         InputError: not found and not to be downloaded, or the files are not as they should be.
@@ -113,6 +116,7 @@ def prepare_movielens(raw: Path | None, out: Path, held_out_users: float = 0.0) 
             rule="per_user_time",
             fractions=FRACTIONS,
             held_out_users=held_out_users,
+            held_out_valid_users=held_out_valid_users,
             text="Each user's ratings in order of time: first 40% profile, then 40% train, 10% "
             "valid, 10% test; ratings of the same second stay together.",
         )

@@ -69,8 +69,10 @@ def split_global(times: np.ndarray, boundaries: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.asarray(boundaries), times, side="right").astype(np.int8)
 
 
-def hold_out(users: pa.ChunkedArray, codes: np.ndarray, share: float) -> np.ndarray:
-    """Takes a share of the users out of training.
+def hold_out(
+    users: pa.ChunkedArray, codes: np.ndarray, share: float, valid_share: float = 0.0
+) -> np.ndarray:
+    """Takes shares of the users out of training.
 
     Who is chosen depends on the user's id alone, so the same people are held out whatever else the
     log holds.
@@ -78,23 +80,23 @@ def hold_out(users: pa.ChunkedArray, codes: np.ndarray, share: float) -> np.ndar
     Args:
         users: user_id [n], rows of one user adjacent.
         codes: split of each row, 0..3.
-        share: of the users, in [0, 1).
+        share: of the users, in [0, 1), who are tested.
+        valid_share: of the users, who validate; below 1 with `share`.
 
     Returns:
-        codes, where a chosen user's profile events are 4 (introduction) and all later ones 3 (test).
+        codes, where a chosen user's profile events are 4 (introduction) and all later ones 3 (test), or
+        2 (valid).
     """
-    if share <= 0:
+    if share + valid_share <= 0:
         return codes
     runs = run_codes(users)
     first = np.flatnonzero(np.diff(runs, prepend=-1))
-    chosen = np.array(
-        [
-            zlib.crc32(f"held out {user}".encode()) / 2**32 < share
-            for user in users.take(first).to_pylist()
-        ],
-        dtype=bool,
-    )
-    return np.where(chosen[runs], np.where(codes == 0, 4, 3), codes).astype(np.int8)
+    place = np.array(
+        [zlib.crc32(f"held out {user}".encode()) / 2**32 for user in users.take(first).to_pylist()]
+    )[runs]
+    later = np.where(place < share, 3, 2)
+    held_out = place < share + valid_share
+    return np.where(held_out, np.where(codes == 0, 4, later), codes).astype(np.int8)
 
 
 def positive_slices(
@@ -241,7 +243,9 @@ def stage_log(
         else:
             fractions = [split.fractions[name] for name in SPLITS]
             codes = split_per_user(run_codes(block["user_id"]), times, fractions)
-            codes = hold_out(block["user_id"], codes, split.held_out_users)
+            codes = hold_out(
+                block["user_id"], codes, split.held_out_users, split.held_out_valid_users
+            )
         staging.add(block, codes)
 
 
@@ -259,9 +263,9 @@ def finish(
                 f"the {split} split is empty under this rule: {info.split.text} "
                 "Give it a larger share or other boundaries, or a longer log"
             )
-    if info.split.held_out_users and staging.rows[INTRODUCTION] == 0:
+    if info.split.held_out and staging.rows[INTRODUCTION] == 0:
         raise InputError(
-            f"no user was held out: {staging.users:,} users, share {info.split.held_out_users}; "
+            f"no user was held out: {staging.users:,} users, share {info.split.held_out:g}; "
             "give a larger share"
         )
     rows: dict[str, int] = {}

@@ -272,6 +272,7 @@ def _split_info(con: duckdb.DuckDBPyConnection, events: str, choice: SplitChoice
             rule=choice.rule,
             fractions=choice.fractions,
             held_out_users=choice.held_out_users,
+            held_out_valid_users=choice.held_out_valid_users,
             text=text,
         )
     bounds, how = choice.boundaries, "Given boundaries"
