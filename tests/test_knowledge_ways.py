@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
-from tests.test_model import DIM, KINDS, ROWS, SCENARIOS, VECTOR, inputs, model, shapes
+from tests.test_model import DIM, KINDS, ROWS, SCENARIOS, VECTOR, batch_of, inputs, model, shapes
 from trainer.config_model import MetaConfig, ModelConfig
 from trainer.data.batch import Batch
 from trainer.models.layers import Dropout
@@ -35,18 +35,9 @@ def rows_of(at: list[int]) -> tuple[KeyedTensor, dict[str, JaggedTensor], KeyedT
     history = [sequences["history"].to_dense()[row] for row in at]
     lengths = torch.tensor([len(one) for one in history])
     ones = torch.ones(len(at), dtype=torch.long)
-    known = [batch.knowledge[level].lengths()[pick] for level in ("user", "item")]
-    cut = Batch(
-        ids=KeyedJaggedTensor(
-            ["user", "item", "history"],
-            torch.zeros(2 * len(at) + int(lengths.sum()), dtype=torch.long),
-            lengths=torch.cat([ones, ones, lengths]),
-        ),
-        knowledge=KeyedJaggedTensor(
-            ["user", "item"],
-            torch.zeros(int(sum(one.sum() for one in known)), dtype=torch.long),
-            lengths=torch.cat(known),
-        ),
+    cut = batch_of(
+        lengths,
+        {level: batch.knowledge[level].lengths()[pick] for level in ("user", "item")},
         scenario=batch.scenario[pick],
         scenario_knowledge=batch.scenario_knowledge[pick],
         label=batch.label[pick],

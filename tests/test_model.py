@@ -42,6 +42,25 @@ def shapes() -> Shapes:
     )
 
 
+def batch_of(lengths: Tensor, known: dict[str, Tensor], **columns: Tensor) -> Batch:
+    """A batch of one user, one item and so many history items per row, all of id 0."""
+    ones = torch.ones(len(lengths), dtype=torch.long)
+    found = [known[level].long() for level in ("user", "item")]
+    return Batch(
+        ids=KeyedJaggedTensor(
+            ["user", "item", "history"],
+            torch.zeros(2 * len(lengths) + int(lengths.sum()), dtype=torch.long),
+            lengths=torch.cat([ones, ones, lengths]),
+        ),
+        knowledge=KeyedJaggedTensor(
+            ["user", "item"],
+            torch.zeros(int(sum(one.sum() for one in found)), dtype=torch.long),
+            lengths=torch.cat(found),
+        ),
+        **columns,
+    )
+
+
 def inputs() -> tuple[KeyedTensor, dict[str, JaggedTensor], KeyedTensor, Batch]:
     """Looked-up embeddings and the batch they belong to; row 3 knows no user, row 5 no item."""
     torch.manual_seed(1)
@@ -53,17 +72,9 @@ def inputs() -> tuple[KeyedTensor, dict[str, JaggedTensor], KeyedTensor, Batch]:
         "history": JaggedTensor(torch.randn(int(lengths.sum()), DIM), lengths=lengths),
     }
     vectors = [torch.randn(ROWS, VECTOR) * known[level][:, None] for level in ("user", "item")]
-    batch = Batch(
-        ids=KeyedJaggedTensor(
-            ["user", "item", "history"],
-            torch.zeros(2 * ROWS + int(lengths.sum()), dtype=torch.long),
-            lengths=torch.cat([ones, ones, lengths]),
-        ),
-        knowledge=KeyedJaggedTensor(
-            ["user", "item"],
-            torch.zeros(2 * ROWS - 2, dtype=torch.long),
-            lengths=torch.cat([known["user"].long(), known["item"].long()]),
-        ),
+    batch = batch_of(
+        lengths,
+        known,
         scenario=torch.arange(ROWS) % SCENARIOS,
         scenario_knowledge=torch.where(torch.arange(ROWS) == 4, -1, torch.arange(ROWS) % SCENARIOS),
         label=(torch.arange(ROWS) % 2).float(),

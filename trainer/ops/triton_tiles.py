@@ -164,9 +164,8 @@ def start(
         one_k: As `choose_tile` says it.
         further: Compile-time constants that `constants` does not know.
     """
-    with torch.cuda.device_of(
-        arguments[0]
-    ):  # Triton starts on the current device, not the tensors'
+    # Triton starts a kernel on the current device, wherever the tensors are.
+    with torch.cuda.device_of(arguments[0]):
         kernel[grid](
             *arguments,
             num_warps=tile.warps,
