@@ -21,7 +21,7 @@ setup(
     package_data={
         "launch": ["configs/*.yaml", "Dockerfile"],
         "llm_knowledge": ["templates/*.yaml"],
-        "trainer": ["templates/*.j2"],
+        "trainer": ["report/*.j2"],
     },
     # torch, fbgemm and torchrec move in lockstep and torchrec's own metadata names the CUDA build of
     # fbgemm, so the triple is installed from requirements/ and checked when `embeddings` is imported.
@@ -46,15 +46,16 @@ setup(
         "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
     entry_points={
-        "console_scripts": ["llm4msr=launch.cli:main"],
+        "console_scripts": ["llm4msr=launch.main:main"],
         # Registering any component hides torchx's own, hence dist and utils again.
         "torchx.components": [
-            "llm4msr=launch.components",
+            "llm4msr=launch.cluster.components",
             "dist=torchx.components.dist",
             "utils=torchx.components.utils",
         ],
         "torchx.named_resources": [
-            f"{name}=launch.resources:{name}" for name in ("cpu", "a100x8", "h100x8", "h200x8")
+            f"{name}=launch.cluster.resources:{name}"
+            for name in ("cpu", "a100x8", "h100x8", "h200x8")
         ],
     },
 )

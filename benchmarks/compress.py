@@ -27,8 +27,8 @@ DIM, RANK, NOISE, ROWS_PER_PART = 4_096, 256, 0.02, 4_096
 
 def write_source(path: Path, rows: int) -> None:
     """A float16 store of random vectors, part by part."""
-    from llm_knowledge.manifest import Cutoff, Manifest, ModelInfo, TemplateInfo
-    from llm_knowledge.writer import new_directory, write_manifest, write_part
+    from llm_knowledge.store.manifest import Cutoff, Manifest, ModelInfo, TemplateInfo
+    from llm_knowledge.store.writer import new_directory, write_manifest, write_part
 
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(RANK, DIM)).astype(np.float32) / DIM**0.5
@@ -56,8 +56,8 @@ def write_source(path: Path, rows: int) -> None:
 
 def run_step(step: str, folder: Path, rows: int) -> dict[str, Any]:
     """One step, named "write", "verify DTYPE" or "compress DIM DTYPE"."""
-    from llm_knowledge.compress import compress
-    from llm_knowledge.store import verify
+    from llm_knowledge.store.compress import compress
+    from llm_knowledge.store.reader import verify
 
     words, facts = step.split(), {}
     start = time.perf_counter()

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from benchmarks.layer_timing import begin, finish, peak_bytes, timed
 from benchmarks.meta_layer import COMPILED
-from embeddings.measure import summary
+from embeddings.profiling.measure import summary
 from trainer.ops import meta_linear
-from trainer.profile_meta_layer import DTYPES
+from trainer.profiling.meta_layer import DTYPES
 
 SHAPES = {  # B, r, o
     "cpu": [(1024, 8, 96), (4096, 32, 128), (4096, 32, 512)],

@@ -3,14 +3,14 @@
     OMP_NUM_THREADS=1 python -m benchmarks.embeddings --out benchmarks/results/embeddings
 
 All arms run once per round, in an order drawn anew, and ratios are taken round by round. What is measured
-is `embeddings.profile`; the sizes are those of docs/benchmarks.md.
+is `embeddings.profiling.measure_tables`; the sizes are those of docs/benchmarks.md.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from launch.cli import main
+from launch.main import main
 
 SIZES = [  # tables, rows, dim, batch, mean ids per sample and table
     (26, 100_000, 16, 4096, 1),

@@ -66,11 +66,11 @@ def dataset(raw: Path | None, out: Path) -> tuple[Path, str]:
     """A prepared dataset: MovieLens where it lies, a simulated log otherwise."""
     found = raw or next((Path(folder) for folder in FOLDERS if Path(folder).is_dir()), None)
     if found:
-        from trainer.data.movielens import prepare_movielens
+        from trainer.data.sources.movielens import prepare_movielens
 
         prepare_movielens(found, out)
         return out, "MovieLens latest-small"
-    from trainer.data.simulate import simulate
+    from trainer.data.sources.simulate import simulate
 
     simulate(out, 600, 1000, 3, 60_000, seed=0)
     return out, "simulated log"
@@ -81,7 +81,7 @@ def decoder(path: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from llm_knowledge.encoder import default_model_path
+    from llm_knowledge.encoding.encoder import default_model_path
 
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=30_522, hidden_size=512, intermediate_size=1536,
@@ -96,7 +96,7 @@ def decoder(path: Path) -> Path:
 
 def prompts(data: Path, kind: str, count: int, encoder: object) -> list[str]:
     """User prompts as an extraction writes them, spread over the users."""
-    from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
+    from llm_knowledge.profiles.dataset import Dataset, ProfileOptions, profile_batches
     from llm_knowledge.prompts import Renderer, default_template, load_template
 
     about = Dataset.open(data)
@@ -145,7 +145,7 @@ def plain_loop(path: Path, kind: str, max_tokens: int, logits: bool) -> Encode:
 
 def variants(path: Path | None) -> tuple[dict[str, Encode], Any]:
     """What is compared, each variant with one trick more than the one before; and an encoder."""
-    from llm_knowledge.encoder import Encoder
+    from llm_knowledge.encoding.encoder import Encoder
 
     def encoder(attention: str, reuse: str, prunes: bool, dtype: str) -> Any:
         made = Encoder(path, device="cpu", attention=attention, prefix_reuse=reuse,  # type: ignore[arg-type]

@@ -28,14 +28,14 @@ import pyarrow.parquet as pq
 import yaml
 
 from embeddings.ids import HashedIds, HashedKeys
-from embeddings.key_index import distinct
-from embeddings.measure import machine, summary
+from embeddings.profiling.measure import machine, summary
 from embeddings.versions import versions
-from embeddings.zero_collision import RowOwners, ZeroCollision
-from trainer.config import load_config
-from trainer.data.prepare import prepare_parquet
-from trainer.metrics import write_evaluation
-from trainer.train import train
+from embeddings.zero_collision.key_index import distinct
+from embeddings.zero_collision.policy import RowOwners, ZeroCollision
+from trainer.config.run import load_config
+from trainer.data.sources.parquet_log import prepare_parquet
+from trainer.evaluation.metrics import write_evaluation
+from trainer.training.loop import train
 
 WINDOW = 65_536
 TABS = 15  # codes are smaller than this

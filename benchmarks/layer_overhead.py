@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.measure import machine
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
+from embeddings.profiling.measure import machine
 from embeddings.sharding import Hardware, make_planner, shard, sharders
 from embeddings.tables import Table, collections
 

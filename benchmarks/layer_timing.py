@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from embeddings.measure import machine
-from trainer.profile_meta_layer import interleaved
+from embeddings.profiling.measure import machine
+from trainer.profiling.meta_layer import interleaved
 
 CAPTURED = 10  # calls in a graph
 

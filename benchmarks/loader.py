@@ -21,13 +21,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from embeddings.measure import machine
+from embeddings.profiling.measure import machine
 from launch.workers import run_workers
-from trainer.config import load_config
-from trainer.data.batch import Batch
-from trainer.distributed import Runtime, distributed, seed_step
-from trainer.inputs import open_inputs
-from trainer.run import Run, build
+from trainer.config.run import load_config
+from trainer.data.loading.batch import Batch
+from trainer.distributed.process_group import Runtime, distributed, seed_step
+from trainer.run.build import build
+from trainer.run.inputs import open_inputs
+from trainer.run.session import Run
 
 CONFIG = Path(__file__).parent.parent / "launch/configs/movielens.yaml"
 ARMS = ("memory", "files, no thread", "files")

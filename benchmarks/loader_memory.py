@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.ids import HashedIds, SortedKeys
-from embeddings.measure import machine
-from trainer.data.loader import EventStream
-from trainer.data.rows import RowEncoder
-from trainer.data.simulate import simulate
-from trainer.data.writer import ROWS_PER_GROUP
+from embeddings.profiling.measure import machine
+from trainer.data.loading.loader import EventStream
+from trainer.data.loading.row_encoder import RowEncoder
+from trainer.data.sources.simulate import simulate
+from trainer.data.sources.writer import ROWS_PER_GROUP
 
 MEGABYTE = 2**20
 SAMPLES = 200  # of resident memory

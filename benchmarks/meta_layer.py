@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks.layer_tiles import sweep, winners
 from benchmarks.layer_timing import begin, finish, peak_bytes, timed
-from embeddings.measure import summary
+from embeddings.profiling.measure import summary
 from trainer.ops import meta_linear
 from trainer.ops.grouped import can_group_on_device
-from trainer.profile_meta_layer import DTYPES, PEAK_SIZE, flops
+from trainer.profiling.meta_layer import DTYPES, PEAK_SIZE, flops
 
 SHAPES = {  # B, r, i, o
     "cpu": [(4096, 32, 128, 128), (4096, 16, 64, 64), (4096, 64, 256, 128)],

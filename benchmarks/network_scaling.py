@@ -7,7 +7,7 @@ the trainer's own steps on a simulated log: wide tables and a small dense part, 
 not the few cores decides. Weak scaling keeps the samples per rank, strong scaling their sum.
 
 Predicted seconds of a step: the step of a single rank with as many samples, measured in the same round, times
-the ranks that share a core; plus the bytes that a host sends, by `embeddings/traffic.py` and with
+the ranks that share a core; plus the bytes that a host sends, by `embeddings/planning/traffic.py` and with
 the headers of full packets, divided by the link's rate. Nothing is taken to overlap. A second prediction
 takes the seconds of a bare exchange of the same bytes, measured after the steps, for the link's part.
 """
@@ -32,13 +32,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from embeddings.measure import machine
-from embeddings.traffic import all_reduce, by_link, plan_traffic
-from trainer.config import load_config
-from trainer.data.simulate import simulate
-from trainer.distributed import distributed
-from trainer.inputs import open_inputs
-from trainer.run import build
+from embeddings.planning.traffic import all_reduce, by_link, plan_traffic
+from embeddings.profiling.measure import machine
+from trainer.config.run import load_config
+from trainer.data.sources.simulate import simulate
+from trainer.distributed.process_group import distributed
+from trainer.run.build import build
+from trainer.run.inputs import open_inputs
 
 SCRIPT = Path(__file__).parent.parent / "launch/local_cluster.sh"
 NAMESPACES = "scaling"

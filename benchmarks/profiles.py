@@ -36,8 +36,8 @@ def measure(data: Path, memory_limit: str, threads: int, prompts: bool) -> dict[
     """Run profiles and prompts of one dataset; seconds, rows, and resident memory while it runs."""
     from transformers import AutoTokenizer
 
-    from llm_knowledge.encoder import find_model
-    from llm_knowledge.profiles import Dataset, ProfileOptions, profile_batches
+    from llm_knowledge.encoding.encoder import find_model
+    from llm_knowledge.profiles.dataset import Dataset, ProfileOptions, profile_batches
     from llm_knowledge.prompts import Renderer, load_template
 
     tokenizer = AutoTokenizer.from_pretrained(find_model(None, None)[0])
@@ -110,7 +110,7 @@ def main() -> None:
     for users in options.sizes:
         data = options.folder / f"users-{users}"
         if not data.exists():
-            from trainer.data.simulate import simulate
+            from trainer.data.sources.simulate import simulate
 
             # More users than asked for are drawn, since some have no event in the profile window.
             simulate(data, users, ITEMS, SCENARIOS, users * EVENTS_PER_USER, seed=0)

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.extraction import decoder
-from embeddings.measure import machine
-from llm_knowledge.extract import ExtractConfig, extract
-from llm_knowledge.refresh import refresh
-from llm_knowledge.store import KnowledgeStore
-from llm_knowledge.writer import write_store
+from embeddings.profiling.measure import machine
+from llm_knowledge.extraction.config import ExtractConfig
+from llm_knowledge.extraction.extract import extract
+from llm_knowledge.extraction.refresh import refresh
+from llm_knowledge.store.reader import KnowledgeStore
+from llm_knowledge.store.writer import write_store
 
 
 def main() -> None:

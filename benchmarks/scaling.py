@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: formulas of `trainer/scaling.py`, results of `benchmarks.network_scaling`.
+"""The tables of docs/scaling.md: `trainer/planning/scaling.py` and `benchmarks.network_scaling`.
 
 python -m benchmarks.scaling                                   writes the page's tables anew
 python -m benchmarks.scaling --users 100000000 --batch 2048    prints them for something else
@@ -12,9 +12,9 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 from benchmarks.network_scaling import format_result
-from embeddings.memory import limits
-from embeddings.traffic import by_link
-from trainer.scaling import (
+from embeddings.planning.memory import limits
+from embeddings.planning.traffic import by_link
+from trainer.planning.scaling import (
     Decoder,
     Description,
     Layout,

@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from embeddings.versions import versions
-    from trainer.distributed import distributed
+    from trainer.distributed.process_group import distributed
 
     class Counter(TorchDispatchMode):
         """Counts the operators that a step calls, forward and backward."""
@@ -133,9 +133,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
 
 def _arm(options: argparse.Namespace, name: str, scratch: Path, runtime):  # type: ignore[no-untyped-def]
     """A function that trains one step of the arm, on batches that are read once."""
-    from trainer.config import load_config
-    from trainer.inputs import open_inputs
-    from trainer.run import build, prepare_folder
+    from trainer.config.run import load_config
+    from trainer.run.build import build
+    from trainer.run.inputs import open_inputs
+    from trainer.training.run_folder import prepare_folder
 
     changes = {
         "name": "step", "output": str(scratch / name), "data.path": str(options.data),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torchrec.distributed.types import ShardingType
 
+from embeddings.optimizer import ON_EVERY_DEVICE
 from embeddings.tables import Table
 
 
@@ -100,3 +101,37 @@ def wanted_placement(table: Table, placements: Mapping[str, Placement], ranks: i
             "leave a rank without rows; use table_wise"
         )
     return wanted
+
+
+def check_groups(
+    size: int, ranks: int, ranks_per_host: int, device: str, optimizer: str, kernels: set[str]
+) -> None:
+    """Refuses groups that cannot be.
+
+    Args:
+        size: Ranks of a group.
+        ranks: Of the job.
+        ranks_per_host: Of a host.
+        device: "cuda" or "cpu".
+        optimizer: Of the tables.
+        kernels: Of the tables.
+
+    Raises:
+        PlanError: With what to do.
+    """
+    where = f"hardware.sharding_group_size: {size}"
+    if device == "cpu":
+        raise PlanError(f"{where}: groups with copies need GPUs; remove the field on a CPU")
+    if size >= ranks or ranks % size:
+        raise PlanError(f"{where}: must divide the {ranks} ranks into two groups or more")
+    if size % ranks_per_host and ranks_per_host % size:
+        raise PlanError(
+            f"{where}: a group is whole hosts or an even part of one; {ranks_per_host} ranks are on a host"
+        )
+    if optimizer not in ON_EVERY_DEVICE:
+        raise PlanError(
+            f"{where}: copies of {optimizer}'s state cannot be averaged; choose "
+            f"{', '.join(ON_EVERY_DEVICE[:-1])} or {ON_EVERY_DEVICE[-1]}"
+        )
+    if "key_value" in kernels:
+        raise PlanError(f"{where}: copies of key_value tables are not averaged; use uvm_caching")

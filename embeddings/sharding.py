@@ -23,9 +23,9 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
-from embeddings.bags_of_one import look_up_as_bags
-from embeddings.hash_zch import hash_zch_sharders
-from embeddings.one_rank import skip_distribution
+from embeddings.cpu.sequence_lookup import look_up_as_bags
+from embeddings.cpu.single_rank import skip_distribution
+from embeddings.experimental.hash_zch import hash_zch_sharders
 from embeddings.placement import KERNELS, Placement, PlanError, wanted_placement
 from embeddings.tables import Table
 

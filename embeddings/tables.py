@@ -18,7 +18,7 @@ from torchrec import (
 from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embeddings.hash_zch import HashZch, with_hash_zch
+from embeddings.experimental.hash_zch import HashZch, with_hash_zch
 
 # Bags are sum-pooled, which is torchrec's default.
 _Config = TypeVar("_Config", EmbeddingBagConfig, EmbeddingConfig)

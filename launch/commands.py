@@ -35,13 +35,13 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
     if options.append_to is not None and options.source != "parquet":
         raise InputError(f"--append-to goes with prepare parquet, not with {options.source}")
     if options.source == "movielens":
-        from trainer.data.movielens import prepare_movielens
+        from trainer.data.sources.movielens import prepare_movielens
 
         info = prepare_movielens(
             options.raw, options.out, options.held_out_users, options.held_out_valid_users
         )
     elif options.source == "food-kitchen":
-        from trainer.data.food_kitchen import prepare_food_kitchen
+        from trainer.data.sources.food_kitchen import prepare_food_kitchen
 
         info = prepare_food_kitchen(
             options.raw,
@@ -52,7 +52,7 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
             held_out_valid_users=options.held_out_valid_users,
         )
     else:
-        from trainer.data.prepare import prepare_parquet
+        from trainer.data.sources.parquet_log import prepare_parquet
 
         if options.raw is None or options.schema is None:
             raise InputError(
@@ -61,7 +61,7 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
         if options.append_to is None:
             info = prepare_parquet(options.raw, options.out, options.schema)
         else:
-            from trainer.data.append import append_parquet
+            from trainer.data.sources.append import append_parquet
 
             info = append_parquet(options.raw, options.append_to, options.out, options.schema)
     print(f"{options.out}: {info.users:,} users, {info.items:,} items, rows {info.rows}")
@@ -70,7 +70,7 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def simulate_log(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes a simulated log."""
-    from trainer.data.simulate import simulate
+    from trainer.data.sources.simulate import simulate
 
     info = simulate(
         options.out,
@@ -91,13 +91,13 @@ def extract(options: argparse.Namespace, words: list[str]) -> int | None:
         from launch.workers import run_workers
 
         return run_workers("launch", words, options.processes)
-    from llm_knowledge.extract import main as extract_main
+    from llm_knowledge.extraction.extract import main as extract_main
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         extract_main(options)
         return None
-    from trainer.distributed import distributed
-    from trainer.hosts import check_hosts
+    from trainer.distributed.host_check import check_hosts
+    from trainer.distributed.process_group import distributed
 
     # The group stays open: its store is the one that the workers of an extraction share.
     with distributed(HOSTS_MEET_SECONDS):
@@ -108,7 +108,7 @@ def extract(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def inspect(options: argparse.Namespace, words: list[str]) -> int | None:
     """Shows a store."""
-    from llm_knowledge.inspect import inspect_store
+    from llm_knowledge.store.inspect import inspect_store
 
     inspect_store(options.store, key=options.key)
     return None
@@ -116,8 +116,8 @@ def inspect(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def verify_stores(options: argparse.Namespace, words: list[str]) -> int | None:
     """Checks stores."""
-    from llm_knowledge.dated import DatedStores, store_paths
-    from llm_knowledge.store import verify
+    from llm_knowledge.store.dated import DatedStores, store_paths
+    from llm_knowledge.store.reader import verify
 
     for given in options.stores:
         for store in store_paths(given):
@@ -129,8 +129,8 @@ def verify_stores(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def shuffle_store(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes a control store."""
-    from llm_knowledge.dated import store_paths
-    from llm_knowledge.writer import shuffled_store
+    from llm_knowledge.store.dated import store_paths
+    from llm_knowledge.store.writer import shuffled_store
 
     for store in store_paths(options.store):
         out = options.out if store == options.store else options.out / store.name
@@ -141,29 +141,29 @@ def shuffle_store(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def compress_store(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes a smaller store."""
-    from llm_knowledge.compress import main as compress_main
+    from llm_knowledge.store.compress import main as compress_main
 
     return compress_main(options)
 
 
 def refresh_store(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes a store's successor."""
-    from llm_knowledge.refresh import main as refresh_main
+    from llm_knowledge.extraction.refresh import main as refresh_main
 
     return refresh_main(options)
 
 
 def train_runs(options: argparse.Namespace, words: list[str]) -> int | None:
     """Trains one run per configuration."""
-    from trainer.config import load_config
+    from trainer.config.run import load_config
 
     configs = [load_config(path, options.set) for path in options.config]
     if options.processes > 1 and "RANK" not in os.environ:
         from launch.workers import run_workers
 
         return run_workers("launch", words, options.processes)
-    from trainer.distributed import distributed
-    from trainer.train import train
+    from trainer.distributed.process_group import distributed
+    from trainer.training.loop import train
 
     # One process group for all runs: a second one would find the first one's keys in the store.
     with distributed(configs[0].train.timeout_seconds) as runtime:
@@ -181,9 +181,9 @@ def plan_tables(options: argparse.Namespace, words: list[str]) -> int | None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-    from trainer.hardware import Cluster
-    from trainer.plan import plan_absent
-    from trainer.plan_problem import problem_of_config, problem_of_file
+    from trainer.planning.plan import plan_absent
+    from trainer.planning.problem import problem_of_config, problem_of_file
+    from trainer.run.hardware import Cluster
 
     read = problem_of_file if options.tables else problem_of_config
     cluster = Cluster(options.nodes, options.gpus_per_node, options.device)
@@ -196,18 +196,18 @@ def plan_tables(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
     """Scores a split and measures it."""
-    from trainer.metrics import write_evaluation
+    from trainer.evaluation.metrics import write_evaluation
 
     if not options.reuse_predictions:
-        from trainer.scoring import predict
+        from trainer.training.scoring import predict
 
         predict(options.run_dir, options.split, options.set)
         if os.environ.get("RANK", "0") != "0":
             return None  # every rank has written its part; one measures them all
     place = None
     if options.set:
-        from trainer.config import load_config
-        from trainer.continuation import check_data
+        from trainer.config.run import load_config
+        from trainer.training.resume import check_data
 
         config = load_config(options.run_dir / "config.yaml", options.set)
         check_data(config, options.run_dir)
@@ -218,8 +218,8 @@ def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def compare_runs(options: argparse.Namespace, words: list[str]) -> int | None:
     """Compares runs with the first."""
-    from trainer.compare import compare, format_table, write_comparison
-    from trainer.predictions import group_runs
+    from trainer.evaluation.compare import compare, format_table, write_comparison
+    from trainer.evaluation.predictions import group_runs
 
     result = compare(group_runs(options.runs), samples=options.samples, segment=options.segment)
     print(format_table(result))
@@ -230,9 +230,9 @@ def compare_runs(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def report_on_runs(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes the HTML page."""
-    from trainer.compare import compare
-    from trainer.predictions import group_runs, resolve_runs
-    from trainer.report import write_report
+    from trainer.evaluation.compare import compare
+    from trainer.evaluation.predictions import group_runs, resolve_runs
+    from trainer.report.page import write_report
 
     groups = group_runs(options.runs)
     comparison = compare(groups) if len(groups) > 1 else None
@@ -243,7 +243,7 @@ def report_on_runs(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def profile_meta_layer(options: argparse.Namespace, words: list[str]) -> int | None:
     """Times the meta-layer op."""
-    from trainer.profile_meta_layer import main as profile_main
+    from trainer.profiling.meta_layer import main as profile_main
 
     profile_main(options)
     return None
@@ -251,8 +251,8 @@ def profile_meta_layer(options: argparse.Namespace, words: list[str]) -> int | N
 
 def profile_embeddings(options: argparse.Namespace, words: list[str]) -> int | None:
     """Times the phases of embedding lookups."""
-    from trainer.profile_embeddings import check_measuring_arguments
-    from trainer.profile_embeddings import main as profile_main
+    from trainer.profiling.embeddings import check_measuring_arguments
+    from trainer.profiling.embeddings import main as profile_main
 
     check_measuring_arguments(options)
     if options.processes > 1 and "RANK" not in os.environ:
@@ -264,8 +264,8 @@ def profile_embeddings(options: argparse.Namespace, words: list[str]) -> int | N
 
 def profile_train(options: argparse.Namespace, words: list[str]) -> int | None:
     """Times the phases of a training step."""
-    from trainer.profile_embeddings import check_measuring_arguments
-    from trainer.profile_train import main as profile_main
+    from trainer.profiling.embeddings import check_measuring_arguments
+    from trainer.profiling.train import main as profile_main
 
     check_measuring_arguments(options)
     if options.processes > 1 and "RANK" not in os.environ:
@@ -278,7 +278,7 @@ def profile_train(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def run_pipeline(options: argparse.Namespace, words: list[str]) -> int | None:
     """Runs the stages of a run in order."""
-    from trainer.config import load_config
+    from trainer.config.run import load_config
 
     config = load_config(options.config, options.set)
     if options.processes > 1 and "RANK" not in os.environ:
@@ -295,9 +295,8 @@ def run_pipeline(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def launch_stage(options: argparse.Namespace, words: list[str]) -> int | None:
     """Submits a stage through torchx."""
-    from launch.cli import _parser
-    from launch.job import load_job
-    from launch.submit import submit
+    from launch.cluster.job import load_job
+    from launch.cluster.submit import submit
 
     if wrong := [pair for pair in options.cfg if "=" not in pair]:
         raise InputError(f"--cfg {wrong[0]}: write it as --cfg option=value")
@@ -313,9 +312,9 @@ def launch_stage(options: argparse.Namespace, words: list[str]) -> int | None:
     )
     stage = {"extract": ["knowledge", "extract"]}.get(options.stage, [options.stage])
     # Wrong arguments fail here, not on a cluster.
-    inner = _parser().parse_args([*stage, *options.arguments])
+    inner = options.parser.parse_args([*stage, *options.arguments])
     if options.stage in ("train", "pipeline"):
-        from trainer.config import load_config
+        from trainer.config.run import load_config
 
         for path in inner.config if options.stage == "train" else [inner.config]:
             load_config(path, inner.set)

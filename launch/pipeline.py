@@ -10,8 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from llm_knowledge.errors import InputError
-from llm_knowledge.extract import ExtractConfig
-from trainer.config import RunConfig
+from llm_knowledge.extraction.config import ExtractConfig
+from trainer.config.run import RunConfig
 
 LEVELS = ("user", "scenario", "item")
 
@@ -30,12 +30,12 @@ def pipeline(config: RunConfig, extraction: str = "", timeout_minutes: float = 7
     Raises:
         InputError: Bad input; nothing of a later stage was begun.
     """
-    from llm_knowledge.extract import check, extract
-    from llm_knowledge.job import lead
-    from llm_knowledge.workers import connect
-    from trainer.distributed import distributed
-    from trainer.hosts import check_hosts
-    from trainer.train import train
+    from llm_knowledge.extraction.extract import check, extract
+    from llm_knowledge.extraction.job import lead
+    from llm_knowledge.extraction.workers import connect
+    from trainer.distributed.host_check import check_hosts
+    from trainer.distributed.process_group import distributed
+    from trainer.training.loop import train
 
     folder = Path(config.output)
     report = folder / "report.html"
@@ -65,8 +65,8 @@ def pipeline(config: RunConfig, extraction: str = "", timeout_minutes: float = 7
                 train(config, resume=True)
 
             def finish() -> None:
-                from trainer.metrics import write_evaluation
-                from trainer.report import write_report
+                from trainer.evaluation.metrics import write_evaluation
+                from trainer.report.page import write_report
 
                 # Both read their source's state; they are cheap beside what precedes them.
                 for stage, out, work in (
@@ -90,7 +90,7 @@ def extractions(config: RunConfig, arguments: str = "") -> list[ExtractConfig]:
     """
     import argparse
 
-    from llm_knowledge.extract import add_arguments, config_from
+    from llm_knowledge.extraction.config import add_arguments, config_from
 
     stores = {level: getattr(config.knowledge, level) for level in LEVELS}
     for level, path in stores.items():
@@ -118,7 +118,7 @@ def extractions(config: RunConfig, arguments: str = "") -> list[ExtractConfig]:
 
 
 def _extracted(job: ExtractConfig) -> bool:
-    from llm_knowledge.store import KnowledgeStore
+    from llm_knowledge.store.reader import KnowledgeStore
 
     stores = [job.out / level for level in LEVELS] if job.level == "all" else [job.out]
     try:

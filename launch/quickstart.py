@@ -55,7 +55,7 @@ def quickstart(out: Path, raw: Path | None = None, seeds: int = 3, processes: in
     say("4/5 evaluation")
     comparisons = _evaluate(arms, out)
     say("5/5 report")
-    from trainer.report import write_report
+    from trainer.report.page import write_report
 
     runs = [run for paths in arms.values() for run in paths]
     report = write_report(runs, out / "report.html", comparisons)
@@ -76,8 +76,8 @@ class _Speaker:
 
 def _prepare(data: Path, raw: Path | None) -> Path:
     from trainer.data.dataset import open_dataset
-    from trainer.data.movielens import prepare_movielens
-    from trainer.data.simulate import simulate
+    from trainer.data.sources.movielens import prepare_movielens
+    from trainer.data.sources.simulate import simulate
 
     if not (data / "dataset.json").exists():
         try:
@@ -96,7 +96,7 @@ def _prepare(data: Path, raw: Path | None) -> Path:
 
 
 def _extract(data: Path, knowledge: Path, processes: int) -> Path:
-    from llm_knowledge.writer import shuffled_store
+    from llm_knowledge.store.writer import shuffled_store
 
     complete = [knowledge / level / "manifest.json" for level in LEVELS]
     if not all(path.exists() for path in complete):
@@ -121,7 +121,7 @@ def _train(
     data: Path, knowledge: Path, out: Path, seeds: int, processes: int
 ) -> dict[str, list[Path]]:
     """Trains what is not trained yet, all in one set of processes; returns run directories by arm."""
-    from trainer.config import RunConfig, load_config, save_config
+    from trainer.config.run import RunConfig, load_config, save_config
 
     arms: dict[str, list[Path]] = {}
     pending: list[Path] = []
@@ -158,8 +158,8 @@ def _workers(words: list[str], processes: int) -> None:
 
 
 def _evaluate(arms: dict[str, list[Path]], out: Path) -> list[dict[str, Any]]:
-    from trainer.compare import compare, write_comparison
-    from trainer.metrics import write_evaluation
+    from trainer.evaluation.compare import compare, write_comparison
+    from trainer.evaluation.metrics import write_evaluation
 
     for runs in arms.values():
         for run in runs:

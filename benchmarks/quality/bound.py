@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from llm_knowledge.store import KnowledgeStore
-from trainer.bootstrap import user_aucs
+from llm_knowledge.store.reader import KnowledgeStore
+from trainer.evaluation.bootstrap import user_aucs
 from trainer.models.meta import standardise
 
 FEATURES = {

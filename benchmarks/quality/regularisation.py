@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from benchmarks.quality.arms import REGULARISATION, REGULARISED, SEEDS, TUNED_ON, TUNING_USERS
 from benchmarks.quality.study import assignments, best_setting, has_tried, is_current
 from trainer.data.dataset import open_dataset, split_files
-from trainer.data.writer import connect, output_directory, write_info, write_sorted
+from trainer.data.sources.writer import connect, output_directory, write_info, write_sorted
 
 UNCHANGED = "as in the study"
 SETTINGS: dict[str, dict[str, Any]] = {UNCHANGED: {}, **REGULARISATION}

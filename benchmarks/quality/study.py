@@ -18,10 +18,10 @@ import yaml
 
 from benchmarks.quality.arms import ARMS, CLOSE, DATASETS, DECIDING_SEEDS, LEVELS, TEMPLATES
 from llm_knowledge.parquet import parquet_sql
-from llm_knowledge.store import KnowledgeStore
-from llm_knowledge.writer import shuffled_store, write_store
-from trainer.config import load_config, save_config
-from trainer.metrics import compute_metrics, write_evaluation
+from llm_knowledge.store.reader import KnowledgeStore
+from llm_knowledge.store.writer import shuffled_store, write_store
+from trainer.config.run import load_config, save_config
+from trainer.evaluation.metrics import compute_metrics, write_evaluation
 
 # Processes share the cores: with more threads than cores they would mostly wait for each other.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}

@@ -22,7 +22,7 @@ from benchmarks.quality.arms import (
     TUNED_ON,
 )
 from benchmarks.quality.page import figure, write_page
-from trainer.compare import compare
+from trainer.evaluation.compare import compare
 from trainer.models import BACKBONES
 
 METRICS = ("auc", "gauc", "logloss")

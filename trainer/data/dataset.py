@@ -1,4 +1,4 @@
-"""The prepared dataset directory: its description and its checks; `trainer.data.writer` writes it.
+"""The prepared dataset directory: its description and its checks; `trainer.data.sources.writer` writes it.
 
 DATA/dataset.json
      items.parquet                      item_id, title, categories

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
-from embeddings.hash_zch import HashZch
-from embeddings.remap import ZeroCollisionTables
+from embeddings.experimental.hash_zch import HashZch
 from embeddings.tables import FrozenTables, SparseFeatures, Table
-from trainer.config_model import MetaConfig, ModelConfig
-from trainer.data.batch import Batch
+from embeddings.zero_collision.remap import ZeroCollisionTables
+from trainer.config.model import MetaConfig, ModelConfig
+from trainer.data.loading.batch import Batch
 from trainer.models import BACKBONES
 from trainer.models.meta import (
     Generator,

@@ -81,7 +81,7 @@ class Tile:
 
 # (kernel, bytes per element, most columns, most depth) -> tile; None = any. The first that fits is
 # taken. Depth within the limit means that the resident operand is loaded once (ONE_K). Chosen by
-# registers, spills and shared memory as compiled for sm_80 and sm_90 (tests/test_triton_resources.py
+# registers, spills and shared memory as compiled for sm_80 and sm_90 (test_triton_resources.py
 # holds every line to them); NOT by time on a GPU, which nobody has measured yet.
 TILES: list[tuple[str, int, int | None, int | None, Tile]] = [
     ("forward", 2, 32, 64, Tile(64, 32, 64, 4, 3)),

@@ -1,0 +1,1 @@
+"""Shortcuts through the libraries' CPU paths, which patch private parts; `sharding.shard` alone uses them."""

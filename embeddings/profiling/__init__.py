@@ -1,0 +1,1 @@
+"""How long lookups take, phase by phase, beside plain torch and FBGEMM."""

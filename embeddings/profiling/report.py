@@ -1,0 +1,126 @@
+"""A profile of embeddings for people: a table, and plots."""
+
+from pathlib import Path
+from typing import Any
+
+from embeddings.profiling.phases import PHASES
+
+BASELINES = {"embedding_bag": "nn.EmbeddingBag", "fbgemm": "bare FBGEMM"}
+
+
+def text_of(report: dict[str, Any]) -> str:
+    """The report as text."""
+    machine = report["machine"]
+    releases = f"torch {machine['torch']}, torchrec {report['versions'].get('torchrec')}"
+    lines = [
+        f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, {report['ranks']} ranks, "
+        f"{releases}, load {machine['load']:.1f}",
+        f"memory: {report['copy_bandwidth'] / 1e9:.1f} GB/s in a copy; {report['rounds']} rounds after "
+        f"{report['warmup']} for warmth; median (quartiles), slowest rank",
+    ]
+    if machine["load"] > machine["threads"] * report["ranks"] + 0.5:
+        lines.append("the machine is busy with something else: repeat when it is idle")
+    for cell in report["cells"]:
+        lines += ["", cell["name"], *_cell(cell)]
+    return "\n".join(lines)
+
+
+def _cell(cell: dict[str, Any]) -> list[str]:
+    if "impossible" in cell:
+        return [f"  impossible: {cell['impossible']}"]
+    lines = []
+    if "wrong" in cell:
+        lines += [f"  WRONG: {line}" for line in cell["wrong"]] or [
+            "  correct: outputs and updated rows equal those of unsharded tables"
+        ]
+    lines.append(
+        f"  {'phase':<22}{'ms':>22}{'memory MB':>11}{'of copy':>9}{'of gather':>11}{'link MB':>9}"
+        f"{'of link':>9}"
+    )
+    for name in PHASES:
+        if name in cell["phases"]:
+            one = cell["phases"][name]
+            lines.append(
+                f"  {name:<22}{_spread(one['ms']):>22}{one['memory_bytes'] / 1e6:>11.2f}"
+                f"{one['share_of_copy_bandwidth']:>9.0%}{one['share_of_gather_bandwidth']:>11.0%}"
+                f"{one['link_bytes'] / 1e6:>9.2f}{_share(one['share_of_link_bandwidth']):>9}"
+            )
+    part = cell["sum_of_phases_over_step"]["time"]["median"]
+    rate, forward = cell["samples_per_second"], cell["forward"]["ms"]["median"]
+    lines += [
+        f"  {'sum of phases':<22}{_spread(cell['sum_of_phases']['ms']):>22}   {part:.2f} of the step",
+        f"  {'whole step':<22}{_spread(cell['step']['ms']):>22}   {rate:,.0f} samples/s, "
+        f"forward {forward:.2f} ms",
+    ]
+    for name, one in cell["baselines"].items():
+        faster = one["step_over_sharded"]
+        note = "" if one["rule"] == cell["rule"] else f", with {one['rule']}: another rule"
+        lines.append(
+            f"  {BASELINES[name]:<22}{_spread(one['step']['ms']):>22}   "
+            f"{_spread(faster['time'])} of the sharded step's time, "
+            f"{_spread(faster['processor_time'])} of its processor time{note}"
+        )
+    return lines
+
+
+def _spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['low']:.2f}-{values['high']:.2f})"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes phases.png (where a step's time goes) and baselines.png (against the alternatives).
+
+    Returns:
+        The files.
+    """
+    from matplotlib.figure import Figure
+
+    cells = [cell for cell in report["cells"] if "impossible" not in cell]
+    names = [cell["name"].replace(", batch", ",\nbatch", 1) for cell in cells]
+    height = 1.5 + 0.55 * len(cells)
+    figure = Figure(figsize=(11, height), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(cells)
+    for phase in PHASES:
+        widths = [cell["phases"].get(phase, {}).get("ms", {}).get("median", 0.0) for cell in cells]
+        axes.barh(names, widths, left=left, label=phase)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    whole = [cell["step"]["ms"]["median"] for cell in cells]
+    axes.plot(whole, names, "k|", markersize=14, label="whole step")
+    _finish(axes, "ms per step (median)")
+    other = Figure(figsize=(11, height), layout="constrained")
+    axes = other.subplots()
+    arms = {"sharded": lambda cell: cell["step"]} | {
+        name: lambda cell, key=key: cell["baselines"].get(key, {}).get("step")
+        for key, name in BASELINES.items()
+    }
+    for at, (name, pick) in enumerate(arms.items()):
+        found = [(row, step["ms"]) for row, cell in enumerate(cells) if (step := pick(cell))]
+        axes.barh(
+            [row + 0.27 * (at - 1) for row, _ in found],
+            [ms["median"] for _, ms in found],
+            0.25,
+            xerr=[
+                [ms["median"] - ms["low"] for _, ms in found],
+                [ms["high"] - ms["median"] for _, ms in found],
+            ],
+            label=name,
+        )
+    axes.set_yticks(range(len(cells)), names)
+    _finish(axes, "ms per step (median, quartiles)")
+    files = [folder / "phases.png", folder / "baselines.png"]
+    for one, file in zip((figure, other), files, strict=True):
+        one.savefig(file, dpi=120)
+    return files
+
+
+def _finish(axes: Any, label: str) -> None:
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.legend(fontsize=8)
+    axes.grid(axis="x", alpha=0.3)

@@ -1,0 +1,1 @@
+"""Many hosts: torchx components, schedulers, manifests."""

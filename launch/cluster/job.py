@@ -1,0 +1,108 @@
+"""Where and how a stage runs: the job file. What runs is the stage's own configuration.
+
+The two are kept apart so that a run can be continued elsewhere, or by torchrun, as it is.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from trainer.config.run import load_section
+from trainer.config.tables import Section
+
+
+class Machine(Section):
+    """A host, for machines that have no name."""
+
+    cpu: int = Field(default=2, ge=1, description="Cores.")
+    gpu: int = Field(default=0, ge=0, description="GPUs.")
+    memory_gib: int = Field(default=8, ge=1, description="Memory.")
+    capabilities: dict[str, str] = Field(
+        default={}, description="What the scheduler selects hosts by, e.g. a Kubernetes node label."
+    )
+    devices: dict[str, int] = Field(
+        default={}, description="Further devices, e.g. `vpc.amazonaws.com/efa: 32`."
+    )
+
+
+class JobConfig(Section):
+    """A job."""
+
+    scheduler: str = Field(
+        default="local_cwd", description="A scheduler of torchx, or jobset (Kubernetes)."
+    )
+    hosts: str = Field(
+        default="1x2",
+        description="Hosts x processes per host; MIN:MAXxPROCESSES may shrink and grow.",
+    )
+    resource: str | Machine = Field(
+        default="cpu", description="A host: a named resource, or cpu, gpu and memory_gib."
+    )
+    image: str | None = Field(
+        default=None, description="Container image; local_cwd and slurm run in this folder instead."
+    )
+    restarts: int = Field(
+        default=3, ge=0, description="Times that the workers may be started again within the job."
+    )
+    retries: int = Field(
+        default=0, ge=0, description="Times that the scheduler may start the whole job again."
+    )
+    timeout_minutes: float | None = Field(
+        default=None, gt=0, description="Then the job gets SIGTERM, and SIGKILL a minute later."
+    )
+    env: dict[str, str | int | float] = Field(default={}, description="Environment variables.")
+    mounts: list[str] = Field(
+        default=[],
+        description="Of containers, e.g. `type=bind,src=/data,dst=/data,readonly`; "
+        "type=volume names a persistent volume claim or an EFS file system.",
+    )
+    log_dir: str | None = Field(
+        default=None, description="Folder, on every host, that keeps the output of every process."
+    )
+    port: int | None = Field(
+        default=None,
+        ge=1024,
+        le=65_535,
+        description="Where several hosts meet, on the first one; null: one that is free here.",
+    )
+    options: dict[str, str | int | float | bool] = Field(
+        default={}, description="The scheduler's own, see `torchx runopts SCHEDULER`."
+    )
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts_by_processes(cls, value: str) -> str:
+        found = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", value)
+        if not found or int(found[2]) < 1 or int(found[3]) < 1:
+            raise ValueError("write hosts x processes per host, e.g. 2x8")
+        if found[1] and not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError("MIN:MAXxPROCESSES needs 1 <= MIN <= MAX")
+        return value
+
+    @field_validator("env")
+    @classmethod
+    def _names_of_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ValueError(f"{name} is not a variable's name")
+        return value
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Fewest hosts, hosts, processes per host."""
+        fewest, hosts, processes = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", self.hosts).groups()  # type: ignore[union-attr]
+        return int(fewest or hosts), int(hosts), int(processes)
+
+
+def load_job(file: Path | None, overrides: Iterable[str] = (), **flags: str | None) -> JobConfig:
+    """Reads a job file; assignments override it, flags that were given override both.
+
+    Raises:
+        InputError: Names every wrong field.
+    """
+    given = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return load_section(JobConfig, file, [*overrides, *given])

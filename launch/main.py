@@ -1,0 +1,45 @@
+"""The command line. Nothing heavy is imported until a command needs it, so that help is instant."""
+
+import errno
+import os
+import sys
+
+from launch.parser import build_parser
+from launch.workers import INPUT_WAS_WRONG
+from llm_knowledge.errors import InputError
+
+DONE, INTERRUPTED = 0, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 done and complete; 2 the input was wrong (one message, no traceback); 1 a fault of ours.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        # What follows -- belongs to the stage that `launch` submits.
+        at = words.index("--") if "--" in words else len(words)
+        options = build_parser().parse_args(words[:at])
+        options.arguments = words[at + 1 :]
+        if getattr(options, "processes", 1) < 1:
+            raise InputError(f"--processes {options.processes}: at least 1 is needed")
+        return options.run(options, words) or DONE
+    except InputError as error:
+        # Ranks agree on bad input before they raise it: one of them speaks for all.
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
+            print(f"llm4msr: error: {error}", file=sys.stderr)
+        return INPUT_WAS_WRONG
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = error.filename or "a file of this command"
+        print(
+            f"llm4msr: error: {where}: {error.strerror}; make room or choose another place",
+            file=sys.stderr,
+        )
+        return INPUT_WAS_WRONG
+    except KeyboardInterrupt:
+        print("llm4msr: interrupted; the same command continues where it can", file=sys.stderr)
+        return INTERRUPTED

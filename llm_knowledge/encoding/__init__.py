@@ -1,0 +1,1 @@
+"""The frozen language model: files, tokens, batches, hidden states, answers."""

@@ -1,0 +1,100 @@
+"""An answer beside the vector, in one pass: greedy, the prompt's states are those of the first step.
+
+Shape legend: B texts, T tokens of the longest, P tokens of a shared prefix, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from llm_knowledge.encoding.tokens import pad
+
+if TYPE_CHECKING:
+    from llm_knowledge.encoding.prefix import SharedPrefix
+
+
+class Answers:
+    """A causal language model that goes on from a prompt.
+
+    Attributes:
+        model: the language model without its head, as ``Encoder.model``.
+        head: hidden states to scores over the vocabulary.
+        limit: most tokens of an answer.
+        ends: ids of the tokens that end one.
+    """
+
+    def __init__(self, language_model: Any, limit: int, tokenizer: Any) -> None:
+        self.model = getattr(language_model, language_model.base_model_prefix)
+        self.head = language_model.get_output_embeddings()
+        self.limit, self.tokenizer = limit, tokenizer
+        ends = getattr(language_model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
+
+    def generate(
+        self, ids: list[list[int]], prefix: SharedPrefix | None, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+        """Read one batch of texts and go on from each.
+
+        The most likely token is taken each time, until one of ``ends`` or ``limit`` tokens.
+
+        Args:
+            ids: whole texts, the prefix included.
+            prefix: what all of them begin with, or None.
+            layer: which hidden state; -1 is the final one.
+
+        Returns:
+            Hidden states [B, T - P, D] behind the prefix; which of them are tokens, bool
+            [B, T - P]; float32 [B, D] of the step that chose the answer's last token (the last step
+            of the generation path: for an answer of one token, the prompt's end); the answers.
+        """
+        device, shared = self.model.device, len(prefix.tokens) if prefix else 0
+        ids_BT, mask_BT = pad([own[shared:] for own in ids])
+        mask_BT = mask_BT.to(device)
+        rows_B, count_B = torch.arange(len(ids), device=device), mask_BT.sum(1)
+        cache = DynamicCache(config=self.model.config)
+        for number, states in enumerate(prefix.states if prefix else ()):
+            keys, values = (state.expand(len(ids), -1, -1, -1) for state in states)
+            cache.update(keys, values, number)
+        seen_BT = torch.cat([mask_BT.new_ones((len(ids), shared)), mask_BT], dim=1)
+        place_BT = torch.arange(shared, seen_BT.shape[1], device=device).expand(len(ids), -1)
+        top_BTD, hidden_BTD = self._step(ids_BT.to(device), seen_BT, place_BT, cache, layer)
+        top_BD = top_BTD[rows_B, count_B - 1]
+        state_BD = hidden_BTD[rows_B, count_B - 1].float()
+        done_B = torch.zeros(len(ids), dtype=torch.bool, device=device)
+        ends = torch.tensor(sorted(self.ends), device=device)
+        said: list[torch.Tensor] = []
+        for step in range(self.limit):
+            token_B = self.head(top_BD).argmax(-1)
+            said.append(torch.where(done_B, -1, token_B))
+            done_B = done_B | torch.isin(token_B, ends)
+            if step == self.limit - 1 or bool(done_B.all()):
+                break
+            seen_BT = torch.cat([seen_BT, seen_BT.new_ones((len(ids), 1))], dim=1)
+            place_B1 = (shared + count_B + step)[:, None]
+            top, own = self._step(token_B[:, None], seen_BT, place_B1, cache, layer)
+            top_BD = top[:, -1]
+            # A text that has ended is still computed, and no longer looked at.
+            state_BD = torch.where(done_B[:, None], state_BD, own[:, -1].float())
+        texts = torch.stack(said, dim=1).tolist()
+        answers = [self.tokenizer.decode([token for token in own if token >= 0],
+                                         skip_special_tokens=True) for own in texts]  # fmt: skip
+        return hidden_BTD, mask_BT, state_BD, answers
+
+    def _step(
+        self,
+        ids_BT: torch.Tensor,
+        seen_BT: torch.Tensor,
+        place_BT: torch.Tensor,
+        cache: DynamicCache,
+        layer: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The final hidden states of new tokens, which the head reads, and those of ``layer``."""
+        found = self.model(input_ids=ids_BT, attention_mask=seen_BT.long(), position_ids=place_BT,
+                           past_key_values=cache, use_cache=True,
+                           output_hidden_states=layer != -1)  # fmt: skip
+        top = found.last_hidden_state
+        return top, top if layer == -1 else found.hidden_states[layer]

@@ -1,0 +1,205 @@
+"""Texts end to end through a model, without padding: attention alone is told where each begins.
+
+The tokens of a batch form one row, so that no position is computed for nothing. Of the last layer, only
+the tokens that are pooled are computed. Works for models that call the attention which their
+configuration names, as those of transformers do; ``Encoder`` compares once and goes without
+otherwise.
+
+Shape legend: B texts, T tokens of all of them, P tokens of a shared prefix, D hidden size, H heads,
+E size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from llm_knowledge.encoding.prefix import SharedPrefix, supports_sharing
+
+NAME = "packed"
+# What an attention may be told beside what is served here; None and False mean nothing of the kind.
+_UNSERVED = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+class _GotKeys(Exception):
+    """The keys and values of all tokens are known: the rest of the layer is not needed for them."""
+
+
+@dataclass
+class _Batch:
+    """What the attention has to know of the batch that is running.
+
+    Attributes:
+        spans: of every text, its first token and the one behind its last, within the row.
+        prefix: keys and values in front of every text, by layer.
+        mask_TT: additive causal mask of the longest text behind the prefix, or None.
+        ends_B: positions of the last tokens if nothing else is pooled, else None.
+        keys: keys and values of the last layer while only its last tokens are computed.
+        collects: whether the last layer is to leave its keys and values in ``keys``.
+    """
+
+    spans: list[tuple[int, int]]
+    prefix: SharedPrefix | None = None
+    mask_TT: torch.Tensor | None = None
+    ends_B: torch.Tensor | None = None
+    keys: tuple[torch.Tensor, torch.Tensor] | None = None
+    collects: bool = False
+
+
+_RUNNING: ContextVar[_Batch] = ContextVar("packed batch")
+
+
+def _attend(
+    module: Any,
+    query_1HTE: torch.Tensor,
+    key_1HTE: torch.Tensor,
+    value_1HTE: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of every text to itself and the prefix, in transformers' calling convention."""
+    batch = _RUNNING.get()
+    if attention_mask is not None or any(more.get(name) for name in _UNSERVED):
+        raise NotImplementedError("attention with a mask, a window or a bias of its own")
+    if batch.collects:
+        batch.keys = (key_1HTE, value_1HTE)
+        raise _GotKeys
+    ends = batch.keys is not None
+    if batch.keys is not None:
+        key_1HTE, value_1HTE = batch.keys
+    causal = bool(getattr(module, "is_causal", True)) and not ends
+    out_1THE = torch.empty_like(query_1HTE.transpose(1, 2))
+    grouped = query_1HTE.shape[1] != key_1HTE.shape[1]
+    for row, (start, stop) in enumerate(batch.spans):
+        asks = slice(row, row + 1) if ends else slice(start, stop)
+        keys, values = key_1HTE[:, :, start:stop], value_1HTE[:, :, start:stop]
+        mask = None
+        if batch.prefix is not None:
+            before = batch.prefix.states[module.layer_idx]
+            keys, values = (torch.cat(both, dim=2) for both in zip(before, (keys, values),
+                                                                   strict=True))  # fmt: skip
+            if causal and batch.mask_TT is not None:
+                mask = batch.mask_TT[: stop - start, : keys.shape[2]]
+        found = scaled_dot_product_attention(
+            query_1HTE[:, :, asks], keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped,
+            is_causal=causal and mask is None)  # fmt: skip
+        out_1THE[:, asks] = found.transpose(1, 2)
+    return out_1THE, None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+class Packing:
+    """A model that reads packed texts.
+
+    Attributes:
+        prunes: whether the last layer is computed for the last tokens alone, where they suffice.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.plain = model.config._attn_implementation
+        layers: Any = getattr(model, "layers", None)
+        self.prunes = isinstance(layers, torch.nn.ModuleList) and len(layers) > 0
+        if self.prunes:
+            _compute_ends_only(layers[-1])
+
+    @contextmanager
+    def _running(self, batch: _Batch) -> Iterator[None]:
+        token = _RUNNING.set(batch)
+        self.model.config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            self.model.config._attn_implementation = self.plain
+            _RUNNING.reset(token)
+
+    def hidden(
+        self, ids: Sequence[list[int]], prefix: SharedPrefix | None, layer: int, ends: bool
+    ) -> torch.Tensor:
+        """Hidden states of texts of which ``prefix`` is already computed.
+
+        Args:
+            ids: whole texts, the prefix included.
+            prefix: what all of them begin with, or None.
+            layer: which hidden state; -1 is the final one.
+            ends: whether only the last token of every text is asked for.
+
+        Returns:
+            [B, D] of the last tokens if ``ends``, else [T, D] of all tokens behind the prefix.
+        """
+        shared = len(prefix.tokens) if prefix else 0
+        device, longest = self.model.device, max(map(len, ids)) - shared
+        flat = torch.tensor([token for own in ids for token in own[shared:]], device=device)
+        places = torch.cat([torch.arange(shared, len(own), device=device) for own in ids])
+        stops = torch.tensor([len(own) - shared for own in ids]).cumsum(0)
+        spans = [(stop - len(own) + shared, stop)
+                 for stop, own in zip(stops.tolist(), ids, strict=True)]  # fmt: skip
+        ends_B = (stops - 1).to(device)
+        batch = _Batch(spans, prefix)
+        if prefix is not None:
+            shape = (longest, shared + longest)
+            hidden = torch.ones(shape, dtype=torch.bool, device=device).triu(shared + 1)
+            batch.mask_TT = torch.zeros(shape, dtype=self.model.dtype, device=device)
+            batch.mask_TT.masked_fill_(hidden, float("-inf"))
+        if ends and layer == -1 and self.prunes:
+            batch.ends_B = ends_B
+        with self._running(batch), torch.inference_mode():
+            said = self.model(input_ids=flat[None], position_ids=places[None], use_cache=False,
+                              output_hidden_states=layer != -1)  # fmt: skip
+            states = said.last_hidden_state if layer == -1 else said.hidden_states[layer]
+        return states[0] if batch.ends_B is not None or not ends else states[0][ends_B]
+
+
+def supports_packing(model: Any, causal: bool) -> bool:
+    """Whether the model takes its attention from outside, and, if causal, without any window."""
+    if causal and not supports_sharing(model):
+        return False
+    kinds = getattr(model.config, "layer_types", None) or []
+    windows = [getattr(model.config, name, None) for name in ("sliding_window", "local_attention")]
+    if not causal and (any(windows) or any(kind != "full_attention" for kind in kinds)):
+        return False
+    return bool(model._can_set_attn_implementation())
+
+
+def _compute_ends_only(layer: Any) -> None:
+    """Let a layer of all tokens become one of the last tokens where the running batch wants it.
+
+    Keys and values are computed for all tokens first (its attention stops there), then everything
+    for the last tokens alone.
+    """
+    plain = layer.forward
+
+    def forward(hidden_1TD: torch.Tensor, *args: Any, **options: Any) -> Any:
+        batch = _RUNNING.get(None)
+        if batch is None or batch.ends_B is None:
+            return plain(hidden_1TD, *args, **options)
+        batch.collects = True
+        try:
+            plain(hidden_1TD, *args, **options)
+            raise NotImplementedError("a layer without the attention of its configuration")
+        except _GotKeys:
+            batch.collects = False
+        ends, tokens = batch.ends_B, hidden_1TD.shape[1]
+        own = {name: _at(value, ends, tokens) for name, value in options.items()}
+        return plain(hidden_1TD[:, ends], *(_at(value, ends, tokens) for value in args), **own)
+
+    layer.forward = forward
+
+
+def _at(value: Any, ends_B: torch.Tensor, tokens: int) -> Any:
+    """What belongs to tokens [1, T, ...] (their places and rotations) for the last ones alone."""
+    if isinstance(value, tuple):
+        return tuple(_at(one, ends_B, tokens) for one in value)
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == tokens:
+        return value[:, ends_B]
+    return value

@@ -1,0 +1,1 @@
+"""What prompts may know: events of the profile window by user, item and scenario."""

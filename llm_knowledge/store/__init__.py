@@ -1,0 +1,1 @@
+"""Knowledge on disk: Parquet parts and a manifest; read, written, dated, compressed, shown."""

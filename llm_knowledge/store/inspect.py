@@ -1,0 +1,133 @@
+"""A human look at a knowledge store: what it is, one prompt, and the nearest keys."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from llm_knowledge.errors import InputError
+from llm_knowledge.store.reader import NO_CUTOFF, KnowledgeStore
+
+BLOCK_ROWS = 65_536
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of an inspection to a parser."""
+    parser.add_argument("store", type=Path, help="knowledge store directory")
+    parser.add_argument("--key", help="key to show; default: the first")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Inspect from parsed options; returns the exit code."""
+    try:
+        inspect_store(args.store, args.key)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def inspect_store(
+    path: str | Path, key: str | int | None = None, out: TextIO | None = None
+) -> None:
+    """Print the manifest's summary, the prompt of a key and the five nearest keys by cosine.
+
+    Vectors are read block by block, so a store of any size can be looked at.
+
+    Args:
+        path: the store; an incomplete one is shown as far as its manifest goes.
+        key: key to show (digits count as an integer in an int64 store); None is the first row.
+        out: where to print, by default standard output.
+
+    Raises:
+        InputError: no such store or key.
+    """
+    store = KnowledgeStore.open(path, allow_incomplete=True)
+    say = lambda text="": print(text, file=out or sys.stdout)  # noqa: E731
+    for line in _summary(store):
+        say(line)
+    if not len(store):
+        return
+    row = _find(store, key)
+    text = store.read_text([row])[0]
+    say(f"\nkey {_shown(store, row)}, row {row}, cut-off {_when(int(store.cutoffs()[row]))}")
+    say("prompt:")
+    for line in (text["prompt"] or "").splitlines():
+        say(f"  {line}")
+    if text["answer"]:
+        say(f"answer: {text['answer']}")
+    near = nearest(store, store.read_vectors(row, row + 1)[0], skip=row)
+    say("\nnearest by cosine:")
+    for (other, cosine), shown in zip(near, store.read_text([r for r, _ in near]), strict=True):
+        first = " | ".join((shown["prompt"] or "").splitlines())
+        say(f"  {cosine:+.3f}  {_shown(store, other)}  {first[:80]}")
+
+
+def _summary(store: KnowledgeStore) -> Iterator[str]:
+    m, cutoffs = store.manifest, store.cutoffs()
+    dated = cutoffs[cutoffs != NO_CUTOFF]
+    span = f", rows {_when(int(dated.min()))} to {_when(int(dated.max()))}" if len(dated) else ""
+    size = sum((store.path / part.file).stat().st_size for part in m.parts) / 2**20
+    yield f"{store.path}: {m.level} knowledge, {'complete' if m.complete else 'INCOMPLETE'}"
+    yield f"  rows        {m.rows} in {len(m.parts)} parts, {size:.1f} MiB, keys {m.key_type}"
+    yield f"  model       {m.model.name} {m.model.revision or ''}({m.model.weights_hash[:19]}...)"
+    yield (f"  vectors     dim {m.dim}, {m.dtype}, {m.pooling} pooling, layer {m.layer}, "
+           f"{'length 1' if m.normalized else 'not normalized'}")  # fmt: skip
+    yield f"  template    {m.template.name} version {m.template.version} ({m.template.hash[:8]}...)"
+    yield f"  cut-off     {m.cutoff.kind}{span}"
+    yield f"  fingerprint {store.fingerprint}"
+    if m.note:
+        yield f"  note        {m.note}"
+
+
+def _shown(store: KnowledgeStore, row: int) -> str:
+    return repr(store.keys()[row : row + 1].tolist()[0])
+
+
+def _when(seconds: int) -> str:
+    return "none" if seconds == NO_CUTOFF else str(np.datetime64(seconds, "s")).replace("T", " ")
+
+
+def _find(store: KnowledgeStore, key: str | int | None) -> int:
+    if key is None:
+        return 0
+    wanted: str | int = str(key)
+    if store.manifest.key_type == "int64":
+        try:
+            wanted = int(key)
+        except ValueError as error:
+            raise InputError(f"{store.path}: keys are integers, got {key!r}") from error
+    row = int(store.row_of([wanted])[0])  # type: ignore[arg-type]
+    if row < 0:
+        raise InputError(f"{store.path}: has no key {key!r}; its first is {_shown(store, 0)}")
+    return row
+
+
+def nearest(
+    store: KnowledgeStore, vector: np.ndarray, count: int = 5, skip: int = -1
+) -> list[tuple[int, float]]:
+    """The ``count`` rows most similar to ``vector`` [dim], best first, as (row, cosine)."""
+    query = vector.astype(np.float32)
+    query /= max(float(np.linalg.norm(query)), 1e-12)
+    best: list[tuple[int, float]] = []
+    for start in range(0, len(store), BLOCK_ROWS):
+        block = store.read_vectors(start, start + BLOCK_ROWS).astype(np.float32)
+        cosine = block @ query / np.maximum(np.linalg.norm(block, axis=1), 1e-12)
+        top = np.argsort(-cosine, kind="stable")[: count + 1]
+        best += [(start + int(row), float(cosine[row])) for row in top if start + row != skip]
+        best = sorted(best, key=lambda pair: -pair[1])[:count]
+    return best
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m llm_knowledge.store.inspect",
+        epilog="example: python -m llm_knowledge.store.inspect knowledge/movielens/user --key 1",
+    )
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

@@ -1,0 +1,293 @@
+"""Checkpoints on disk: written while training goes on, kept, described, damaged, resumed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from embeddings.optimizer import update_count
+from llm_knowledge.errors import InputError
+from tests.drills.restore_matrix import whole_state
+from tests.helpers.training_data import make_config, make_inputs, write_stores
+from tests.trainer.training.test_train import ENVIRONMENT, ROOT, lines
+from trainer.checkpoint import writer as checkpoint_writer
+from trainer.checkpoint.directory import LoopState, checkpoints, problem_of, prune
+from trainer.checkpoint.restore import load_checkpoint
+from trainer.checkpoint.writer import CheckpointWriter
+from trainer.distributed.process_group import distributed
+from trainer.observe.metrics_log import RunLog
+from trainer.run.build import build
+from trainer.run.inputs import open_inputs
+from trainer.training.loop import train
+from trainer.training.run_folder import prepare_folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_inputs(tmp_path_factory.mktemp("checkpoint"))
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+    """Trains until a step and dies there."""
+    flush = RunLog.flush
+
+    def cut(self: RunLog, at: int, *rest: Any) -> None:
+        if at == step:
+            raise KeyboardInterrupt
+        flush(self, at, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "flush", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+
+def test_a_write_holds_the_values_of_its_call_though_training_goes_on(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*inputs, tmp_path / "run", train__checkpoint_async=True)
+    trained = threading.Event()
+    save = dcp.save
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        assert trained.wait(30)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint_writer.dcp, "save", late)
+    with distributed(60) as runtime:
+        inputs_ = open_inputs(config, runtime)
+        run = build(config, runtime, prepare_folder(config, runtime, resume=False), inputs_)
+        run.model.train()
+        batches = iter(run.stream(["train"], shuffle=True).batches())
+        run.pipeline.progress(batches)
+        folder = run.folder / "checkpoints"
+        with CheckpointWriter(run, folder) as writer:
+            before = whole_state(run)
+            writer.save(LoopState(step=1))
+            assert checkpoints(folder) == []  # not before it is whole
+            run.pipeline.progress(batches)
+            after = whole_state(run)
+            trained.set()
+        assert not (before["sparse.pooled.embedding_bags.user.weight"]
+                    == after["sparse.pooled.embedding_bags.user.weight"]).all()  # fmt: skip
+        assert update_count(run.model) == 2
+        assert load_checkpoint(folder / "step-00000001", run) == LoopState(step=1, table_updates=1)
+        assert update_count(run.model) == 1
+        restored = whole_state(run)
+        assert set(restored) == set(before)
+        for name, value in before.items():
+            assert (restored[name] == value).all(), name
+
+
+def test_asynchronous_runs_end_as_synchronous_ones(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    runs = [
+        train(make_config(*inputs, tmp_path / str(on), train__checkpoint_every=3,
+                          train__checkpoint_async=on))
+        for on in (True, False)
+    ]  # fmt: skip
+    assert names(runs[0]) == names(runs[1])
+    losses = [[line["loss"] for line in lines(run, "train")] for run in runs]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_failed_write_is_told_and_leaves_the_one_before(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asynchronous: bool,
+) -> None:
+    options = {"train__checkpoint_every": 4, "train__checkpoint_async": asynchronous}
+    config = make_config(*inputs, tmp_path / "run", train__eval_every=20, **options)
+    begin, calls = shutil.rmtree, []
+
+    def full(path: Path, **rest: Any) -> None:
+        if Path(path).name == "step-00000008.partial":
+            calls.append(path)
+            raise OSError(28, "No space left on device")
+        begin(path, **rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_writer.shutil, "rmtree", full)
+        with pytest.raises(
+            InputError, match=r"step-00000008: rank 0 could not write it: no space left .*--resume"
+        ):
+            train(config)
+    # Synchronously training stops at once; asynchronously at the next checkpoint.
+    assert len(lines(tmp_path / "run", "train")) == (12 if asynchronous else 8)
+    assert len(calls) == 1
+    assert names(tmp_path / "run") == ["step-00000004"]
+    train(config, resume=True)
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 21))
+
+
+def test_a_failed_last_write_is_told_at_the_end(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*inputs, tmp_path / "run", train__checkpoint_async=True)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "step-00000020.partial":
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(InputError, match=r"step-00000020: rank 0 .*Permission denied"):
+        train(config)
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_write_is_named_on_all_ranks(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.drills.write_failure", str(tmp_path)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert first == second
+    assert re.search(r"step-00000002: rank 1 could not write it: no space left", first["told"])
+    assert first["whole"] == ["step-00000001"]
+
+
+def test_the_newest_and_the_best_are_kept(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    config = make_config(*inputs, tmp_path / "source", train__epochs=1)
+    source = checkpoints(train(config) / "checkpoints")[-1]
+    folder = tmp_path / "many"
+    aucs = {1: None, 2: 0.8, 3: 0.9, 4: 0.7, 5: None, 6: 0.6, 7: None}
+    for step, auc in aucs.items():
+        copied = shutil.copytree(source, folder / f"step-{step:08d}")
+        description = json.loads((copied / "checkpoint.json").read_text())
+        description["loop"] |= {"step": step, "auc": auc, "best_step": 3 if step > 2 else 0}
+        (copied / "checkpoint.json").write_text(json.dumps(description))
+    (folder / "step-00000009.partial").mkdir()  # what a killed writer leaves
+    prune(folder, keep_last=3, keep_best=2)
+    assert [path.name[-1] for path in checkpoints(folder)] == ["2", "3", "5", "6", "7"]
+    prune(folder, keep_last=1, keep_best=1)
+    assert [path.name[-1] for path in sorted(folder.iterdir())] == ["3", "7"]
+
+
+def test_a_checkpoint_describes_itself(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    config = make_config(*inputs, tmp_path / "run", train__epochs=1)
+    newest = checkpoints(train(config) / "checkpoints")[-1]
+    found = json.loads((newest / "checkpoint.json").read_text())
+    assert found["format_version"] == 2
+    assert (found["loop"]["step"], found["loop"]["epoch"], found["world_size"]) == (10, 1, 1)
+    tables = {table["table"]: table for table in found["tables"]}
+    assert (tables["user"]["rows"], tables["user"]["dim"]) == (41, 4)
+    assert tables["user"]["sharding"] == "row_wise"
+    assert set(found["fingerprints"]) == {"user", "item", "scenario"}
+    assert found["config"] == config.model_dump()
+    assert torch.__version__.startswith(found["versions"]["torch"].split("+")[0])
+    assert found["files"].keys() == {path.name for path in newest.iterdir()} - {"checkpoint.json"}
+
+
+def cut_short(checkpoint: Path) -> str:
+    file = max(checkpoint.glob("*.distcp"))
+    os.truncate(file, file.stat().st_size - 1)
+    return rf"{file.name} has \d+ bytes instead of \d+"
+
+
+def lose_a_file(checkpoint: Path) -> str:
+    (checkpoint / ".metadata").unlink()
+    return r"\.metadata is missing"
+
+
+def lose_the_description(checkpoint: Path) -> str:
+    (checkpoint / "checkpoint.json").write_text('{"format_')
+    return r"checkpoint\.json is missing or damaged"
+
+
+@pytest.mark.parametrize("damage", [cut_short, lose_a_file, lose_the_description])
+def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Any,
+) -> None:
+    options = {"train__checkpoint_every": 3, "train__keep_checkpoints": 3, "train__eval_every": 20}
+    config = make_config(*inputs, tmp_path / "run", **options)
+    interrupt_at(11, monkeypatch, config)
+    folder = tmp_path / "run/checkpoints"
+    assert names(tmp_path / "run") == ["step-00000003", "step-00000006", "step-00000009"]
+    (folder / "step-00000012.partial").mkdir()
+    reason = damage(folder / "step-00000009")
+    train(config, resume=True)
+    told = capsys.readouterr().err
+    assert re.search(rf"skipped .*step-00000009: {reason}", told)
+    assert re.search(r"resumed from .*step-00000006", told)
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 21))
+    assert not list(folder.glob("*.partial"))
+    assert all(problem_of(path) is None for path in checkpoints(folder))
+
+
+def test_only_damaged_checkpoints_are_refused(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*inputs, tmp_path / "run", train__checkpoint_every=3)
+    interrupt_at(4, monkeypatch, config)
+    cut_short(tmp_path / "run/checkpoints/step-00000003")
+    with pytest.raises(InputError, match=r"bytes instead of .*\nno checkpoint is whole: remove"):
+        train(config, resume=True)
+
+
+def test_a_lost_best_checkpoint_is_told_and_found_anew(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = make_config(*inputs, tmp_path / "run", train__checkpoint_every=7)
+    interrupt_at(8, monkeypatch, config)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000005")
+    train(config, resume=True)
+    assert "step-00000005: the best checkpoint is not whole" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["best_step"] > 5
+
+
+def test_a_run_is_resumed_with_other_shardings_and_not_with_another_rate(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"train__checkpoint_every": 3, "train__eval_every": 20}
+    interrupt_at(5, monkeypatch, make_config(*inputs, tmp_path / "run", **options))
+    with pytest.raises(InputError, match=r"train.learning_rate: 0.001, now 0.01\); change it back"):
+        train(make_config(*inputs, tmp_path / "run", train__learning_rate=0.01, **options), True)
+    sharded = {"tables__sharding": "{user: column_wise, item: table_wise}"}
+    run = train(make_config(*inputs, tmp_path / "run", **options, **sharded), resume=True)
+    plan = {
+        table["table"]: table["sharding"] for table in json.loads((run / "plan.json").read_text())
+    }
+    assert plan["user"] == "column_wise"
+    assert "column_wise" in (run / "config.yaml").read_text()
+
+
+def test_other_knowledge_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*inputs, tmp_path / "run", train__checkpoint_every=3)
+    interrupt_at(5, monkeypatch, config)
+    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
+    other = write_stores(inputs[0], tmp_path / "other", seed=9)
+    changed = make_config(inputs[0], other, tmp_path / "changed")
+    with distributed(60) as runtime:
+        opened = open_inputs(changed, runtime)
+        run = build(changed, runtime, prepare_folder(changed, runtime, resume=False), opened)
+        with pytest.raises(InputError, match="trained with knowledge"):
+            load_checkpoint(newest, run)

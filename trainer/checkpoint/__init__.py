@@ -1,0 +1,1 @@
+"""Checkpoints: the directory, the state in it, writing, restoring, starting from another model."""

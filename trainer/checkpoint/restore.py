@@ -1,0 +1,88 @@
+"""From a checkpoint back into a run: the newest one that is whole, on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from embeddings.optimizer import set_update_count
+from llm_knowledge.errors import InputError
+from trainer.checkpoint.state import load_state
+from trainer.config.run import differences
+from trainer.distributed.process_group import tell
+
+if TYPE_CHECKING:  # which imports this module
+    from trainer.run.session import Run
+from trainer.checkpoint.directory import (
+    LoopState,
+    best_of,
+    checkpoints,
+    problem_of,
+    read_description,
+    read_state,
+)
+
+
+def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
+    """Restores model and optimizers in place, whatever ranks and shardings they were saved from.
+
+    Raises:
+        InputError: If the checkpoint is damaged, of another model, or of other knowledge stores.
+    """
+    description = read_description(checkpoint)
+    if description["fingerprints"] != run.fingerprints:
+        raise InputError(
+            f"{checkpoint}: trained with knowledge {description['fingerprints'] or 'none'}, the "
+            f"configuration names {run.fingerprints or 'none'}; point knowledge.* at the stores it was "
+            "trained with, or start anew"
+        )
+    try:
+        load_state(checkpoint, run)
+    except InputError as error:
+        changed = differences(description["config"], run.config.model_dump(), ("model", "tables"))
+        words = f"; its configuration differs: {', '.join(changed)}" if changed else ""
+        raise InputError(f"{error}{words}") from error
+    state = read_state(checkpoint)
+    set_update_count(run.model, state.table_updates)
+    if run.model.module.row_owners is not None:
+        run.model.module.row_owners.rebuild()
+    return state
+
+
+def restore_newest(run: Run, folder: Path) -> LoopState | None:
+    """Restores the newest checkpoint that is whole; says which ones were passed over.
+
+    Returns:
+        Its state, or None if there is no checkpoint at all.
+
+    Raises:
+        InputError: If there are checkpoints and none is whole, or the newest one does not fit.
+    """
+    answer: list[Any] = [None]
+    if run.runtime.is_main:  # one rank looks, so that all take the same
+        answer[0] = [(path, problem_of(path)) for path in reversed(checkpoints(folder))]
+    dist.broadcast_object_list(answer)
+    found: list[tuple[Path, str | None]] = answer[0]
+    if not found:
+        return None
+    skipped = []
+    for path, problem in found:
+        if problem is None:
+            break
+        skipped.append(f"{path}: {problem}")
+    else:
+        raise InputError(
+            "\n".join([*skipped, "no checkpoint is whole: remove the run to start anew"]),
+            shared=True,
+        )
+    state = load_checkpoint(path, run)
+    best = best_of(folder, state)
+    if state.best_step and dict(found).get(best, "missing") is not None:
+        skipped.append(f"{best}: the best checkpoint is not whole; the next evaluation is the best")
+        state.best_step, state.best_auc = 0, None
+    if run.runtime.is_main:
+        for line in [*(f"skipped {line}" for line in skipped), f"resumed from {path}"]:
+            tell(line)
+    return state

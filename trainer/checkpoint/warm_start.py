@@ -1,0 +1,221 @@
+"""Starting a new run from a checkpoint of another: rows follow their ids, what is new starts fresh.
+
+A resumed run must be the run that was saved. Here it may be another one: a new day's log with new users
+and items, a feature or a table more, other stores. Sorted vocabularies number their rows anew when ids
+are added, so rows are carried over by id, with their optimizer state.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from embeddings.ids import IdMap, Vocabulary
+from llm_knowledge.errors import InputError
+from trainer.checkpoint.directory import (
+    best_of,
+    checkpoints,
+    problem_of,
+    read_description,
+    read_state,
+)
+from trainer.checkpoint.state import (
+    ACCUMULATOR_PREFIX,
+    DENSE_OPTIMIZER_PREFIX,
+    MODEL_PREFIX,
+    Route,
+    follow,
+    live_state,
+    names_on_all_ranks,
+    reading,
+    routes,
+    saved_tensors,
+)
+from trainer.distributed.process_group import tell
+from trainer.run.session import Run
+
+TABLES_PREFIX = f"{MODEL_PREFIX}sparse."
+
+
+@dataclass
+class Carried:
+    """What was carried over, and what was not.
+
+    Attributes:
+        checkpoint: Where from.
+        tables: Table name to rows carried over, rows that are new, rows that were left behind.
+        fresh: Names that the checkpoint has not, or has in another size.
+        left: Names of the checkpoint that the model has not.
+        notes: Anything else that the user should know.
+    """
+
+    checkpoint: str
+    tables: dict[str, dict[str, int]] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The same in words."""
+        return [
+            f"started from {self.checkpoint}",
+            *(
+                f"  table {name}: {rows['carried']:,} rows carried over, {rows['new']:,} new, "
+                f"{rows['left']:,} left behind"
+                for name, rows in self.tables.items()
+            ),
+            *(f"  starts fresh: {name}" for name in self.fresh),
+            *(f"  left behind: {name}" for name in self.left),
+            *(f"  {note}" for note in self.notes),
+        ]
+
+
+def find_start(source: Path) -> Path:
+    """The checkpoint that a path means: itself, or the best one of a run.
+
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    folder = source / "checkpoints"
+    if folder.is_dir():
+        whole = [path for path in checkpoints(folder) if problem_of(path) is None]
+        if not whole:
+            raise InputError(f"train.start_from: {source} has no checkpoint that is whole")
+        source = best_of(folder, read_state(whole[-1]))
+    if problem := problem_of(source):
+        raise InputError(
+            f"train.start_from: {source}: {problem}; name a run or one of its checkpoints"
+        )
+    return source
+
+
+def warm_start(run: Run, source: Path) -> Carried:
+    """Fills a fresh run from a checkpoint and says on rank 0 what became of everything.
+
+    Raises:
+        InputError: If tables cannot be carried over: another width, another kind of ids.
+    """
+    checkpoint = find_start(source)
+    description = read_description(checkpoint)
+    live, saved = live_state(run), saved_tensors(checkpoint)
+    carried = Carried(str(checkpoint))
+    planned = _plan_tables(run, checkpoint, description, live, saved, carried)
+    if description["fingerprints"] != run.fingerprints:
+        carried.notes.append("the knowledge stores are others than the checkpoint's")
+
+    def fits(name: str) -> bool:
+        if name.startswith(DENSE_OPTIMIZER_PREFIX):  # moments go with their parameter
+            owner = name.removeprefix(DENSE_OPTIMIZER_PREFIX).rsplit(".", 1)[0]
+            if not fits(f"{MODEL_PREFIX}dense.{owner}"):
+                return False
+        return name in saved and saved[name].size == live[name].size()
+
+    dense = {
+        name: value
+        for name, value in live.items()
+        if not name.startswith((TABLES_PREFIX, ACCUMULATOR_PREFIX))
+    }
+    chosen = {name: value for name, value in dense.items() if fits(name)}
+    with reading(checkpoint):
+        dcp.load(chosen, checkpoint_id=checkpoint)
+    follow(checkpoint, planned)
+    if run.model.module.row_owners is not None:
+        run.model.module.row_owners.rebuild()
+    carried.fresh += [name for name in dense if name not in chosen]
+    carried.left += sorted(saved.keys() - names_on_all_ranks(live))
+    if run.runtime.is_main:
+        for line in carried.lines():
+            tell(line)
+        (run.folder / "start_from.json").write_text(json.dumps(carried.__dict__, indent=1))
+    return carried
+
+
+def _plan_tables(
+    run: Run,
+    checkpoint: Path,
+    description: dict[str, Any],
+    live: dict[str, Any],
+    saved: dict[str, Any],
+    carried: Carried,
+) -> list[Route]:
+    """Plans the rows of all tables and of their optimizer state."""
+    planned: list[Route] = []
+    old_rows: dict[str, Tensor] = {}
+    for name in (name for name in live if name.startswith(TABLES_PREFIX)):
+        table = name.rsplit(".", 2)[1]
+        if name not in saved:
+            carried.fresh.append(name)
+            continue
+        (rows, width), (rows_before, width_before) = live[name].size(), saved[name].size
+        if width != width_before:
+            raise InputError(
+                f"train.start_from: table {table} of {checkpoint} is {width_before} wide, tables.dim is "
+                f"{width}; set it to {width_before}"
+            )
+        found = _old_rows(run, checkpoint, description, table)
+        count = int((found >= 0).sum())
+        carried.tables[table] = {
+            "carried": count,
+            "new": rows - count,
+            "left": rows_before - count,
+        }
+        old_rows[name] = found
+        planned += routes(name, live, saved, found)
+    for name in (name for name in live if name.startswith(ACCUMULATOR_PREFIX)):
+        owner = MODEL_PREFIX + name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
+        if name not in saved or owner not in old_rows:
+            carried.fresh.append(name)  # another optimizer, or a new table
+        elif len(saved[name].size) != live[name].dim():
+            carried.fresh.append(
+                name
+            )  # one value per row there, one per element here, or vice versa
+        else:
+            planned += routes(name, live, saved, old_rows[owner])
+    return planned
+
+
+def _old_rows(run: Run, checkpoint: Path, description: dict[str, Any], table: str) -> Tensor:
+    """int64 [rows]: the row in the checkpoint of every row of the run's table, -1 for new ids."""
+    kind, now = description["config"]["tables"], run.config.tables
+    if kind["ids"] != now.ids or kind["hash_rows"] != now.hash_rows:
+        raise InputError(
+            f"train.start_from: {checkpoint} has tables.ids {kind['ids']} with hash_rows "
+            f"{kind['hash_rows']}, the configuration {now.ids} with {now.hash_rows}; they must be the "
+            "same, or rows would go to other ids"
+        )
+    if now.ids == "zero_collision":
+        streams = description["config"]["data"]["streams"]
+        same = streams == run.config.data.streams
+        if not same or kind["zero_collision"] != now.zero_collision.model_dump():
+            raise InputError(
+                f"train.start_from: {checkpoint} has another tables.zero_collision or data.streams; "
+                "both must be the same, or rows would go to other ids"
+            )
+    elif now.ids not in ("vocabulary", "hash"):
+        raise InputError(
+            f"train.start_from: rows cannot be carried over with tables.ids {now.ids}; use vocabulary, "
+            "hash or zero_collision"
+        )
+    ids: IdMap = {"user": run.encoder.users, "item": run.encoder.items}[table]
+    if not isinstance(ids, Vocabulary):
+        return torch.arange(ids.rows)  # the same hash gives the same rows
+    path = checkpoint.parent.parent / "ids" / f"{table}.parquet"
+    if not path.exists():
+        raise InputError(
+            f"train.start_from: {path} is missing; it says which id each row of {checkpoint} belongs to: "
+            "keep a checkpoint in its run"
+        )
+    try:
+        before = Vocabulary.load(path).lookup(ids.keys)
+    except TypeError as error:
+        raise InputError(f"train.start_from: table {table} of {checkpoint}: {error}") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"train.start_from: {path} cannot be read ({error})") from error
+    # Row 0 is shared by all unknown ids; for a known id it means: not there.
+    return torch.from_numpy(np.concatenate([[0], np.where(before == 0, -1, before)]))

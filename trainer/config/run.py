@@ -1,0 +1,367 @@
+"""The one typed description of a run: checked before anything starts, saved with every output."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from llm_knowledge.errors import InputError
+from trainer.config.model import ModelConfig
+from trainer.config.tables import HardwareConfig, ScheduleConfig, Section, TablesConfig
+
+Split = Literal["profile", "train", "valid", "test"]
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+class DataConfig(Section):
+    """Which events are read, and how."""
+
+    path: str = Field(
+        description="Prepared dataset directory (the output of `llm4msr prepare …` or `simulate`)."
+    )
+    train_splits: list[Split] = Field(
+        default=["profile", "train"],
+        min_length=1,
+        description="Splits that are trained on. Events of the profile window precede every cut-off, "
+        "so they train the ids with the default vector in place of knowledge.",
+    )
+    labels: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Further labels that are trained beside `label`, names in the dataset's extra_labels, "
+        "with their weight in the loss. Their order is that of the funnel (click, then purchase).",
+    )
+    streams: int = Field(
+        default=8,
+        ge=1,
+        description="Parts that an epoch is cut into: a multiple of the number of ranks. A run can be "
+        "continued on any number of ranks that divides it, and every row is still trained once.",
+    )
+    shuffle_buffer: int = Field(
+        default=65_536, ge=1, description="Rows of a stream that are held and shuffled together."
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Threads per rank that read and encode; 0 reads in the training loop; null: 1 where "
+        "the host has more cores than ranks, else 0. Batches and their order do not depend on it.",
+    )
+    prefetch_batches: int = Field(
+        default=8, ge=1, description="Batches that the threads make ahead of the training loop."
+    )
+
+
+Stores = str | Annotated[list[str], Field(min_length=1)]
+
+
+class KnowledgeConfig(Section):
+    """Knowledge stores joined by key; null leaves a level out."""
+
+    user: Stores | None = Field(
+        default=None,
+        description="Store with one vector per user; or a directory of dated stores, or a list of them: "
+        "an event joins the newest whose cut-off lies before it.",
+    )
+    scenario: Stores | None = Field(
+        default=None, description="Store with one vector per scenario; or dated ones, as for users."
+    )
+    item: str | None = Field(default=None, description="Store with one vector per item.")
+
+
+class GuardConfig(Section):
+    """What is done about training that goes wrong; found every log_every steps, before any checkpoint."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = Field(
+        default="stop",
+        description="A loss or gradient that is not finite. skip: the dense update of the step, and what "
+        "the rank's batch sends to the tables, count as zero; rollback: go back to the newest checkpoint "
+        "and leave the step's batch out.",
+    )
+    spike_factor: float | None = Field(
+        default=None, gt=1, description="A loss that is so many times its running mean is a spike."
+    )
+    on_spike: Literal["report", "stop", "rollback"] = Field(
+        default="report", description="What is done about a spike."
+    )
+    damage: Literal["stop", "rollback"] = Field(
+        default="stop",
+        description="Tables or optimizer state that are not finite, or ranks whose dense parameters "
+        "differ.",
+    )
+    rollbacks: int = Field(default=3, ge=1, description="Rollbacks of one process, then it stops.")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    global_batch_size: int = Field(
+        default=1024, ge=1, description="Samples per step over all ranks."
+    )
+    eval_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Samples over all ranks that are scored at once, in evaluations and predictions; "
+        "default: `global_batch_size`. Larger ones are faster where a model is small.",
+    )
+    epochs: int = Field(default=8, ge=1, description="Passes over the training splits, at most.")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, description="Adam step size of dense parameters."
+    )
+    meta_learning_rate: float = Field(
+        default=1e-3, gt=0, description="Adam step size of meta networks."
+    )
+    knowledge_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Adam step size of knowledge inputs and of the match, meta layers on it included; "
+        "default: `meta_learning_rate`.",
+    )
+    schedule: ScheduleConfig = ScheduleConfig()
+    meta_schedule: ScheduleConfig = ScheduleConfig()
+    weight_decay: float = Field(
+        default=1e-5, ge=0, description="Decoupled weight decay of dense parameters."
+    )
+    eval_every: int = Field(
+        default=80, ge=1, description="Steps between evaluations on the valid split."
+    )
+    patience: int = Field(
+        default=3, ge=1, description="Evaluations without improvement before stopping."
+    )
+    checkpoint_every: int = Field(default=80, ge=1, description="Steps between checkpoints.")
+    checkpoint_async: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy in host memory.",
+    )
+    keep_checkpoints: int = Field(default=1, ge=1, description="Newest checkpoints that are kept.")
+    keep_best: int = Field(
+        default=1, ge=1, description="Checkpoints of the best evaluations that are kept as well."
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="Run (its best checkpoint) or checkpoint that a new run starts from; rows follow "
+        "their ids, what is new starts fresh. `--resume` is something else: it continues one run.",
+    )
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    continue_from: str | None = Field(
+        default=None,
+        description="Run directory to go on from, on data that later events were appended to: its best "
+        "checkpoint is the beginning, and only rows that it has not seen are trained on.",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Seeds initialisation, shuffling, dropout and noise."
+    )
+    timeout_seconds: int = Field(
+        default=600, ge=1, description="A collective that waits longer fails."
+    )
+    guard: GuardConfig = GuardConfig()
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        default=["tensorboard"],
+        description="Where numbers go besides metrics.jsonl; mlflow and wandb through their own clients, "
+        "which read servers and keys from their own environment variables.",
+    )
+    hang_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Without a batch for so long, stacks of all ranks are written and those that hold up "
+        "the others are named; null: half of timeout_seconds.",
+    )
+    grace_seconds: float = Field(
+        default=25.0,
+        gt=0,
+        description="After SIGTERM, log_every steps and a checkpoint have this long; then the rank ends "
+        "without. torchrun kills after 30 s, see its --shutdown-timeout.",
+    )
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "TrainConfig":
+        if self.start_from is not None and self.continue_from is not None:
+            raise ValueError(
+                "start_from and continue_from: a run begins in one way, set one of them"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(
+        min_length=1, pattern=r"^[\w.+-]+$", description="Names the arm in tables and reports."
+    )
+    output: str = Field(description="Run directory to create.")
+    data: DataConfig
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    tables: TablesConfig = TablesConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _rows_are_given_once(self) -> "RunConfig":
+        if self.tables.ids in ("zero_collision", "hash_zch") and self.hardware.sharding_group_size:
+            raise ValueError(
+                "hardware.sharding_group_size: groups would give the same row to different ids; set it to "
+                "null, or tables.ids to vocabulary or hash"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _knowledge_where_it_is_needed(self) -> "RunConfig":
+        meta, stores = self.model.meta, self.knowledge
+        named = [("sharding", table) for table in self.tables.sharding]
+        for field, table in [*named, *(("kernels", table) for table in self.tables.kernels)]:
+            level = table.removesuffix("_knowledge")
+            if level != table and getattr(stores, level) is None:
+                raise ValueError(
+                    f"tables.{field}.{table}: there is no such table without knowledge.{level}"
+                )
+        if not meta.enabled:
+            given = [level for level in ("user", "scenario", "item") if getattr(stores, level)]
+            if given:
+                raise ValueError(
+                    f"knowledge.{given[0]} is given but model.meta.enabled is false, so it would be ignored: "
+                    "enable the meta layers or remove the store"
+                )
+            return self
+        needed = {
+            "user": meta.reads("user") or "user" in meta.inputs or meta.item_knowledge == "match",
+            "scenario": meta.reads("scenario") or "scenario" in meta.inputs,
+            "item": meta.item_knowledge != "none",
+        }
+        for level, is_needed in needed.items():
+            if is_needed and getattr(stores, level) is None:
+                raise ValueError(
+                    f"knowledge.{level} must name a store: model.meta uses {level} knowledge"
+                )
+            if not is_needed and getattr(stores, level) is not None:
+                raise ValueError(
+                    f"knowledge.{level} is given but nothing in model.meta uses it: remove it"
+                )
+        return self
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """Turns ["a.b=1", …] into {"a": {"b": 1}}; values are read as YAML scalars or lists.
+
+    Raises:
+        InputError: If an assignment has no "=" or an empty key.
+    """
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not all(key.split(".")):
+            raise InputError(f"--set {assignment}: write it as --set section.field=value")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"--set {assignment}: {parent} was set to a value before")
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"--set {assignment}: the value is not valid YAML ({error})"
+            ) from error
+    return tree
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a run's configuration, see `load_section`."""
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(model: type[Kind], path: Path | None, overrides: list[str] | None = None) -> Kind:
+    """Reads a YAML file, applies overrides, checks everything.
+
+    Args:
+        model: What the file describes.
+        path: YAML file; None starts from nothing but the overrides.
+        overrides: "section.field=value" assignments, applied in order.
+
+    Raises:
+        InputError: Names every wrong field with its value and what would be accepted.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the configuration ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(
+                f"{path}: a configuration is a mapping of sections, found {type(values).__name__}"
+            )
+    values = _merge(values, parse_overrides(overrides or []))
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        source = str(path) if path else "configuration"
+        problems = [_explain(problem, model) for problem in error.errors()]
+        raise InputError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Writes the resolved configuration as YAML, every field included."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], sections: tuple[str, ...] | None = None
+) -> list[str]:
+    """Says in which fields two configurations differ, as "section.field: old, now new".
+
+    Args:
+        old: One, as a tree.
+        new: The other.
+        sections: Compare only these; None: all.
+    """
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if before == after or (sections is not None and key not in sections):
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [f"{key}.{line}" for line in differences(before, after)]
+        else:
+            found.append(f"{key}: {before}, now {after}")
+    return found
+
+
+def _fields_at(location: tuple[Any, ...], model: type[Section]) -> list[str]:
+    """Names of the fields of the section that holds `location`."""
+    section: Any = model
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        section = field.annotation if field else None
+    return list(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def _explain(problem: Any, model: type[Section]) -> str:
+    location = tuple(problem["loc"])
+    field = ".".join(map(str, location)) or "the run"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(location, model)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
+        return f"{field}: no such field; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: required and not given; add it to the file or pass --set {field}=VALUE"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = (
+        "" if isinstance(problem["input"], dict | BaseModel) else f" (found {problem['input']!r})"
+    )
+    return f"{field}: {message}{value}"

@@ -1,0 +1,1 @@
+"""From the parts of a dataset to batches of tensors."""

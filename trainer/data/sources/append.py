@@ -1,0 +1,240 @@
+"""A new day of a log: the successor of a prepared dataset, and what a run on it still has to train on.
+
+    profile    as before
+    train      DATA's train, valid and test, then the day's first events
+    valid, test      the day's last events
+
+So what was held out yesterday is trained on today, and the newest events are held out. The successor
+is a directory of its own: DATA and the runs on it stay as they are, and a crash leaves nothing. Old parts
+are hard links where the file system has them, and copies elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_knowledge.errors import InputError
+from llm_knowledge.parquet import parquet_sql
+from trainer.data.dataset import (
+    SPLITS,
+    DatasetInfo,
+    Parent,
+    SplitInfo,
+    SplitName,
+    event_schema,
+    item_fields,
+    split_files,
+    validate_dataset,
+)
+from trainer.data.sources.log_schema import LogSchema, load_schema
+from trainer.data.sources.parquet_log import log_relation, write_items
+from trainer.data.sources.staging import Staging, stage_log, time_quantile
+from trainer.data.sources.writer import connect, output_directory, write_info, write_sorted
+
+if TYPE_CHECKING:
+    import duckdb
+from trainer.data.fingerprint import fingerprint
+
+DAY_SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
+
+
+def append_parquet(
+    raw: Path, base: Path, out: Path, schema: Path, memory: str = "2GB"
+) -> DatasetInfo:
+    """Prepare later events of the log that `base` was prepared from, out of core.
+
+    Args:
+        raw: a Parquet file, or a folder of them: only events later than all of `base`.
+        base: prepared dataset with one global time; it is only read.
+        out: dataset directory to create.
+        schema: YAML file, see `LogSchema`; its split is not used, its catalogue may have new items.
+        memory: DuckDB's limit; beyond it, it spills beside `out`.
+
+    Raises:
+        InputError: names what is wrong; nothing is written then.
+    """
+    rules, info = load_schema(schema), validate_dataset(base)
+    _check_base(base, info, rules, schema)
+    parts = {split: split_files(base, split) for split in SPLITS}
+    with output_directory(out) as folder:
+        con = connect(folder / "scratch", memory)
+        with log_relation(con, raw, rules, schema) as (events, kinds):
+            _check_kinds(base, info, kinds)
+            past = parquet_sql([file for files in parts.values() for file in files])
+            split = _boundaries(con, raw, base, events, past, info)
+            found = folder / "scratch" / "items.parquet"
+            write_items(con, events, rules, schema.parent, found, kinds["item_id"])
+            _merge_items(con, base, folder, info)
+            types = (info.user_id_type, info.item_id_type, info.scenario_id_type)
+            staging = Staging(
+                folder / "scratch" / "staged", event_schema(*types, labels=info.extra_labels)
+            )
+            # What lies before the day counts as its profile window: it gives histories, no rows.
+            stage_log(
+                con, _with_last_positives(events, past, info), staging, folder / "scratch", split
+            )
+        users = con.execute(
+            f"SELECT count(*) FROM (SELECT user_id FROM {events} UNION SELECT user_id FROM {past})"
+        ).fetchall()[0][0]
+        rows = _write_parts(con, staging, parts, folder, info, split)
+        items = con.execute(
+            f"SELECT count(*) FROM {parquet_sql([folder / 'items.parquet'])}"
+        ).fetchall()[0][0]
+        parent = Parent(
+            fingerprint=fingerprint(base),
+            train_parts=len(parts["train"]),
+            train_rows=info.rows["train"],
+        )
+        assert info.split.boundaries is not None
+        assert split.boundaries is not None
+        successor = info.model_copy(
+            update={
+                "rows": rows,
+                "users": users,
+                "items": items,
+                "parents": [*info.parents, parent],
+                "split": split.model_copy(
+                    update={"boundaries": [info.split.boundaries[0], *split.boundaries[1:]]}
+                ),
+            }
+        )
+        return write_info(folder, successor)
+
+
+def _check_base(base: Path, info: DatasetInfo, rules: LogSchema, schema: Path) -> None:
+    if info.split.rule != "global_time" or info.split.boundaries is None:
+        raise InputError(
+            f"{base}: is split by {info.split.rule}; later events can be appended under global_time "
+            "only, where the newest events of all users are held out"
+        )
+    if info.truth is not None:
+        raise InputError(f"{base}: is simulated; simulate a longer log instead")
+    known = {scenario.scenario_id for scenario in info.scenarios}
+    if known != {scenario.scenario_id for scenario in rules.scenarios}:
+        raise InputError(
+            f"{schema}: scenarios differ from those of {base}: {sorted(map(str, known))}; a model "
+            "keeps its scenarios; prepare the whole log anew to change them"
+        )
+    if sorted(rules.labels) != sorted(info.extra_labels):
+        raise InputError(
+            f"{schema}: further labels {sorted(rules.labels)} differ from those of {base}: "
+            f"{sorted(info.extra_labels)}; prepare the whole log anew to change them"
+        )
+
+
+def _check_kinds(base: Path, info: DatasetInfo, kinds: dict[str, str]) -> None:
+    for role in ("user_id", "item_id", "scenario_id"):
+        wanted = getattr(info, f"{role}_type")
+        if kinds[role] != wanted:
+            raise InputError(f"{role}: is {kinds[role]} in the new files, {wanted} in {base}")
+
+
+def _boundaries(
+    con: duckdb.DuckDBPyConnection,
+    raw: Path,
+    base: Path,
+    events: str,
+    past: str,
+    info: DatasetInfo,
+) -> SplitInfo:
+    """The day's cuts; all before its first event is before its train window."""
+    newest = con.execute(f"SELECT max(timestamp) FROM {past}").fetchall()[0][0]
+    oldest, count = con.execute(f"SELECT min(timestamp), count(*) FROM {events}").fetchall()[0]
+    if not count:
+        raise InputError(f"{raw}: no rows; nothing was changed")
+    if oldest <= newest:
+        raise InputError(
+            f"{raw}: begins at second {oldest}, but {base} has events until {newest}; is this day in it "
+            "already? Give only later events: histories of older ones would be wrong"
+        )
+    shares = [info.split.fractions[name] for name in DAY_SPLITS]
+    valid, test = (time_quantile(con, events, sum(shares[:n]) / sum(shares)) for n in (1, 2))
+    text = (
+        f"{info.split.text.split(' Appended:')[0]} Appended: events since {oldest}; valid and test begin "
+        f"at {valid} and {test}, everything before them is trained on."
+    )
+    return info.split.model_copy(update={"boundaries": [oldest, valid, test], "text": text})
+
+
+def _with_last_positives(events: str, past: str, info: DatasetInfo) -> str:
+    """The day's events, and as many of its users' last positive ones before as a history holds."""
+    columns = ", ".join(
+        ["user_id, item_id, scenario_id, timestamp, label"]
+        + [f"label_{name}" for name in info.extra_labels]
+    )
+    newest_first = "timestamp DESC, item_id DESC, scenario_id DESC"
+    return (
+        f"(SELECT {columns} FROM {events} UNION ALL (SELECT {columns} FROM {past} WHERE label = 1 "
+        f"AND user_id IN (SELECT user_id FROM {events}) QUALIFY row_number() OVER "
+        f"(PARTITION BY user_id ORDER BY {newest_first}) <= {info.history_length}))"
+    )
+
+
+def _merge_items(
+    con: duckdb.DuckDBPyConnection, base: Path, folder: Path, info: DatasetInfo
+) -> None:
+    """The old catalogue with the new items; an old item without text gets the new text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    old, new = (parquet_sql([at / "items.parquet"]) for at in (base, folder / "scratch"))
+    reader = con.execute(
+        "SELECT item_id, coalesce(nullif(o.title, ''), n.title, '') AS title, "
+        "CASE WHEN len(o.categories) > 0 THEN o.categories ELSE coalesce(n.categories, []) END "
+        f"AS categories FROM {old} AS o FULL JOIN {new} AS n USING (item_id) ORDER BY item_id"
+    ).to_arrow_reader(65_536)
+    target = pa.schema(item_fields(info.item_id_type))
+    with pq.ParquetWriter(folder / "items.parquet", target) as writer:
+        for batch in reader:
+            writer.write_table(pa.Table.from_batches([batch]).cast(target))
+
+
+def _write_parts(
+    con: duckdb.DuckDBPyConnection,
+    staging: Staging,
+    old: dict[SplitName, list[Path]],
+    folder: Path,
+    info: DatasetInfo,
+    split: SplitInfo,
+) -> dict[SplitName, int]:
+    """Takes over the old parts, writes the day's behind them; rows by split."""
+    for name in DAY_SPLITS:
+        if staging.rows[name] == 0:
+            raise InputError(
+                f"the day has too few events: its {name} part is empty ({split.text}); append several "
+                "days at once"
+            )
+    rows: dict[SplitName, int] = {
+        "profile": info.rows["profile"],
+        "train": 0,
+        "valid": 0,
+        "test": 0,
+    }
+    _take_over(old["profile"], folder / "profile")
+    trained = [file for name in DAY_SPLITS for file in old[name]]
+    _take_over(trained, folder / "train")
+    rows["train"] = sum(info.rows[name] for name in DAY_SPLITS)
+    for name in DAY_SPLITS:
+        fresh = folder / "scratch" / f"new-{name}"
+        rows[name] += write_sorted(
+            con, staging.files[name], staging.schema, fresh, staging.rows[name]
+        )
+        first = len(trained) if name == "train" else 0
+        (folder / name).mkdir(exist_ok=True)
+        for number, file in enumerate(sorted(fresh.iterdir()), first):
+            os.rename(file, folder / name / f"part-{number:05d}.parquet")
+    return rows
+
+
+def _take_over(files: Sequence[Path], folder: Path) -> None:
+    folder.mkdir()
+    for number, file in enumerate(files):
+        target = folder / f"part-{number:05d}.parquet"
+        try:
+            os.link(file, target)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(file, target)

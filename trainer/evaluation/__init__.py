@@ -1,0 +1,1 @@
+"""Predictions, exact metrics, intervals, comparisons."""

@@ -1,0 +1,207 @@
+"""Numbers of a run: metrics.jsonl, ranks.jsonl and trackers, written by rank 0, gathered from all ranks."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from trainer.data.loading.batch import Batch
+from trainer.data.loading.prefetch import Feed
+from trainer.distributed.process_group import together
+from trainer.models.llm4msr import Predictions
+from trainer.observe.trackers import Tracker, open_trackers
+from trainer.observe.watchdog import Watch, memory_gib
+from trainer.run.session import Run
+
+STEP = ("number", "loss", "samples", "known", "gradient")  # of one step on one rank
+RANK = ("no_input", "told_to_end", "trace", "checksum", "busy", "input", "memory_gib")
+STRAGGLES = 1.25  # times the median of what ranks need for themselves
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps since the last flush, the same on every rank.
+
+    Attributes:
+        last: The number of the last of them, from 1.
+        steps: By name in `STEP`: [ranks, steps]. Numbers are from 0; loss and samples are sums; gradient
+            is the norm over the dense parameters.
+        ranks: By name in `RANK`: [ranks].
+    """
+
+    last: int
+    steps: Mapping[str, np.ndarray]
+    ranks: Mapping[str, np.ndarray]
+
+
+class RunLog:
+    """Collects a step's numbers on the device; reads and gathers them only when flushed.
+
+    Lines of steps after `step` (left by a run that died beyond its last checkpoint) are dropped, so
+    that every step stands in the file once.
+    """
+
+    def __init__(self, run: Run, step: int) -> None:
+        runtime, folder, every = run.runtime, run.folder, run.config.train.log_every
+        self._runtime, self._since = runtime, time.perf_counter()
+        self._of_steps = torch.zeros(every, len(STEP), dtype=torch.float64, device=runtime.device)
+        self._count, self.window = 0, Window(step, {}, {})
+        self._busy, self._input = time.thread_time(), 0.0
+        self._file = self._ranks_file = None
+        self._trackers: list[Tracker] = []
+        if runtime.is_main:
+            self._file = _reopen(folder / "metrics.jsonl", step)
+            self._ranks_file = _reopen(folder / "ranks.jsonl", step)
+            self._trackers = open_trackers(run.config, folder, step)
+
+    def add(
+        self, step: int, predictions: Predictions, gradient: torch.Tensor | None = None
+    ) -> None:
+        """Adds one step, counted from 0, with the norm of its gradient; no synchronisation."""
+        loss = F.binary_cross_entropy_with_logits(
+            predictions.logits, predictions.label, predictions.weight, reduction="sum"
+        )
+        known = (predictions.weight * predictions.has_knowledge).sum()
+        norm = loss.new_zeros(()) if gradient is None else gradient
+        row = torch.stack([loss, predictions.weight.sum(), known, norm])
+        self._of_steps[self._count, 0] = step
+        self._of_steps[self._count, 1:] = row
+        self._count += 1
+
+    @property
+    def pending(self) -> int:
+        """Steps since the last flush."""
+        return self._count
+
+    @property
+    def full(self) -> bool:
+        """Whether a flush must come before the next step."""
+        return self._count == len(self._of_steps)
+
+    def flush(
+        self,
+        step: int,
+        epoch: int,
+        rates: dict[str, float],
+        bar: tqdm,
+        feed: Feed[Batch],
+        watch: Watch | None = None,
+        checksum: torch.Tensor | None = None,
+    ) -> None:
+        """Gathers from all ranks into `window`; writes a line of kind "train", learning rates by name.
+
+        Raises:
+            InputError: On all ranks, if the input of any has failed since the last line.
+        """
+        seconds = time.perf_counter() - self._since
+        busy, waited = time.thread_time() - self._busy, feed.waited - self._input
+        flags = (watch.told_to_end, watch.trace_wanted) if watch else (False, False)
+        self.window = window = self._gather(
+            step,
+            [feed.problem is not None, *flags, 0.0, busy, waited, memory_gib(self._runtime.device)],
+            checksum,
+        )
+        if window.ranks["no_input"].any():
+            together(feed.check)
+        samples = window.steps["samples"].sum()
+        numbers = {
+            "loss": float(window.steps["loss"].sum() / max(samples, 1)),
+            "samples_per_second": float(samples / seconds),
+            "knowledge_coverage": float(window.steps["known"].sum() / max(samples, 1)),
+            **rates,
+            **self._compare_ranks(window, step, seconds),
+        }
+        self.write("train", step, epoch, **numbers)
+        bar.set_postfix(
+            loss=f"{numbers['loss']:.4f}", samples_s=f"{numbers['samples_per_second']:.0f}"
+        )
+        self._count, self._input = 0, feed.waited
+
+    def _gather(self, step: int, own: list[float], checksum: torch.Tensor | None) -> Window:
+        last = torch.tensor(own, dtype=torch.float64).to(self._runtime.device)
+        if checksum is not None:
+            last[RANK.index("checksum")] = checksum.double()
+        mine = torch.cat([self._of_steps.flatten(), last])
+        every = mine.new_empty(self._runtime.world_size * len(mine))
+        dist.all_gather_into_tensor(every, mine)
+        found = every.view(self._runtime.world_size, -1).cpu().numpy()
+        steps = found[:, : -len(RANK)].reshape(len(found), -1, len(STEP))[:, : self._count]
+        return Window(
+            step,
+            {name: steps[:, :, at] for at, name in enumerate(STEP)},
+            {name: found[:, at - len(RANK)] for at, name in enumerate(RANK)},
+        )
+
+    def _compare_ranks(self, window: Window, step: int, seconds: float) -> dict[str, float]:
+        """What ranks need for themselves, and who needs most; the rest is waiting for each other."""
+        input_seconds = window.ranks["input"]
+        own = window.ranks["busy"] + input_seconds
+        samples = window.steps["samples"].sum(1)
+        if self._ranks_file is not None:
+            lists = {
+                "samples_per_second": samples / seconds,
+                "busy_share": window.ranks["busy"] / seconds,
+                "input_share": input_seconds / seconds,
+                "memory_gib": window.ranks["memory_gib"],
+            }
+            line = {name: [round(float(x), 4) for x in found] for name, found in lists.items()}
+            slowest, median = int(own.argmax()), statistics.median(own)
+            straggler = slowest if own[slowest] > STRAGGLES * median and len(own) > 1 else None
+            text = json.dumps({"step": step, **line, "straggler": straggler})
+            self._ranks_file.write(text + "\n")
+        return {
+            "input_share": float(input_seconds.max() / seconds),
+            "waiting_share": float(max(0.0, 1 - own.mean() / seconds)),
+            "memory_gib": float(window.ranks["memory_gib"].max()),
+        }
+
+    def write(self, kind: str, step: int, epoch: int, **numbers: float | None) -> None:
+        """Writes one line on rank 0."""
+        if self._file is not None:
+            known = {
+                name: value
+                if value is not None and math.isfinite(value)
+                else None  # JSON has no NaN
+                for name, value in numbers.items()
+            }
+            line: dict[str, Any] = {"step": step, "epoch": epoch, "kind": kind, **known}
+            self._file.write(json.dumps(line) + "\n")
+            shown = {f"{kind}/{name}": value for name, value in known.items() if value is not None}
+            for tracker in self._trackers:
+                tracker.write(shown, step)
+        # An evaluation's time is not the training's.
+        self._since, self._busy = time.perf_counter(), time.thread_time()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for one in (self._file, self._ranks_file, *self._trackers):
+            if one is not None:
+                one.close()
+
+
+def _reopen(path: Path, step: int) -> Any:
+    """Opens a file of lines for appending, without those of later steps or cut short by a kill."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.replace(path)
+    return path.open("a", buffering=1)

@@ -1,0 +1,318 @@
+"""`llm4msr plan`: where tables would lie on a cluster that is not there, and whether they fit.
+
+Bytes are this project's formulas (`embeddings/planning`). Where tables lie is
+torchrec's planner's choice; its milliseconds are a guess from constants and are called one.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torchrec.distributed.planner.types import PlannerError
+
+from embeddings.optimizer import TableOptimizer, fuse_optimizer
+from embeddings.placement import PlanError, check_placement
+from embeddings.planning.capacity import needed_and_available, remedies, worst
+from embeddings.planning.memory import Memory, limits, plan_memory, shortage
+from embeddings.planning.traffic import Traffic, all_reduce, by_link, plan_traffic
+from embeddings.sharding import TablePlan, check_plan, describe_plan, make_planner, sharders
+from embeddings.tables import collections
+from llm_knowledge.errors import InputError
+from trainer.planning.problem import Problem
+
+GIB = 2**30
+SEARCH_SECONDS = 30
+DENSE_BYTES = 16  # per parameter: float32 weight, gradient and two moments of Adam
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan and what follows from it.
+
+    Attributes:
+        tables: Where every table lies.
+        memory: Bytes per rank.
+        traffic: Bytes per step between ranks that tables are sharded over.
+        dense_traffic: Bytes per step of dense gradients between all ranks of the cluster.
+        guess_ms: The library's guess of a step's milliseconds at the slowest rank.
+        seconds: How long planning took.
+    """
+
+    tables: list[TablePlan]
+    memory: Memory
+    traffic: Traffic
+    dense_traffic: np.ndarray
+    guess_ms: float
+    seconds: float
+
+
+def plan_absent(problem: Problem, out: Path | None = None) -> Plan:
+    """Plans, prints the plan, writes it as JSON.
+
+    Args:
+        problem: Tables and cluster.
+        out: JSON file to write.
+
+    Raises:
+        InputError: If a table cannot be placed as wanted, or not everything fits: what is short, by how
+            much, and what would make it fit.
+    """
+    began = time.perf_counter()
+    known = {table.name: table for table in problem.tables}
+    try:
+        for name, placement in problem.placements.items():
+            check_placement(name, known[name].sequence, placement, problem.hardware.device)
+    except PlanError as error:
+        raise InputError(str(error)) from error
+    _refuse_what_is_too_much(problem)
+    plan = _search(problem, began)
+    text = format_result(problem, plan)
+    print(text)
+    if out is not None:
+        write_json(problem, plan, out)
+    if (lacking := shortage(plan.memory, problem.hardware)) > 0:
+        raise InputError(explain_shortage(problem, lacking))
+    return plan
+
+
+def _refuse_what_is_too_much(problem: Problem) -> None:
+    """Adds up before any search: what exceeds the cluster as a whole is refused at once."""
+    needed, available = needed_and_available(
+        problem.tables, problem.placements, problem.optimizer, problem.hardware
+    )
+    if needed > available:
+        lacking = worst(
+            problem.tables,
+            problem.placements,
+            problem.optimizer,
+            problem.batch,
+            problem.hardware,
+        )
+        raise InputError(explain_shortage(problem, lacking))
+
+
+def _search(problem: Problem, began: float) -> Plan:
+    """Runs torchrec's planner for the absent cluster."""
+    hardware, ranks = problem.hardware, problem.hardware.ranks
+    model = collections(problem.tables)
+    _fuse(model, problem)
+    planner = make_planner(
+        problem.tables, problem.placements, problem.batch, hardware, SEARCH_SECONDS
+    )
+    try:
+        found = planner.plan(model, sharders())
+    except (
+        PlannerError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # the latter two: a table without options
+        lacking = worst(
+            problem.tables, problem.placements, problem.optimizer, problem.batch, hardware
+        )
+        words = f"torchrec's planner finds no plan: {str(error).strip().splitlines()[0]}"
+        raise InputError(f"{words}\n{explain_shortage(problem, lacking)}") from error
+    check_plan(found, problem.tables)
+    tables = describe_plan(found, problem.tables, ranks)
+    best = planner._best_plan or []
+    guess = np.zeros(ranks)
+    for option in best:
+        for shard in option.shards:
+            if shard.rank is not None and shard.perf is not None:
+                guess[shard.rank] += shard.perf.total
+    return Plan(
+        tables=tables,
+        memory=plan_memory(
+            problem.tables, tables, problem.placements, problem.optimizer, problem.batch, ranks
+        ),
+        traffic=plan_traffic(problem.tables, tables, problem.batch, ranks, hardware.hosts),
+        dense_traffic=all_reduce(4 * problem.dense_parameters, problem.cluster.ranks),
+        guess_ms=float(guess.max()),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _fuse(model: nn.Module, problem: Problem) -> None:
+    """Marks trained tables, so that the library counts their optimizer's state as well."""
+    frozen = {table.name for table in problem.tables if table.frozen}
+    trained = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.split(".")[-2] not in frozen
+    ]
+    fuse_optimizer(trained, TableOptimizer(problem.optimizer, 0.1))
+
+
+def explain_shortage(problem: Problem, lacking: float) -> str:
+    """What is short, by how much, and what would make it fit."""
+    hardware = problem.hardware
+    needed, available = needed_and_available(
+        problem.tables, problem.placements, problem.optimizer, hardware
+    )
+    device, _ = limits(hardware)
+    where = "GPU" if hardware.device == "cuda" else "rank"
+    lines = [
+        f"the tables do not fit on {hardware.ranks} ranks ({hardware.hosts} hosts of "
+        f"{hardware.ranks_per_host}):",
+        f"  rows and optimizer state need {_size(needed)} of {where} memory, the cluster has "
+        f"{_size(available)} for them ({_size(device)} per rank, {hardware.reserved:.0%} left free): "
+        + (
+            f"{_size(needed - available)} short in total"
+            if needed > available
+            else "enough in total"
+        ),
+        f"  the worst rank lacks {_size(max(lacking, 0))}, ids and vectors of "
+        f"{problem.batch:,} samples per rank included"
+        if lacking > 0
+        else "  by size alone every rank could hold its part; the wanted shardings do not",
+        "what would make it fit, or how far it gets (by size alone, not searched by the planner):",
+    ]
+    for words, rest in remedies(
+        problem.tables, problem.placements, problem.optimizer, problem.batch, hardware
+    ):
+        verdict = "fits" if rest <= 0 else f"the worst rank still lacks {_size(rest)}"
+        lines.append(f"  - {words}: {verdict}")
+    return "\n".join(lines)
+
+
+def format_result(problem: Problem, plan: Plan) -> str:
+    """Tables, memory per rank, bytes per step and sample: text for a terminal."""
+    hardware, memory = problem.hardware, plan.memory
+    device, _ = limits(hardware)
+    lines = [*_table_lines(plan.tables), ""]
+    lines += [
+        f"memory per rank ({_size(device)} usable after {hardware.reserved:.0%} left free)",
+        f"  {'':<14}{'mean':>12}{'most':>12}",
+    ]
+    parts = {field.name: getattr(memory, field.name) for field in fields(memory)}
+    for name in ("tables", "optimizer", "frozen", "activations"):
+        lines.append(f"  {name:<14}{_size(parts[name].mean()):>12}{_size(parts[name].max()):>12}")
+    dense = problem.dense_parameters * DENSE_BYTES
+    lines.append(f"  {'dense':<14}{_size(dense):>12}{_size(dense):>12}")
+    total = memory.device + dense
+    lines.append(f"  {'all of it':<14}{_size(total.mean()):>12}{_size(total.max()):>12}")
+    if memory.host.max() > 0:
+        lines.append(
+            f"  host memory   {_size(memory.host.mean()):>12}{_size(memory.host.max()):>12}"
+        )
+    if memory.ssd.max() > 0:
+        lines.append(f"  SSD           {_size(memory.ssd.mean()):>12}{_size(memory.ssd.max()):>12}")
+    lines += ["", *_traffic_lines(problem, plan)]
+    if problem.copies > 1:
+        lines.append(
+            f"  averaging {problem.copies} copies (one per group of {hardware.ranks} ranks): "
+            f"{_size(copies_bytes(problem, plan).mean())} per step and rank, between groups"
+        )
+    lines.append("")
+    lines.append(
+        f"the library's guess, from constants of other machines, not measured: {plan.guess_ms:.2f} ms "
+        "per step in tables"
+    )
+    lines.append(f"planned in {plan.seconds:.1f} s")
+    return "\n".join(lines)
+
+
+def copies_bytes(problem: Problem, plan: Plan) -> np.ndarray:
+    """What averaging the copies sends per step, by rank: an all-reduce of trained rows and state."""
+    held = plan.memory.tables + plan.memory.optimizer + plan.memory.host
+    return 2 * (problem.copies - 1) / problem.copies * held
+
+
+def _table_lines(tables: list[TablePlan], most: int = 20) -> list[str]:
+    head = (
+        f"{'table':<22}{'sharding':<18}{'kernel':<19}{'rows':>16}{'dim':>6}{'ranks':>7}{'GiB':>10}"
+    )
+    lines = [head]
+    for table in tables[:most]:
+        on = sum(size > 0 for size in table.bytes_per_rank)
+        size = sum(table.bytes_per_rank) / GIB
+        lines.append(
+            f"{table.table:<22}{table.sharding:<18}{table.kernel:<19}{table.rows:>16,}{table.dim:>6}"
+            f"{on:>7}{size:>10.2f}"
+        )
+    if len(tables) > most:
+        kinds = Counter(f"{table.sharding} ({table.kernel})" for table in tables)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        lines.append(f"… {len(tables) - most} more (all are in the JSON); together {counts}")
+    return lines
+
+
+def _traffic_lines(problem: Problem, plan: Plan) -> list[str]:
+    title = f"bytes on the wire ({problem.batch:,} samples per rank)"
+    links = f"{'in host':>14}{'inter-host':>14}"
+    lines = [f"{title:<44}{'per sample':>28}{'per step and rank':>28}", f"{'':<44}{links}{links}"]
+    names = {
+        "input": "ids to rows",
+        "output": "vectors back",
+        "backward": "gradients of vectors",
+        "gradients": "gradients of data-parallel tables",
+        "dense": "gradients of the dense part",
+    }
+    per_rank = {
+        names[name]: [sent / ranks for sent in links]
+        for name, (links, ranks) in _links(problem, plan).items()
+    }
+    per_rank["all of it"] = [sum(sent) for sent in zip(*per_rank.values(), strict=True)]
+    for name, (inside, between) in per_rank.items():
+        lines.append(
+            f"  {name:<42}{inside / problem.batch:>14,.0f}{between / problem.batch:>14,.0f}"
+            f"{_size(inside):>14}{_size(between):>14}"
+        )
+    return lines
+
+
+def _links(problem: Problem, plan: Plan) -> dict[str, tuple[tuple[float, float], int]]:
+    """Stage to ((bytes per step within hosts, between hosts), ranks that send them)."""
+    part, whole = problem.hardware, problem.cluster
+    found = {
+        field.name: (by_link(getattr(plan.traffic, field.name), part.hosts), part.ranks)
+        for field in fields(plan.traffic)
+    }
+    return found | {"dense": (by_link(plan.dense_traffic, whole.hosts), whole.ranks)}
+
+
+def write_json(problem: Problem, plan: Plan, out: Path) -> None:
+    """Writes all of it: bytes per rank, bytes per step of every stage and link, every piece."""
+    stages = {field.name: getattr(plan.traffic, field.name) for field in fields(plan.traffic)}
+    stages["dense"] = plan.dense_traffic
+    document: dict[str, Any] = {
+        "hardware": asdict(problem.hardware),
+        "batch_per_rank": problem.batch,
+        "optimizer": problem.optimizer,
+        "fits": shortage(plan.memory, problem.hardware) <= 0,
+        "memory_bytes_per_rank": {
+            field.name: getattr(plan.memory, field.name).tolist() for field in fields(plan.memory)
+        }
+        | {"dense": [problem.dense_parameters * DENSE_BYTES] * problem.hardware.ranks},
+        "wire_bytes_per_step": {
+            name: {"intra_host": inside, "inter_host": between}
+            for name, ((inside, between), _) in _links(problem, plan).items()
+        },
+        "wire_bytes_sent_per_step_and_rank": {
+            name: matrix.sum(1).tolist() for name, matrix in stages.items()
+        },
+        "copies": problem.copies,
+        "copies_bytes_sent_per_step_and_rank": copies_bytes(problem, plan).tolist(),
+        "library_guess_ms": plan.guess_ms,
+        "planning_seconds": round(plan.seconds, 2),
+        "tables": [asdict(table) for table in plan.tables],
+    }
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(document), encoding="utf-8")
+        os.replace(partial, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def _size(size: float) -> str:
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= factor:
+            return f"{size / factor:,.2f} {unit}"
+    return f"{size:,.0f} B"

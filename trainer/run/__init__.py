@@ -1,0 +1,1 @@
+"""From a configuration to the live objects of a run."""

@@ -1,0 +1,177 @@
+"""From a configuration to the live objects of a run; training and evaluation both begin here."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from embeddings.experimental.replica_groups import ReplicaGroups
+from embeddings.ids import IdMap, SortedKeys
+from embeddings.optimizer import fuse_optimizer
+from embeddings.placement import PlanError
+from embeddings.replicated import train_replicated_tables
+from embeddings.sharding import describe_plan, format_plan, plan_sharding, shard, sharders
+from embeddings.tables import load_frozen_rows
+from llm_knowledge.errors import InputError
+from llm_knowledge.store.dated import DatedStores
+from trainer.config.run import RunConfig
+from trainer.data.dataset import DatasetInfo
+from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
+from trainer.distributed.process_group import Runtime, together
+from trainer.models.llm4msr import LLM4MSR, Shapes
+from trainer.models.meta import standardise
+from trainer.run.hardware import this_cluster
+from trainer.run.id_tables import hash_zch, id_maps, zero_collision_tables
+from trainer.run.inputs import Inputs, placements, table_optimizer
+from trainer.run.session import Run
+
+
+def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> Run:
+    """Builds and shards the model, loads this rank's knowledge rows."""
+    train, dataset, stores = config.train, inputs.dataset, inputs.stores
+    ids = id_maps(config, folder, runtime)
+    encoder = _row_encoder(dataset, stores, ids, tuple(f"label_{n}" for n in config.data.labels))
+
+    rows = {level: one.rows for level, one in ids.items()}
+    shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
+    torch.manual_seed(train.seed)
+    owners = zero_collision_tables(config, ids)
+    model = LLM4MSR(
+        config.model, shapes, config.tables.dim, config.tables.init_std, owners, hash_zch(config)
+    )
+    fuse_optimizer(model.sparse.parameters(), table_optimizer(config))
+    batch_size = train.global_batch_size // runtime.world_size
+    cluster = this_cluster(config.hardware, runtime, config.tables.key_value_directory)
+    group_size = config.hardware.sharding_group_size
+    group = cluster.group(group_size)
+    try:
+        plan = plan_sharding(model, model.tables, placements(config), batch_size, group)
+    except PlanError as error:
+        raise InputError(f"tables.sharding: {error}", shared=True) from error
+    tables = describe_plan(plan, model.tables, group.ranks)
+    lines = [format_plan(tables)]
+    if group_size is not None:
+        copies = runtime.world_size // group.ranks
+        lines.append(f"in each of {copies} groups of {group.ranks} ranks")
+    if model.dense.meta is not None:
+        lines += ["", "meta layers", *model.dense.meta.strategies(batch_size, runtime.device.type)]
+    torch.manual_seed(
+        train.seed * 4_096 + runtime.rank
+    )  # each rank draws its own rows of the tables
+    if group_size is None:
+        sharded = shard(model, plan, runtime.device)
+    else:
+        sharded = ReplicaGroups(
+            model,
+            plan,
+            runtime.device,
+            group_size,
+            cluster.ranks_per_host,
+            "knowledge.",
+            sharders(),
+        )
+    if owners is not None:
+        owners.bind(sharded)
+    if model.knowledge is not None:
+        collection = sharded.module.knowledge.collection
+        readers = {
+            f"{level}_knowledge": _standardised(stores[level])
+            for level in ("user", "item")
+            if level in stores
+        }
+        together(lambda: load_frozen_rows(collection, readers))
+    optimizer = _dense_optimizer(sharded, config)
+    train_replicated_tables(sharded, plan, table_optimizer(config), optimizer, "knowledge.")
+    if isinstance(sharded, ReplicaGroups):
+        sharded.average_after(optimizer)
+    return Run(
+        config=config,
+        folder=folder,
+        runtime=runtime,
+        dataset=dataset,
+        encoder=encoder,
+        fingerprints={level: store.fingerprint for level, store in stores.items()},
+        tables=tables,
+        plan="\n".join(lines) + "\n",
+        model=sharded,
+        optimizer=optimizer,
+        pipeline=TrainPipelineSparseDist(
+            sharded, optimizer, runtime.device, execute_all_batches=True
+        ),
+    )
+
+
+def make_shapes(
+    dataset: DatasetInfo,
+    stores: dict[str, DatedStores],
+    rows: dict[str, int],
+    label_weights: tuple[float, ...],
+) -> Shapes:
+    """What data, stores and rows of the id tables ("user", "item") say about the model's size."""
+    scenario_store = stores.get("scenario")
+    return Shapes(
+        user_rows=rows["user"],
+        item_rows=rows["item"],
+        history_length=dataset.history_length,
+        scenarios=len(dataset.scenarios),
+        user_vectors=_shape(stores.get("user")),
+        item_vectors=_shape(stores.get("item")),
+        scenario_vectors=torch.from_numpy(_standardised(scenario_store)(0, len(scenario_store)))
+        if scenario_store
+        else None,
+        scenario_stores=torch.from_numpy(scenario_store.store_of_rows())
+        if scenario_store
+        else None,
+        label_weights=label_weights,
+    )
+
+
+def _standardised(store: DatedStores) -> Callable[[int, int], np.ndarray]:
+    return lambda start, stop: standardise(store.read_vectors(start, stop))
+
+
+def _shape(store: DatedStores | None) -> tuple[int, int] | None:
+    return (len(store), store.dim) if store is not None else None
+
+
+def _row_encoder(
+    dataset: DatasetInfo,
+    stores: dict[str, DatedStores],
+    ids: dict[str, IdMap],
+    extra_labels: tuple[str, ...],
+) -> RowEncoder:
+    scenario_ids = np.array([scenario.scenario_id for scenario in dataset.scenarios])
+    order = np.argsort(scenario_ids)
+    return RowEncoder(
+        users=ids["user"],
+        items=ids["item"],
+        scenarios=SortedKeys(pa.array(scenario_ids[order].tolist())),
+        scenario_order=order.astype(np.int64),
+        history_length=dataset.history_length,
+        joins={level: KnowledgeJoin(*dated.stores) for level, dated in stores.items()},
+        extra_labels=extra_labels,
+    )
+
+
+def _dense_optimizer(model: DistributedModelParallel, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW on everything that is not a table; what reads knowledge has step sizes of its own.
+
+    `set_learning_rates` writes the rate of each group, by its name, before every update.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"dense": [], "meta": [], "knowledge": []}
+    for name, parameter in model.module.dense.named_parameters():
+        if name.startswith(("meta.inputs.", "meta.match.")):
+            groups["knowledge"].append(parameter)
+        else:
+            groups["meta" if name.startswith("meta.") else "dense"].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "name": name} for name, parameters in groups.items() if parameters],
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,135 @@
+"""What a run reads, opened and checked against its configuration before anything is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from embeddings.optimizer import TableOptimizer
+from embeddings.placement import Placement, check_groups, check_placement
+from llm_knowledge.errors import InputError
+from llm_knowledge.store.dated import DatedStores
+from trainer.config.model import MetaConfig
+from trainer.config.run import RunConfig
+from trainer.data.dataset import DatasetInfo, validate_dataset
+from trainer.data.loading.loader import check_shares
+from trainer.distributed.process_group import Runtime
+from trainer.ops.meta_linear import missing_for_fused
+from trainer.run.id_tables import check_device
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    dataset: DatasetInfo
+    stores: dict[str, DatedStores]
+
+
+def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
+    """Opens data and stores and checks that they fit the configuration, before anything is written.
+
+    Raises:
+        InputError: If they do not.
+    """
+    check_shares(config.train.global_batch_size, config.data.streams, runtime.world_size)
+    size = config.train.eval_batch_size
+    if size is not None and size % runtime.world_size:
+        raise InputError(
+            f"train.eval_batch_size: {size} cannot be split over {runtime.world_size} ranks; choose a "
+            "multiple"
+        )
+    try:
+        table_optimizer(config).check(runtime.device.type)
+        for table, placement in placements(config).items():
+            check_placement(table, table == "item", placement, runtime.device.type)
+        if (size := config.hardware.sharding_group_size) is not None:
+            check_groups(
+                size,
+                runtime.world_size,
+                min(runtime.ranks_per_host, runtime.world_size),
+                runtime.device.type,
+                config.tables.optimizer,
+                set(config.tables.kernels.values()),
+            )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    check_device(config, runtime.device.type)
+    check_strategy(config.model.meta, runtime.device.type)
+    dataset = validate_dataset(Path(config.data.path))
+    for name in config.data.labels:
+        if name not in dataset.extra_labels:
+            there = ", ".join(dataset.extra_labels) or "none"
+            raise InputError(
+                f"data.labels: {config.data.path} has no further label {name!r} (there: {there}); name it "
+                "under labels in the schema and prepare the data again, or remove it"
+            )
+    return Inputs(dataset, open_stores(config, dataset))
+
+
+def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, DatedStores]:
+    """Opens the configured stores and checks that they can be joined with the dataset.
+
+    Raises:
+        InputError: If a store is of another level or its keys are of another type, or dated stores do
+            not belong together.
+    """
+    stores: dict[str, DatedStores] = {}
+    key_types = {
+        "user": dataset.user_id_type,
+        "item": dataset.item_id_type,
+        "scenario": dataset.scenario_id_type,
+    }
+    for level, key_type in key_types.items():
+        path = getattr(config.knowledge, level)
+        if path is None:
+            continue
+        stores[level] = DatedStores.open(path)
+        for store in stores[level].stores:
+            if store.manifest.level != level:
+                raise InputError(
+                    f"knowledge.{level}: {store.path} is a store of level {store.manifest.level}"
+                )
+            if store.manifest.key_type != key_type:
+                raise InputError(
+                    f"knowledge.{level}: {store.path} has {store.manifest.key_type} keys, the dataset's "
+                    f"{level} ids are {key_type}"
+                )
+            store.keys()  # reads and checks them
+    return stores
+
+
+def check_strategy(meta: MetaConfig, device: str) -> None:
+    """Refuses an implementation of the meta layers that a device has not.
+
+    Raises:
+        InputError: With what to use instead.
+    """
+    if not meta.enabled or meta.strategy != "fused":
+        return
+    if missing := missing_for_fused(device):
+        raise InputError(
+            f"model.meta.strategy: fused needs {missing}; this run is on {device}; use auto or reference"
+        )
+
+
+def placements(config: RunConfig) -> dict[str, Placement]:
+    """What the configuration wants of tables; those that are not in it are row-wise and fused."""
+    tables = config.tables
+    replicable = table_optimizer(config).replicable
+    found = {}
+    for name in {**tables.sharding, **tables.kernels}:
+        kernel = tables.kernels.get(name, "fused")
+        found[str(name)] = Placement(
+            sharding=tables.sharding.get(name, "row_wise"),
+            kernel=kernel,
+            cache_load_factor=tables.cache_load_factor if kernel == "uvm_caching" else None,
+            directory=tables.key_value_directory if kernel == "key_value" else None,
+            replicable=replicable or name.endswith("_knowledge"),
+        )
+    return found
+
+
+def table_optimizer(config: RunConfig) -> TableOptimizer:
+    """The optimizer of all tables that the configuration names."""
+    tables = config.tables
+    betas = (tables.betas[0], tables.betas[1])
+    return TableOptimizer(tables.optimizer, tables.learning_rate, tables.weight_decay, betas)

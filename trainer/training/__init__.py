@@ -1,0 +1,1 @@
+"""The loop, its schedule, its run directory, and scoring."""

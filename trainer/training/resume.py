@@ -1,0 +1,112 @@
+"""What a run was trained on and with; a run that goes on from another one on the rows since."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from llm_knowledge.errors import InputError
+from trainer.checkpoint.directory import checkpoints, read_state
+from trainer.config.run import RunConfig, differences, load_config, save_config
+from trainer.data.dataset import DatasetInfo, open_dataset, split_files
+from trainer.data.fingerprint import fingerprint, new_training_rows
+from trainer.run.session import Continuation
+
+
+def find_continuation(config: RunConfig, dataset: DatasetInfo) -> Continuation | None:
+    """What `train.continue_from` means for this data; None without it.
+
+    Raises:
+        InputError: There is no such run, it has no checkpoint, or this data does not continue its data.
+    """
+    if config.train.continue_from is None:
+        return None
+    earlier, data = Path(config.train.continue_from), Path(config.data.path)
+    found = checkpoints(earlier / "checkpoints")
+    if not found or not (earlier / "data.json").exists():
+        raise InputError(
+            f"train.continue_from: {earlier} is no run with a checkpoint and data.json; train it first"
+        )
+    if "train" not in config.data.train_splits:
+        raise InputError(
+            "train.continue_from: new rows are in the split train; add it to data.train_splits"
+        )
+    best = earlier / "checkpoints" / f"step-{read_state(found[-1]).best_step:08d}"
+    trained_on = json.loads((earlier / "data.json").read_text())["fingerprint"]
+    parts, rows = new_training_rows(dataset, data, trained_on)
+    return Continuation(best, split_files(data, "train")[parts:], dataset.rows["train"] - rows)
+
+
+def note_data(config: RunConfig, folder: Path) -> None:
+    """Writes RUN/data.json; for a run that has one, checks that its data is still the same.
+
+    The position of a run counts rows: in other data it would point elsewhere, without a word.
+
+    Raises:
+        InputError: The data has changed since the run began.
+    """
+    file, found = folder / "data.json", fingerprint(config.data.path)
+    if not file.exists():
+        partial = folder / ".data.json.partial"
+        partial.write_text(json.dumps({"path": config.data.path, "fingerprint": found}, indent=1))
+        os.replace(partial, file)
+    elif json.loads(file.read_text())["fingerprint"] != found:
+        raise InputError(
+            f"{config.data.path}: has changed since {folder} began, whose position in it would be wrong; "
+            "put the old data back, or start a new run (with train.continue_from after "
+            "`prepare parquet --append-to`)"
+        )
+
+
+def check_data(config: RunConfig, folder: Path) -> None:
+    """Checks that a finished run is scored on the data that it was trained on, wherever that now lies.
+
+    Raises:
+        InputError: It is other data, or none.
+    """
+    open_dataset(config.data.path)  # says so if there is none
+    file, found = folder / "data.json", fingerprint(config.data.path)
+    known = json.loads(file.read_text()) if file.exists() else {"fingerprint": found}
+    if known["fingerprint"] != found:
+        raise InputError(
+            f"data.path: {config.data.path} (fingerprint {found}) is not the data of {folder}, which was "
+            f"trained on {known['path']} (fingerprint {known['fingerprint']}); nothing was changed; give "
+            "the place where that dataset lies now, or train a run on this one"
+        )
+
+
+def copy_vocabularies(config: RunConfig, folder: Path) -> None:
+    """Gives a run that goes on from another one its vocabularies: rows keep their meaning."""
+    if config.train.continue_from is not None:
+        source = Path(config.train.continue_from) / "ids"
+        if source.is_dir() and not (folder / "ids").exists():
+            partial = folder / ".ids.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(folder / "ids")
+
+
+# What a run may change when it is resumed: none of it shows in the result.
+CHANGEABLE = (
+    "tables.sharding", "hardware", "train.checkpoint_every", "train.checkpoint_async",
+    "train.keep_checkpoints", "train.keep_best", "train.log_every", "train.timeout_seconds",
+    "train.hang_seconds", "train.grace_seconds", "train.guard", "train.trackers",
+    "train.eval_batch_size",
+)  # fmt: skip
+
+
+def resume_config(saved: Path, config: RunConfig) -> None:
+    """Checks that a run is resumed with its own configuration, and saves what may change of it.
+
+    Raises:
+        InputError: If anything else differs.
+    """
+    changed = differences(load_config(saved).model_dump(), config.model_dump())
+    if wrong := [line for line in changed if not line.startswith(CHANGEABLE)]:
+        raise InputError(
+            f"{saved}: differs from the configuration to resume ({'; '.join(wrong)}); change it back, or "
+            "choose another output"
+        )
+    if changed:
+        save_config(config, saved.with_name(".config.yaml.partial"))
+        os.replace(saved.with_name(".config.yaml.partial"), saved)
