@@ -34,6 +34,7 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6",
         "safetensors>=0.5",
+        "tabulate>=0.9",
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "transformers>=5",

@@ -6,12 +6,22 @@
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 from llm_knowledge.errors import InputError
 
 HOSTS_MEET_SECONDS = 600
+
+
+def _starts_workers(options: argparse.Namespace) -> bool:
+    """Whether this process is to start ranks, each of which runs the same command."""
+    return options.processes > 1 and "RANK" not in os.environ
+
+
+def _run_workers(words: list[str], processes: int) -> int:
+    from launch.workers import run_workers
+
+    return run_workers("launch", words, processes)
 
 
 def run_quickstart(options: argparse.Namespace, words: list[str]) -> int | None:
@@ -87,10 +97,8 @@ def simulate_log(options: argparse.Namespace, words: list[str]) -> int | None:
 
 def extract(options: argparse.Namespace, words: list[str]) -> int | None:
     """Writes knowledge stores."""
-    if options.processes > 1 and "RANK" not in os.environ:
-        from launch.workers import run_workers
-
-        return run_workers("launch", words, options.processes)
+    if _starts_workers(options):
+        return _run_workers(words, options.processes)
     from llm_knowledge.extraction.extract import main as extract_main
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -119,11 +127,11 @@ def verify_stores(options: argparse.Namespace, words: list[str]) -> int | None:
     from llm_knowledge.store.dated import DatedStores, store_paths
     from llm_knowledge.store.reader import verify
 
-    for given in options.stores:
-        for store in store_paths(given):
+    for path in options.stores:
+        for store in store_paths(path):
             verify(store)
             print(f"{store}: every check passed")
-        DatedStores.open(given)  # those of one directory belong together
+        DatedStores.open(path)  # those of one directory belong together
     return None
 
 
@@ -158,10 +166,8 @@ def train_runs(options: argparse.Namespace, words: list[str]) -> int | None:
     from trainer.config.run import load_config
 
     configs = [load_config(path, options.set) for path in options.config]
-    if options.processes > 1 and "RANK" not in os.environ:
-        from launch.workers import run_workers
-
-        return run_workers("launch", words, options.processes)
+    if _starts_workers(options):
+        return _run_workers(words, options.processes)
     from trainer.distributed.process_group import distributed
     from trainer.training.loop import train
 
@@ -170,9 +176,18 @@ def train_runs(options: argparse.Namespace, words: list[str]) -> int | None:
         for config in configs:
             folder = train(config, resume=options.resume)
             if runtime.is_main:
-                found = json.loads((folder / "summary.json").read_text())
-                print(f"{folder}: {found}", file=sys.stderr)
+                print(f"{folder}: {_in_one_line(folder / 'summary.json')}", flush=True)
     return None
+
+
+def _in_one_line(summary: Path) -> str:
+    """What a run has come to."""
+    run = json.loads(summary.read_text(encoding="utf-8"))
+    auc = "undefined" if run["valid_auc"] is None else f"{run['valid_auc']:.4f}"
+    return (
+        f"{run['steps']} steps in {run['wall_seconds']:.0f} s, best at {run['best_step']} "
+        f"with a valid AUC of {auc}"
+    )
 
 
 def plan_tables(options: argparse.Namespace, words: list[str]) -> int | None:
@@ -204,15 +219,15 @@ def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
         predict(options.run_dir, options.split, options.set)
         if os.environ.get("RANK", "0") != "0":
             return None  # every rank has written its part; one measures them all
-    place = None
+    data = None
     if options.set:
         from trainer.config.run import load_config
         from trainer.training.resume import check_data
 
         config = load_config(options.run_dir / "config.yaml", options.set)
         check_data(config, options.run_dir)
-        place = Path(config.data.path)
-    print(json.dumps(write_evaluation(options.run_dir, options.split, place), indent=1))
+        data = Path(config.data.path)
+    print(json.dumps(write_evaluation(options.run_dir, options.split, data), indent=1))
     return None
 
 
@@ -255,10 +270,8 @@ def profile_embeddings(options: argparse.Namespace, words: list[str]) -> int | N
     from trainer.profiling.embeddings import main as profile_main
 
     check_measuring_arguments(options)
-    if options.processes > 1 and "RANK" not in os.environ:
-        from launch.workers import run_workers
-
-        return run_workers("launch", words, options.processes)
+    if _starts_workers(options):
+        return _run_workers(words, options.processes)
     return profile_main(options)
 
 
@@ -268,10 +281,8 @@ def profile_train(options: argparse.Namespace, words: list[str]) -> int | None:
     from trainer.profiling.train import main as profile_main
 
     check_measuring_arguments(options)
-    if options.processes > 1 and "RANK" not in os.environ:
-        from launch.workers import run_workers
-
-        return run_workers("launch", words, options.processes)
+    if _starts_workers(options):
+        return _run_workers(words, options.processes)
     profile_main(options)
     return None
 
@@ -281,10 +292,8 @@ def run_pipeline(options: argparse.Namespace, words: list[str]) -> int | None:
     from trainer.config.run import load_config
 
     config = load_config(options.config, options.set)
-    if options.processes > 1 and "RANK" not in os.environ:
-        from launch.workers import run_workers
-
-        return run_workers("launch", words, options.processes)
+    if _starts_workers(options):
+        return _run_workers(words, options.processes)
     from launch.pipeline import pipeline
 
     report = pipeline(config, options.extract)
@@ -301,10 +310,10 @@ def launch_stage(options: argparse.Namespace, words: list[str]) -> int | None:
     if wrong := [pair for pair in options.cfg if "=" not in pair]:
         raise InputError(f"--cfg {wrong[0]}: write it as --cfg option=value")
     pairs = [pair.partition("=") for pair in options.cfg]
-    given = [f"options.{key}={json.dumps(value)}" for key, _, value in pairs]
+    scheduler_options = [f"options.{key}={json.dumps(value)}" for key, _, value in pairs]
     job = load_job(
         options.job,
-        [*options.set, *given],
+        [*options.set, *scheduler_options],
         scheduler=options.scheduler,
         hosts=options.j,
         resource=options.resource,

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 
+from launch.logs import set_up_logging
 from launch.parser import build_parser
 from launch.workers import INPUT_WAS_WRONG
 from llm_knowledge.errors import InputError
@@ -20,9 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         # What follows -- belongs to the stage that `launch` submits.
-        at = words.index("--") if "--" in words else len(words)
-        options = build_parser().parse_args(words[:at])
-        options.arguments = words[at + 1 :]
+        end = words.index("--") if "--" in words else len(words)
+        options = build_parser().parse_args(words[:end])
+        options.arguments = words[end + 1 :]
+        set_up_logging(options.log_level)
         if getattr(options, "processes", 1) < 1:
             raise InputError(f"--processes {options.processes}: at least 1 is needed")
         return options.run(options, words) or DONE
@@ -34,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        where = error.filename or "a file of this command"
+        file = error.filename or "a file of this command"
         print(
-            f"llm4msr: error: {where}: {error.strerror}; make room or choose another place",
+            f"llm4msr: error: {file}: {error.strerror}; make room or choose another place",
             file=sys.stderr,
         )
         return INPUT_WAS_WRONG

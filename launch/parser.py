@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import launch.commands as run
+from launch.logs import LEVELS as LOG_LEVELS
 from trainer.evaluation.metrics import SEGMENTS
 
 
@@ -42,13 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=f"example: llm4msr {example}"
         )
         parser.set_defaults(run=run, parser=root)
+        parser.add_argument(
+            "--log-level",
+            choices=LOG_LEVELS,
+            default="info",
+            help="least severe messages that are shown (default: info)",
+        )
         return parser
 
     p = command(
-        commands, "quickstart", run.run_quickstart,
+        commands,
+        "quickstart",
+        run.run_quickstart,
         "Takes real data (MovieLens) through the whole system and compares every arm.",
         "quickstart --out quickstart",
-    )  # fmt: skip
+    )
     p.add_argument(
         "--out",
         type=Path,
@@ -64,10 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_processes(p, "training processes", default=2)
 
     p = command(
-        commands, "prepare", run.prepare,
+        commands,
+        "prepare",
+        run.prepare,
         "Turns a source into the project's interaction Parquet, split by time.",
         "prepare movielens --out data/movielens",
-    )  # fmt: skip
+    )
     p.add_argument(
         "source", choices=["movielens", "food-kitchen", "parquet"], help="what --raw holds"
     )
@@ -79,29 +90,39 @@ def build_parser() -> argparse.ArgumentParser:
         "--schema", type=Path, help="parquet: YAML that names columns, scenarios and split"
     )
     p.add_argument(
-        "--append-to", type=Path, metavar="DATA",
+        "--append-to",
+        type=Path,
+        metavar="DATA",
         help="parquet: later events of the log behind this dataset; --out becomes its successor",
-    )  # fmt: skip
+    )
     p.add_argument(
         "--negatives", type=int, default=4, help="food-kitchen: sampled per positive (default: 4)"
     )
     p.add_argument("--seed", type=int, default=0, help="food-kitchen: of the sampling (default: 0)")
     p.add_argument(
-        "--held-out-users", type=float, default=0.0, metavar="SHARE",
+        "--held-out-users",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
         help="movielens, food-kitchen: train nothing of this share of the users; prompts read their first "
         "events, all later ones are test (default: 0)",
-    )  # fmt: skip
+    )
     p.add_argument(
-        "--held-out-valid-users", type=float, default=0.0, metavar="SHARE",
+        "--held-out-valid-users",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
         help="movielens, food-kitchen: the same of a further share, whose later events are valid, so that "
         "what is chosen there is chosen for new users too (default: 0)",
-    )  # fmt: skip
+    )
 
     p = command(
-        commands, "simulate", run.simulate_log,
+        commands,
+        "simulate",
+        run.simulate_log,
         "Writes a multi-scenario log with planted truth and readable text, in constant memory.",
         "simulate --out data/simulated --users 2000 --items 1000 --scenarios 3 --events 100000 --seed 0",
-    )  # fmt: skip
+    )
     p.add_argument("--out", type=Path, required=True, help="directory to create")
     for name, default in (
         ("users", 2000),
@@ -117,72 +138,92 @@ def build_parser() -> argparse.ArgumentParser:
     )
     stages = knowledge.add_subparsers(title="commands", required=True, metavar="COMMAND")
     p = command(
-        stages, "extract", run.extract,
+        stages,
+        "extract",
+        run.extract,
         "Writes prompts, reads them with a frozen language model, keeps the hidden states as a store.",
         "knowledge extract --data data/movielens --level all --out knowledge/movielens --processes 2",
-    )  # fmt: skip
+    )
     _add_processes(p, "workers on this machine")
     from llm_knowledge.extraction.config import add_arguments
 
     add_arguments(p)
     p = command(
-        stages, "inspect", run.inspect, "Shows a store to a human: prompt, neighbours, facts.",
+        stages,
+        "inspect",
+        run.inspect,
+        "Shows a store to a human: prompt, neighbours, facts.",
         "knowledge inspect knowledge/movielens/item --key 1",
-    )  # fmt: skip
+    )
     p.add_argument("store", type=Path, help="store directory")
     p.add_argument("--key", help="look at this key")
     p = command(
-        stages, "verify", run.verify_stores,
+        stages,
+        "verify",
+        run.verify_stores,
         "Runs every check on stores: keys, dimensions, values, checksums.",
         "knowledge verify knowledge/movielens/user knowledge/movielens/item",
-    )  # fmt: skip
+    )
     p.add_argument("stores", type=Path, nargs="+", help="store directories")
     p = command(
-        stages, "shuffle", run.shuffle_store,
+        stages,
+        "shuffle",
+        run.shuffle_store,
         "Writes the control of every claim: a store whose vectors know nothing of their keys.",
         "knowledge shuffle knowledge/movielens/user --out knowledge/movielens/user-shuffled",
-    )  # fmt: skip
+    )
     p.add_argument("store", type=Path, help="store directory")
     p.add_argument("--out", type=Path, required=True, help="directory to create")
     p.add_argument(
-        "--control", choices=["shuffled", "random", "constant"], default="shuffled",
+        "--control",
+        choices=["shuffled", "random", "constant"],
+        default="shuffled",
         help="the same vectors at other keys (default), Gaussian ones of the same mean and spread, or "
         "their mean for every key",
-    )  # fmt: skip
+    )
     p.add_argument("--seed", type=int, default=0, help="of the permutation or noise (default: 0)")
 
     from llm_knowledge.options import add_compress_arguments, add_refresh_arguments
 
     p = command(
-        stages, "compress", run.compress_store,
+        stages,
+        "compress",
+        run.compress_store,
         "Writes a smaller store: fewer dimensions, fewer bits; says what was lost.",
         "knowledge compress knowledge/movielens/user --out knowledge/movielens/user-64 --dim 64 "
         "--dtype int8",
-    )  # fmt: skip
+    )
     add_compress_arguments(p)
     p = command(
-        stages, "refresh", run.refresh_store,
+        stages,
+        "refresh",
+        run.refresh_store,
         "Writes the store's successor: only changed prompts are read again; forgets on request.",
         "knowledge refresh knowledge/movielens/item --data data/movielens "
         "--out knowledge/movielens/item-today --remove 1",
-    )  # fmt: skip
+    )
     add_refresh_arguments(p)
 
     p = command(
-        commands, "train", run.train_runs, "Trains one run; several configurations run one after the other.",
+        commands,
+        "train",
+        run.train_runs,
+        "Trains one run; several configurations run one after the other.",
         "train --config launch/configs/movielens.yaml --set train.seed=1 --set output=runs/seed-1 "
         "--processes 2",
-    )  # fmt: skip
+    )
     p.add_argument("--config", type=Path, nargs="+", required=True, help="YAML files, one per run")
     _add_overrides(p)
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     _add_processes(p)
 
     p = command(
-        commands, "plan", run.plan_tables,
+        commands,
+        "plan",
+        run.plan_tables,
         "Plans tables on a cluster that is not there: memory, bytes on the wire, what does not fit.",
         "plan --tables launch/configs/hundred_tables.yaml --nodes 8 --gpus-per-node 8",
-    )  # fmt: skip
+    )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, help="a run's configuration: YAML")
     source.add_argument("--tables", type=Path, help="tables alone: YAML, see docs/planning.md")
@@ -199,20 +240,24 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="JSON file to write: bytes per rank, every piece")
 
     p = command(
-        commands, "evaluate", run.evaluate_run,
+        commands,
+        "evaluate",
+        run.evaluate_run,
         "Scores a split with a run's best checkpoint; exact metrics overall and per scenario.",
         "evaluate runs/seed-1",
-    )  # fmt: skip
+    )
     p.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     p.add_argument("--split", choices=["valid", "test"], default="test", help="(default: test)")
     p.add_argument("--reuse-predictions", action="store_true", help="do not score again")
     _add_overrides(p, "override a field, e.g. data.path=PLACE of the moved data")
 
     p = command(
-        commands, "compare", run.compare_runs,
+        commands,
+        "compare",
+        run.compare_runs,
         "Differences to the first run with paired bootstrap intervals over users and seeds.",
         "compare quickstart/runs/star quickstart/runs/star+llm4msr",
-    )  # fmt: skip
+    )
     p.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run directory, or folder of runs by seed"
     )
@@ -221,9 +266,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="JSON file to write")
 
     p = command(
-        commands, "report", run.report_on_runs, "Writes one self-contained HTML page about runs.",
+        commands,
+        "report",
+        run.report_on_runs,
+        "Writes one self-contained HTML page about runs.",
         "report quickstart/runs/star quickstart/runs/star+llm4msr --out report.html",
-    )  # fmt: skip
+    )
     p.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run directory, or folder of runs by seed"
     )
@@ -234,35 +282,43 @@ def build_parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="Where the time goes.")
     parts = profile.add_subparsers(title="commands", required=True, metavar="COMMAND")
     p = command(
-        parts, "meta-layer", run.profile_meta_layer,
+        parts,
+        "meta-layer",
+        run.profile_meta_layer,
         "Times the meta-layer op for your shapes: strategy, time, share of the machine's peak.",
         "profile meta-layer --batch 4096 --rank 32 --in-features 128 --out-features 128",
-    )  # fmt: skip
+    )
     add_meta_layer_arguments(p)
 
     from trainer.profiling.embeddings import add_arguments as add_embeddings_arguments
 
     p = command(
-        parts, "embeddings", run.profile_embeddings,
+        parts,
+        "embeddings",
+        run.profile_embeddings,
         "Times each phase of embedding lookups, counts its bytes, compares with plain torch and FBGEMM.",
         "profile embeddings --tables 8 --dim 16 64 --sharding row_wise table_wise --check --processes 2",
-    )  # fmt: skip
+    )
     add_embeddings_arguments(p)
 
     from trainer.profiling.train import add_arguments as add_profile_train_arguments
 
     p = command(
-        parts, "train", run.profile_train,
+        parts,
+        "train",
+        run.profile_train,
         "Times each phase of a configured model's step, and samples/s with the loader in and out.",
         "profile train --config launch/configs/movielens.yaml --processes 2",
-    )  # fmt: skip
+    )
     add_profile_train_arguments(p)
 
     p = command(
-        commands, "pipeline", run.run_pipeline,
+        commands,
+        "pipeline",
+        run.run_pipeline,
         "Extracts what a run joins, trains it, evaluates, reports; complete stages are skipped.",
         "pipeline --config launch/configs/movielens.yaml --processes 2",
-    )  # fmt: skip
+    )
     p.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     _add_overrides(p)
     p.add_argument(
@@ -271,10 +327,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_processes(p)
 
     p = command(
-        commands, "launch", run.launch_stage,
+        commands,
+        "launch",
+        run.launch_stage,
         "Runs a stage through a torchx scheduler; its own arguments follow --.",
         "launch train --scheduler local_cwd -j 2x2 -- --config launch/configs/movielens.yaml",
-    )  # fmt: skip
+    )
     p.add_argument(
         "stage", choices=["extract", "train", "evaluate", "profile", "pipeline"], help="what to run"
     )

@@ -66,22 +66,24 @@ def build(
                 env=ENVIRONMENT | {name: str(value) for name, value in job.env.items()},
                 resource=resource(job.resource),
                 max_retries=job.retries,
-                mounts=[one for text in job.mounts for one in specs.parse_mounts(text.split(","))],
+                mounts=[
+                    mount for text in job.mounts for mount in specs.parse_mounts(text.split(","))
+                ],
             )
         ],
     )
 
 
-def resource(wanted: str | Machine) -> specs.Resource:
+def resource(machine: str | Machine) -> specs.Resource:
     """Resolves a machine; KeyError if there is none of that name."""
-    if isinstance(wanted, str):
-        return specs.named_resources[wanted]
+    if isinstance(machine, str):
+        return specs.named_resources[machine]
     return specs.Resource(
-        cpu=wanted.cpu,
-        gpu=wanted.gpu,
-        memMB=wanted.memory_gib * 1024,
-        capabilities=dict(wanted.capabilities),
-        devices=dict(wanted.devices),
+        cpu=machine.cpu,
+        gpu=machine.gpu,
+        memMB=machine.memory_gib * 1024,
+        capabilities=dict(machine.capabilities),
+        devices=dict(machine.devices),
     )
 
 

@@ -76,10 +76,10 @@ class JobConfig(Section):
     @field_validator("hosts")
     @classmethod
     def _hosts_by_processes(cls, value: str) -> str:
-        found = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", value)
-        if not found or int(found[2]) < 1 or int(found[3]) < 1:
+        size = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", value)
+        if not size or int(size[2]) < 1 or int(size[3]) < 1:
             raise ValueError("write hosts x processes per host, e.g. 2x8")
-        if found[1] and not 1 <= int(found[1]) <= int(found[2]):
+        if size[1] and not 1 <= int(size[1]) <= int(size[2]):
             raise ValueError("MIN:MAXxPROCESSES needs 1 <= MIN <= MAX")
         return value
 
@@ -104,5 +104,5 @@ def load_job(file: Path | None, overrides: Iterable[str] = (), **flags: str | No
     Raises:
         InputError: Names every wrong field.
     """
-    given = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
-    return load_section(JobConfig, file, [*overrides, *given])
+    of_flags = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return load_section(JobConfig, file, [*overrides, *of_flags])

@@ -40,8 +40,8 @@ def submit(stage: str, arguments: list[str], job: JobConfig, dryrun: bool = Fals
     from launch.cluster.app import build
 
     _check(job)
-    here = [sys.executable, "-m", "torch.distributed.run"]  # wherever PATH leads to
-    app = build(stage, arguments, job, here if job.scheduler in BARE else ["torchrun"])
+    this_python = [sys.executable, "-m", "torch.distributed.run"]  # wherever PATH leads to
+    app = build(stage, arguments, job, this_python if job.scheduler in BARE else ["torchrun"])
     if job.scheduler == JOBSET:
         from launch.cluster.jobset import manifest
 

@@ -55,10 +55,13 @@ def config_file(folder: Path, name: str, suffix: str | None) -> Path:
         "tables": {"dim": 4},
         "model": {"backbone": "star", "hidden": [8, 4]},
         "train": {
-            "global_batch_size": 128, "epochs": 2, "eval_every": 10, "checkpoint_every": 20,
+            "global_batch_size": 128,
+            "epochs": 2,
+            "eval_every": 10,
+            "checkpoint_every": 20,
             "timeout_seconds": 60,
         },
-    }  # fmt: skip
+    }
     if suffix is not None:
         content["model"]["meta"] = {"enabled": True, "item_knowledge": "match"}
     file = folder / f"{name}.yaml"
@@ -77,10 +80,26 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
 
     model = tiny_encoder(tmp_path / "model")
     llm4msr(
-        "knowledge", "extract", "--data", data, "--level", "all", "--out", knowledge,
-        "--model", model, "--device", "cpu", "--max-tokens", 512,
-        "--processes", 2, "--chunk", 16, "--no-progress",
-    )  # fmt: skip
+        "knowledge",
+        "extract",
+        "--data",
+        data,
+        "--level",
+        "all",
+        "--out",
+        knowledge,
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--max-tokens",
+        512,
+        "--processes",
+        2,
+        "--chunk",
+        16,
+        "--no-progress",
+    )
     stores = [knowledge / level for level in LEVELS]
     assert llm4msr("knowledge", "verify", *stores).count("every check passed") == 3
     for store in stores:
@@ -97,12 +116,13 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
     for name, suffix in arms.items():
         check_run(runs / name, info.rows["test"], with_knowledge=suffix is not None)
         llm4msr("evaluate", runs / name, "--reuse-predictions")
-        found = json.loads((runs / name / "evaluation.json").read_text())
-        assert found["name"] == name
-        assert found["overall"]["rows"] == info.rows["test"]
-        assert sum(block["rows"] for block in found["scenarios"].values()) == info.rows["test"]
-        assert found["overall"]["bayes_gap"] > 0
-        assert set(found["segments"]) == {"known", "sparse", "new_in_scenario", "new_user"}
+        evaluation = json.loads((runs / name / "evaluation.json").read_text())
+        assert evaluation["name"] == name
+        assert evaluation["overall"]["rows"] == info.rows["test"]
+        rows = sum(block["rows"] for block in evaluation["scenarios"].values())
+        assert rows == info.rows["test"]
+        assert evaluation["overall"]["bayes_gap"] > 0
+        assert set(evaluation["segments"]) == {"known", "sparse", "new_in_scenario", "new_user"}
     # Scoring again, on one process in place of two, finds the same.
     before = (runs / "star+llm4msr" / "evaluation.json").read_text()
     llm4msr("evaluate", runs / "star+llm4msr")
@@ -130,16 +150,20 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
 def test_quickstart_arms_differ_in_what_they_are_to_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(quickstart, "_workers", lambda words, processes: asked.extend(words))
-    data, knowledge, out = tmp_path / "data", tmp_path / "knowledge", tmp_path / "out"
-    arms = quickstart._train(data, knowledge, out, seeds=2, processes=1)
-    assert asked[:3] == ["train", "--resume", "--config"]
-    assert len(asked[3:]) == sum(map(len, arms.values())) == 2 * 4 * 2
+    started: list[list[str]] = []
+    monkeypatch.setattr(quickstart, "_run_workers", lambda words, processes: started.append(words))
+    data, knowledge, runs = tmp_path / "data", tmp_path / "knowledge", tmp_path / "runs"
+    arms = quickstart.arm_configs(data, knowledge, runs, seeds=2)
+    configs = [config for of_arm in arms.values() for config in of_arm]
+    quickstart._train(configs, tmp_path / "configs", processes=1)
+    [words] = started
+    files = words[words.index("--config") + 1 :]
+    assert len(files) == len(configs) == 2 * 4 * 2
+    assert [load_config(Path(file)) for file in files] == configs
 
     def settings(arm: str) -> dict[str, Any]:
-        config = load_config(out / "configs" / f"star{arm}-seed-1.yaml").model_dump(mode="json")
-        assert Path(config.pop("output")) == arms[f"star{arm}"][1]
+        config = arms[f"star{arm}"][1].model_dump(mode="json")
+        assert Path(config.pop("output")) == runs / f"star{arm}" / "seed-1"
         assert config.pop("name") == f"star{arm}"
         return config
 
@@ -158,9 +182,16 @@ def test_quickstart_arms_differ_in_what_they_are_to_tell(
 
 def check_run(run: Path, test_rows: int, with_knowledge: bool) -> None:
     assert {path.name for path in run.iterdir()} >= {
-        "config.yaml", "versions.json", "plan.txt", "plan.json", "metrics.jsonl", "tensorboard",
-        "checkpoints", "predictions", "summary.json",
-    }  # fmt: skip
+        "config.yaml",
+        "versions.json",
+        "plan.txt",
+        "plan.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "predictions",
+        "summary.json",
+    }
     summary = json.loads((run / "summary.json").read_text())
     assert summary["world_size"] == 2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -168,9 +199,9 @@ def check_run(run: Path, test_rows: int, with_knowledge: bool) -> None:
     assert max(line["step"] for line in lines) == summary["steps"]
     parts = sorted((run / "predictions/test").iterdir())
     assert len(parts) == 2  # one of each process
-    found = pa.concat_tables([pq.read_table(part) for part in parts])
-    assert len(found) == test_rows
-    assert (sum(found["has_knowledge"].to_pylist()) > 0) == with_knowledge
+    rows = pa.concat_tables([pq.read_table(part) for part in parts])
+    assert len(rows) == test_rows
+    assert (sum(rows["has_knowledge"].to_pylist()) > 0) == with_knowledge
 
 
 # ---------------------------------------------------------------- planted truth
@@ -216,24 +247,33 @@ def new_in_scenario(data: Path) -> np.ndarray:
 def train_arm(data: Path, knowledge: Path, output: Path, suffix: str | None) -> np.ndarray:
     """Trains one arm in this process; predictions of the test split in its order."""
     settings = {
-        "name": f"arm-{output.name}", "output": output, "data.path": data,
-        "model.backbone": "shared_bottom", "tables.learning_rate": 0.02,
-        "train.global_batch_size": 512, "train.learning_rate": 0.001,
-        "train.meta_learning_rate": 0.001, "train.epochs": 8, "train.eval_every": 25,
-        "train.checkpoint_every": 1000, "train.seed": SEED,
-    }  # fmt: skip
+        "name": f"arm-{output.name}",
+        "output": output,
+        "data.path": data,
+        "model.backbone": "shared_bottom",
+        "tables.learning_rate": 0.02,
+        "train.global_batch_size": 512,
+        "train.learning_rate": 0.001,
+        "train.meta_learning_rate": 0.001,
+        "train.epochs": 8,
+        "train.eval_every": 25,
+        "train.checkpoint_every": 1000,
+        "train.seed": SEED,
+    }
     if suffix is not None:
         settings |= {f"knowledge.{level}": knowledge / f"{level}{suffix}" for level in LEVELS}
         settings |= {
-            "model.meta.enabled": "true", "model.meta.item_knowledge": "match",
-            "model.meta.user_layers": 1, "model.meta.scenario_layers": 1,
-        }  # fmt: skip
+            "model.meta.enabled": "true",
+            "model.meta.item_knowledge": "match",
+            "model.meta.user_layers": 1,
+            "model.meta.scenario_layers": 1,
+        }
     train(load_config(None, [f"{key}={value}" for key, value in settings.items()]))
-    found = pq.read_table(output / "predictions/test")
+    scored = pq.read_table(output / "predictions/test")
     test = read_split(data, "test")
     for column in ("user_id", "item_id", "timestamp"):
-        assert found[column].equals(test[column])
-    return found["prediction"].to_numpy().astype(np.float64)
+        assert scored[column].equals(test[column])
+    return scored["prediction"].to_numpy().astype(np.float64)
 
 
 @pytest.mark.slow

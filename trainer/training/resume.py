@@ -95,11 +95,14 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
-def resume_config(saved: Path, config: RunConfig) -> None:
-    """Checks that a run is resumed with its own configuration, and saves what may change of it.
+def check_same_run(saved: Path, config: RunConfig) -> bool:
+    """Checks that a saved configuration is of the run that `config` describes.
+
+    Returns:
+        Whether they differ at all, in what a run may change.
 
     Raises:
-        InputError: If anything else differs.
+        InputError: They differ in anything else.
     """
     changed = differences(load_config(saved).model_dump(), config.model_dump())
     if wrong := [line for line in changed if not line.startswith(CHANGEABLE)]:
@@ -107,6 +110,15 @@ def resume_config(saved: Path, config: RunConfig) -> None:
             f"{saved}: differs from the configuration to resume ({'; '.join(wrong)}); change it back, or "
             "choose another output"
         )
-    if changed:
+    return bool(changed)
+
+
+def resume_config(saved: Path, config: RunConfig) -> None:
+    """Checks that a run is resumed with its own configuration, and saves what may change of it.
+
+    Raises:
+        InputError: If anything else differs.
+    """
+    if check_same_run(saved, config):
         save_config(config, saved.with_name(".config.yaml.partial"))
         os.replace(saved.with_name(".config.yaml.partial"), saved)

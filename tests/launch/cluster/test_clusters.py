@@ -86,16 +86,8 @@ def on_hosts(
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"}
     started = []
     for number, host in enumerate(HOSTS):
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            host,
-            "sh",
-            "-c",
-            f'{before if number else ""} "$@"',
-            "sh",
-        ]
+        shell = ["sh", "-c", f'{before if number else ""} "$@"', "sh"]
+        command = ["ip", "netns", "exec", host, *shell]
         command += [*(second if number else TORCHRUN), "--nnodes", "2", "--nproc-per-node", "2"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500"]
         command += ["--rdzv-id", "drill", "--local-addr", f"10.77.0.{number + 1}"]
@@ -110,7 +102,7 @@ def on_hosts(
                 text=True,
             )
         )
-    found = []
+    ended = []
     for process in started:
         try:
             output, _ = process.communicate(timeout=150)
@@ -118,8 +110,8 @@ def on_hosts(
             for other in started:
                 other.terminate()
             output, _ = process.communicate(timeout=30)
-        found.append(subprocess.CompletedProcess(process.args, process.returncode, output))
-    return found
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, output))
+    return ended
 
 
 @pytest.mark.namespaces
@@ -138,10 +130,10 @@ def test_two_hosts_train_as_one_though_a_clock_is_an_hour_ahead(
         [*command, "--set", f"output={tmp_path / 'one'}"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found, expected = predictions(tmp_path / "two"), predictions(tmp_path / "one")
-    assert found.keys() == expected.keys()
+    on_two, on_one = predictions(tmp_path / "two"), predictions(tmp_path / "one")
+    assert on_two.keys() == on_one.keys()
     # Several hosts reduce in another order.
-    assert list(found.values()) == pytest.approx([expected[key] for key in found], abs=1e-5)
+    assert list(on_two.values()) == pytest.approx([on_one[key] for key in on_two], abs=1e-5)
 
 
 @pytest.mark.namespaces
@@ -179,9 +171,11 @@ def test_a_host_that_does_not_share_the_folder_is_named(
     hosts = on_hosts(["train", "--config", str(file)], before=f"mount -t tmpfs none {runs};")
     assert all(host.returncode for host in hosts)
     text = "".join(host.stdout for host in hosts)
-    assert re.search(rf"{runs / 'run'}: is not shared: .* not seen by \S+ \(rank 2\), \S+ \(rank 3\)|"
-                     rf"{runs / 'run'}: is not shared: .* not seen by \S+ \(rank 0\), \S+ \(rank 1\)",
-                     text), text  # fmt: skip
+    assert re.search(
+        rf"{runs / 'run'}: is not shared: .* not seen by \S+ \(rank 2\), \S+ \(rank 3\)|"
+        rf"{runs / 'run'}: is not shared: .* not seen by \S+ \(rank 0\), \S+ \(rank 1\)",
+        text,
+    ), text
     assert text.count("llm4msr: error:") == 1
     assert not any(runs.iterdir())
 
@@ -274,8 +268,12 @@ def test_slurm_cancels_a_job_and_refuses_a_bad_one(
         ]
         return subprocess.run(
             [*command, "--", "--config", str(file)],
-            cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=slurm,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     refused = launch("--cfg", "partition=nowhere")
     assert refused.returncode == 2

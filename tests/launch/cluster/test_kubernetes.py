@@ -29,18 +29,18 @@ DOCKERFILE = ROOT / "launch/Dockerfile"
 def strict(schema: Any) -> Any:
     """The schema as the API server reads it: unknown fields refused, int-or-string, nullable."""
     if isinstance(schema, list):
-        return [strict(one) for one in schema]
+        return [strict(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: strict(value) for key, value in schema.items()}
-    if found.get("x-kubernetes-int-or-string"):
+    strict_schema = {key: strict(value) for key, value in schema.items()}
+    if strict_schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
-    if isinstance(found.get("properties"), dict) and found.get("type") == "object":
-        keeps = found.get("x-kubernetes-preserve-unknown-fields", False)
-        found.setdefault("additionalProperties", keeps)
-    if found.get("nullable") and isinstance(found.get("type"), str):
-        found["type"] = [found["type"], "null"]
-    return found
+    if isinstance(strict_schema.get("properties"), dict) and strict_schema.get("type") == "object":
+        keeps = strict_schema.get("x-kubernetes-preserve-unknown-fields", False)
+        strict_schema.setdefault("additionalProperties", keeps)
+    if strict_schema.get("nullable") and isinstance(strict_schema.get("type"), str):
+        strict_schema["type"] = [strict_schema["type"], "null"]
+    return strict_schema
 
 
 def check(name: str, document: Any) -> None:
@@ -91,7 +91,7 @@ def test_jobset_manifest(config: Path, capsys: pytest.CaptureFixture, hosts: str
     [job] = document["spec"]["replicatedJobs"]
     assert job["template"]["spec"]["completions"] == int(hosts[0])
     [container] = job["template"]["spec"]["template"]["spec"]["containers"]
-    environment = {one["name"]: one["value"] for one in container["env"]}
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert environment["LLM4MSR_FIRST_HOST"] == f"{name}-hosts-0-0.{name}"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
     if hosts == "4x8":
@@ -124,7 +124,7 @@ def test_dockerfile_passes_the_linter_and_leaves_torchx_out(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout
     text = DOCKERFILE.read_text()
     for source in re.findall(r"^COPY ((?:\S+ )+)\S+$", text, re.MULTILINE):
-        assert all((ROOT / one).exists() for one in source.split())
+        assert all((ROOT / path).exists() for path in source.split())
     [expression] = re.findall(r"sed -i -E '([^']+)'", text)
     common = tmp_path / "common.txt"
     common.write_text((ROOT / "requirements/common.txt").read_text())
