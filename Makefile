@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= quickstart
+WORKERS ?= 2
 # The profile follows the machine: cuda where an NVIDIA driver answers, cpu elsewhere.
 PROFILE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 # On a machine without a GPU, torch's own index of CPU builds saves gigabytes: make TORCH_INDEX=<its address> …
@@ -11,13 +12,20 @@ INSTALLED := $(VENV)/.installed-$(PROFILE)
 
 SPARK := $(if $(shell command -v java),$(VENV)/.installed-spark)
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test test-quick lint setup clean
+
+# Two workers, each with whole files (tests/conftest.py says which tests stay together).
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 quickstart: setup
 	$(VENV)/bin/llm4msr quickstart --out $(OUT)
 
 test: setup $(SPARK) lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	$(PYTEST)
+
+# What one runs between edits: neither processes that talk to each other, nor what takes ten seconds.
+test-quick: setup
+	$(PYTEST) -q -m "not (slow or distributed or namespaces or slurm)"
 
 lint: setup
 	$(VENV)/bin/ruff check .

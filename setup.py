@@ -44,7 +44,15 @@ setup(
         # Newer clients need an urllib3 that torchx does not take.
         "kubernetes": ["torchx==0.7.0", "kubernetes<32"],
         "spark": ["pyspark>=4.0"],
-        "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "dev": [
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "types-PyYAML",
+        ],
     },
     entry_points={
         "console_scripts": ["llm4msr=launch.main:main"],

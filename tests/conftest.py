@@ -1,8 +1,31 @@
-"""For every test: what the session has left to the garbage collector stays out of its forks."""
+"""For every test: what the session leaves to the garbage collector, and which tests share a worker."""
 
 import gc
 import os
 
+import pytest
+
 # A fork has none of the session's threads. Collecting there what the session left, such as a
 # connection whose destructor waits for its thread, would never end.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
+
+# Network namespaces and a Slurm have names and addresses that a machine has once.
+ONE_PER_MACHINE = ("namespaces", "slurm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Makes each file one unit of work for the parallel workers, files with slow tests first.
+
+    A file's fixtures are then made once, and no worker ends with a slow file that it began last. All
+    that a machine has only once is one unit.
+    """
+    groups = {
+        item: "local_cluster"
+        if any(item.get_closest_marker(name) for name in ONE_PER_MACHINE)
+        else item.nodeid.partition("::")[0]
+        for item in items
+    }
+    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: groups[item] not in slow)
