@@ -18,7 +18,8 @@ from llm_knowledge.locks import directory_lock
 from llm_knowledge.store import writer
 from llm_knowledge.store.compress import compress
 from llm_knowledge.store.reader import KnowledgeStore, verify
-from tests.helpers.knowledge_data import random_dataset, tiny_encoder
+from llm_knowledge.store.writer import write_store
+from tests.helpers.knowledge_data import manifest, random_dataset, tiny_encoder
 
 NEW_TIME = 2_000_000
 
@@ -239,3 +240,12 @@ def test_one_percent_costs_little(tmp_path):
     print(f"full {whole:.1f} s, refresh of 1 % {part:.2f} s")
     assert done.changed == 10
     assert part < 0.25 * whole
+
+
+def test_a_store_that_does_not_say_how_long_its_prompts_are_is_extracted_once_more(bert, tmp_path):
+    data = random_dataset(tmp_path / "data", users=10)
+    vectors = np.ones((10, 8), dtype=np.float32)
+    write_store(tmp_path / "old", manifest(profile=None), list(range(10)), vectors)
+    with pytest.raises(InputError, match=r"how many items a prompt may have.*extract once more"):
+        refresh(tmp_path / "old", data, tmp_path / "new", model=str(bert), device="cpu")
+    assert not (tmp_path / "new").exists()

@@ -172,3 +172,19 @@ def test_large_vectors_in_bounded_memory(tmp_path):
     assert grown_kib < 1_100_000
     assert retained > 0.999
     verify(tmp_path / "c")
+
+
+def test_neighbours_kept_are_counted_as_by_hand(tmp_path):
+    values = vectors(500, 12, seed=3)
+    compressed = compress(store(tmp_path / "s", values=values), tmp_path / "c", 2)
+
+    def nearest(path):
+        rows = KnowledgeStore.open(path).read_vectors(0, 500).astype(np.float64)
+        distance = np.linalg.norm(rows[:, None] - rows[None], axis=2)
+        order = np.argsort(distance + np.diag(np.full(500, np.inf)), axis=1)
+        return [set(line[:10].tolist()) for line in order]
+
+    pairs = zip(nearest(tmp_path / "s"), nearest(tmp_path / "c"), strict=True)
+    kept = np.mean([len(before & after) for before, after in pairs]) / 10
+    assert 0.2 < kept < 0.95
+    assert compressed.compression.neighbour_overlap == pytest.approx(kept, abs=1e-9)

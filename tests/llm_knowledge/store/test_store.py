@@ -367,3 +367,20 @@ def test_inspect_shows_prompt_and_nearest(tmp_path):
         inspect_store(tmp_path / "s", "31", out)
     with pytest.raises(InputError, match="keys are integers"):
         inspect_store(tmp_path / "s", "x", out)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ([40, 50, 50, 70], "row 2: key 50 is a duplicate"),
+        ([40, 60, 50, 70], "row 2: key 50 is out of order"),
+        ([30, 50, 60, 70], "row 0: key 30 is a duplicate"),
+        ([20, 50, 60, 70], "row 0: key 20 is out of order"),
+    ],
+)
+def test_keys_that_could_not_be_found_are_refused_when_read(tmp_path, keys, problem):
+    make(tmp_path / "s")
+    table = pq.read_table(tmp_path / "s" / "part-00001.parquet")
+    repoint(tmp_path / "s", 1, replaced(table, "key", keys))
+    with pytest.raises(InputError, match=f"part-00001.parquet: {problem}"):
+        KnowledgeStore.open(tmp_path / "s").keys()

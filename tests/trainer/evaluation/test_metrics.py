@@ -14,6 +14,7 @@ from llm_knowledge.errors import InputError
 from tests.helpers.evaluation_data import make_dataset, make_run, noisy_truth, write_rows
 from trainer.evaluation import metrics
 from trainer.evaluation.metrics import compute_metrics, write_evaluation
+from trainer.evaluation.predictions import database, load_predictions
 
 
 def rows_of(user, label, prediction, scenario=None):
@@ -286,3 +287,20 @@ def test_a_small_memory_limit_gives_the_same_numbers(tmp_path):
     roomy = compute_metrics(tmp_path, None)["overall"]
     for name, value in roomy.items():
         assert tight[name] == (pytest.approx(value, rel=1e-12) if value != {} else {})
+
+
+@pytest.mark.parametrize("facts", ["[]", "3", "null", "{}", '{"rows": {}}', '{"scenarios": []}'])
+def test_a_dataset_json_without_its_fields_is_refused(tmp_path, facts):
+    data = make_dataset(tmp_path / "data")
+    run = make_run(tmp_path / "run", data, noisy_truth(data, 0.1, 0))
+    (data / "dataset.json").write_text(facts)
+    with pytest.raises(
+        InputError, match=r"dataset.json.*(rows|scenarios).*Prepare the dataset again"
+    ):
+        write_evaluation(run)
+    assert not (run / "evaluation.json").exists()
+
+
+def test_metrics_of_no_files_are_refused():
+    with database() as connection, pytest.raises(InputError, match="no prediction files"):
+        load_predictions(connection, [], None)

@@ -319,11 +319,11 @@ def test_add_your_own_is_short_and_works(tmp_path: Path) -> None:
     replaced(models / "__init__.py", last, line + last)
     replaced(models / "__init__.py", "DeepFM,\n}", f'DeepFM,\n    "scaled_bottom": {added},\n}}')
     replaced(
-        tmp_path / "trainer" / "config_model.py",
+        tmp_path / "trainer" / "config" / "model.py",
         '    "deepfm",\n',
         '    "deepfm",\n    "scaled_bottom",\n',
     )
-    copy = tmp_path / "tests" / "test_backbones.py"
+    copy = tmp_path / "tests" / "trainer" / "models" / "test_backbones.py"
     replaced(copy, "\nOWNING = {", '\nOWNING = {"scaled_bottom", ')
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(copy)]

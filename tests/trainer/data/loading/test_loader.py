@@ -1,5 +1,6 @@
 """The event stream: every row once, even shares, the point-in-time join."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from llm_knowledge.store.reader import KnowledgeStore
 from tests.helpers.training_data import make_inputs
 from trainer.data.dataset import split_files
 from trainer.data.loading.batch import Batch
-from trainer.data.loading.loader import EventStream
+from trainer.data.loading.loader import EventStream, Share
 from trainer.data.loading.parts import Parts
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder, collate
 
@@ -342,3 +343,27 @@ def test_unknown_scenario_names_file_and_value(inputs: tuple[Path, Path]) -> Non
     table = table.set_column(2, "scenario_id", pa.array(["food", "garden"]))
     with pytest.raises(InputError, match=r"part-7\.parquet.*'garden'"):
         encoder.encode(table, Path("part-7.parquet"))
+
+
+def test_a_stream_that_fits_the_buffer_is_one_chunk_wherever_it_begins() -> None:
+    assert Share(100, 150, 0.2).chunks(100, 10) == [100, 150]
+    assert Share(100, 200, 0.2).chunks(100, 10) == [100, 200]
+    assert Share(100, 201, 0.2).chunks(100, 10) == [100, 120, 201]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 9])
+def test_threads_are_as_many_as_asked_for_and_as_there_are_streams(
+    inputs: tuple[Path, Path], workers: int
+) -> None:
+    """One thread collates; where there are several workers, each has streams of its own besides."""
+
+    def readers() -> int:
+        return sum(thread.name == "reads-ahead" for thread in threading.enumerate())
+
+    options = {"streams": 4, "shuffle_buffer": 60, "workers": workers}
+    (stream,) = streams(inputs, 1, 16, ["train"], **options)
+    batches = stream.batches()
+    next(batches)
+    assert readers() == {0: 0, 1: 1, 2: 1 + 2, 9: 1 + 4}[workers]
+    batches.close()
+    assert readers() == 0

@@ -18,7 +18,7 @@ from tests.helpers.log_data import SCHEMA, random_log, read_rows, write_log
 from tests.helpers.training_data import make_config
 from trainer.checkpoint.directory import checkpoints, read_state
 from trainer.data.dataset import SPLITS, open_dataset, split_files, validate_dataset
-from trainer.data.fingerprint import fingerprint
+from trainer.data.fingerprint import fingerprint, new_training_rows
 from trainer.data.sources import append
 from trainer.data.sources.append import append_parquet
 from trainer.data.sources.parquet_log import prepare_parquet
@@ -90,14 +90,14 @@ def test_every_day_of_several_is_found_again(days: tuple[Path, Path, Path, Path]
     raw, _ = write_log(one.with_name("three"), third, RULES)
     info = append_parquet(raw, two, three, schema)
     for earlier in (one, two):
-        parts, rows = append.new_training_rows(info, three, fingerprint(earlier))
+        parts, rows = new_training_rows(info, three, fingerprint(earlier))
         files = split_files(three, "train")[:parts]
         assert [row for file in files for row in pq.read_table(file).to_pylist()] == read_rows(
             earlier, "train"
         )
         assert rows == open_dataset(earlier).rows["train"]
     with pytest.raises(InputError, match="was not made by appending to"):
-        append.new_training_rows(info, three, "another")
+        new_training_rows(info, three, "another")
 
 
 @pytest.mark.parametrize("days", [False], indirect=True, ids=[""])
