@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from launch.stages import (
-    LEVELS,
     Stage,
     is_evaluated,
     is_extracted,
@@ -20,6 +19,7 @@ from launch.stages import (
 )
 from llm_knowledge.errors import InputError
 from llm_knowledge.extraction.config import ExtractConfig
+from llm_knowledge.levels import LEVELS
 from trainer.config.run import RunConfig
 
 

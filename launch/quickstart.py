@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.stages import (
-    LEVELS,
     Stage,
     is_evaluated,
     is_prepared,
@@ -22,6 +21,7 @@ from launch.stages import (
 )
 from launch.workers import INPUT_WAS_WRONG, run_workers
 from llm_knowledge.errors import InputError
+from llm_knowledge.levels import LEVELS
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig

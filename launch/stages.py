@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.levels import LEVELS
 
 if TYPE_CHECKING:
     from llm_knowledge.extraction.config import ExtractConfig
     from llm_knowledge.extraction.workers import Workers
     from trainer.config.run import RunConfig
 
-LEVELS = ("user", "scenario", "item")
 logger = logging.getLogger(__name__)
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-LEVELS = ("user", "scenario", "item")
+from llm_knowledge.levels import LEVELS
+
 SEEDS = 5
 # Two seeds of one setting differ by so much in the AUC on the valid split (Food-Kitchen, 70 cells: .0043 is
 # the median standard deviation, times the root of 2). Trials that are as close are decided by the mean of

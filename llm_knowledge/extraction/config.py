@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LEVELS = ("user", "item", "scenario")
-
+from llm_knowledge.levels import LEVELS
 
 ENCODER_FIELDS = ("model", "pooling", "layer", "dtype", "max_tokens", "normalize", "trust_remote_code",
                   "revision", "device", "batch_tokens", "chat_template", "prefix_reuse",

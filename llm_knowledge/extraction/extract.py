@@ -16,10 +16,10 @@ from pathlib import Path
 from llm_knowledge.errors import InputError
 from llm_knowledge.extraction.config import (
     ENCODER_FIELDS,
-    LEVELS,
     ExtractConfig,
     config_from,
 )
+from llm_knowledge.levels import LEVELS
 
 
 def check(config: ExtractConfig) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_knowledge.dataset_files import INTRODUCTION, part_files, read_description
 from llm_knowledge.errors import InputError
 from llm_knowledge.profiles.queries import (
     activity_query,
@@ -65,15 +66,8 @@ class Dataset:
             InputError: it is absent, not JSON, of another version, or lacks a field.
         """
         file = Path(path) / "dataset.json"
+        raw = read_description(path)
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: not found; make a dataset with `prepare`") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read as JSON ({error})") from error
-        try:
-            if raw["format_version"] != 1:
-                raise InputError(f"{file}: format_version {raw['format_version']}, expected 1")
             scenarios = {
                 s["scenario_id"]: {
                     "name": str(s.get("name") or s["scenario_id"]),
@@ -98,10 +92,9 @@ class Dataset:
         With a cut-off, events of the training window may enter as well: those up to it. Events of
         the valid and test splits never do.
         """
-        # "introduction": the first events of users who are held out of training.
-        splits = ["profile", "introduction", *([] if cutoff is None else ["train"])]
-        folders = [] if level == "item" else [self.path / split for split in splits]
-        parts = [file for folder in folders for file in sorted(folder.glob("part-*.parquet"))]
+        splits = ["profile", INTRODUCTION, *([] if cutoff is None else ["train"])]
+        splits = [] if level == "item" else splits
+        parts = [file for split in splits for file in part_files(self.path, split)]
         if level != "item" and not parts:
             raise InputError(f"{self.path / 'profile'}: no part-*.parquet; the profile split is "
                              f"empty, prepare the data with a profile window")  # fmt: skip

@@ -11,9 +11,8 @@ from typing import TextIO
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.store.neighbours import nearest
 from llm_knowledge.store.reader import NO_CUTOFF, KnowledgeStore
-
-BLOCK_ROWS = 65_536
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +60,7 @@ def inspect_store(
         say(f"  {line}")
     if text["answer"]:
         say(f"answer: {text['answer']}")
-    near = nearest(store, store.read_vectors(row, row + 1)[0], skip=row)
+    (near,) = nearest(store, [row])
     say("\nnearest by cosine:")
     for (other, cosine), shown in zip(near, store.read_text([r for r, _ in near]), strict=True):
         first = " | ".join((shown["prompt"] or "").splitlines())
@@ -106,22 +105,6 @@ def _find(store: KnowledgeStore, key: str | int | None) -> int:
     if row < 0:
         raise InputError(f"{store.path}: has no key {key!r}; its first is {_shown(store, 0)}")
     return row
-
-
-def nearest(
-    store: KnowledgeStore, vector: np.ndarray, count: int = 5, skip: int = -1
-) -> list[tuple[int, float]]:
-    """The ``count`` rows most similar to ``vector`` [dim], best first, as (row, cosine)."""
-    query = vector.astype(np.float32)
-    query /= max(float(np.linalg.norm(query)), 1e-12)
-    best: list[tuple[int, float]] = []
-    for start in range(0, len(store), BLOCK_ROWS):
-        block = store.read_vectors(start, start + BLOCK_ROWS).astype(np.float32)
-        cosine = block @ query / np.maximum(np.linalg.norm(block, axis=1), 1e-12)
-        top = np.argsort(-cosine, kind="stable")[: count + 1]
-        best += [(start + int(row), float(cosine[row])) for row in top if start + row != skip]
-        best = sorted(best, key=lambda pair: -pair[1])[:count]
-    return best
 
 
 if __name__ == "__main__":

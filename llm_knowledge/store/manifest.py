@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.levels import Level
 
 FORMAT_VERSION = 1
 NO_CUTOFF = np.iinfo(np.int64).min
@@ -23,9 +24,10 @@ JOB_KEY, PART_KEY = b"llm_knowledge.job", b"llm_knowledge.part"
 # 64 MiB of vectors in one row group: large reads stay sequential, a narrow range stays cheap.
 ROW_GROUP_BYTES = 64 << 20
 
-Level = Literal["user", "scenario", "item"]
 DType = Literal["float16", "float32", "int8"]
 KeyType = Literal["int64", "string"]
+# What a store can be whose vectors know nothing of their keys.
+CONTROLS = ("shuffled", "random", "constant")
 
 
 def _optional() -> Any:
@@ -136,6 +138,15 @@ class Manifest(_Strict):
     compression: Compression | None = _optional()
     parts: list[Part] = []
     versions: dict[str, str] = {}
+
+    @property
+    def control(self) -> str | None:
+        """Which control's vectors these are, of `CONTROLS`; None for knowledge.
+
+        `shuffled_store` says so in the note, and a compressed copy keeps it.
+        """
+        kind, *rest = self.note.split(" control, seed ")
+        return kind if rest and kind in CONTROLS else None
 
     @property
     def job(self) -> str:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from llm_knowledge.errors import InputError
 from llm_knowledge.locks import directory_lock
 from llm_knowledge.store.manifest import (
+    CONTROLS,
     DTYPES,
     JOB_KEY,
     PART_KEY,
@@ -271,9 +272,6 @@ def write_store(
         done = manifest.model_copy(update={"rows": len(order), "parts": parts, "complete": True})
         write_manifest(building, done)
     return done
-
-
-CONTROLS = ("shuffled", "random", "constant")
 
 
 def shuffled_store(

@@ -8,27 +8,29 @@ DATA/dataset.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
+from llm_knowledge.dataset_files import (
+    INTRODUCTION,
+    SPLITS,
+    SplitName,
+    read_description,
+    split_files,
+)
 from llm_knowledge.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-FORMAT_VERSION = 1
 HISTORY_LENGTH = 20
 EVENT_COLUMNS = ("user_id", "item_id", "scenario_id", "timestamp", "label", "history")
 
 IdType = Literal["int64", "string"]
-SplitName = Literal["profile", "train", "valid", "test"]
-SPLITS: tuple[SplitName, ...] = ("profile", "train", "valid", "test")
-INTRODUCTION = "introduction"
 
 
 class StrictModel(BaseModel):
@@ -134,39 +136,10 @@ def open_dataset(path: Path | str) -> DatasetInfo:
     Raises:
         InputError: the file is absent, not JSON, of another format version, or has wrong fields.
     """
-    file = Path(path) / "dataset.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path}: not a prepared dataset (no dataset.json); make one with `prepare` or `simulate`"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
-            "prepare the data again"
-        )
-    try:
-        return DatasetInfo.model_validate(content)
+        return DatasetInfo.model_validate(read_description(path))
     except ValidationError as error:
-        raise explain_validation(file, error) from None
-
-
-def split_files(path: Path | str, split: str) -> list[Path]:
-    """Parquet parts of one split in time order.
-
-    Raises:
-        InputError: unknown split name, or the split has no part.
-    """
-    if split not in (*SPLITS, INTRODUCTION):
-        raise InputError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    files = sorted((Path(path) / split).glob("part-*.parquet"))
-    if not files:
-        raise InputError(f"{Path(path) / split}: the split has no part-*.parquet file")
-    return files
+        raise explain_validation(Path(path) / "dataset.json", error) from None
 
 
 def validate_dataset(path: Path | str) -> DatasetInfo:

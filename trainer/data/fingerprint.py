@@ -1,29 +1,48 @@
-"""What makes two datasets the same, and what one has that another had not."""
+"""What makes two datasets the same, and what one has that another had not.
+
+There are three identities, because three questions are asked:
+
+    fingerprint              does a position in the rows mean the same rows? (resuming, appending)
+    description_fingerprint  are two runs measured on the same users, items, splits and scenarios?
+    `llm_knowledge.profiles.dataset.Dataset.fingerprint`
+                             would prompts of a level be made of the same bytes?
+
+Their values stand in run directories and stores, so what enters them stays as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llm_knowledge.dataset_files import SPLITS, split_files
 from llm_knowledge.errors import InputError
-from trainer.data.dataset import (
-    SPLITS,
-    DatasetInfo,
-    split_files,
-)
 
 if TYPE_CHECKING:
-    pass
+    from trainer.data.dataset import DatasetInfo
 
 
 def fingerprint(path: Path | str) -> str:
     """Identifies a dataset's content, wherever it lies: its description, its parts and their sizes."""
-    found = hashlib.sha256((Path(path) / "dataset.json").read_bytes())
+    digest = hashlib.sha256((Path(path) / "dataset.json").read_bytes())
     for split in SPLITS:
         for file in split_files(path, split):
-            found.update(f"\0{split}/{file.name} {file.stat().st_size}".encode())
-    return found.hexdigest()[:32]
+            digest.update(f"\0{split}/{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()[:32]
+
+
+def description_fingerprint(description: dict[str, Any]) -> str:
+    """Identifies what dataset.json says about rows, split and scenarios, not versions or sources.
+
+    Args:
+        description: Content of dataset.json as `read_description` gives it: a field that an older file
+            lacks must not enter as a default.
+    """
+    kept = ("name", "scenarios", "history_length", "split", "rows", "users", "items", "negatives")
+    text = json.dumps({key: description.get(key) for key in kept}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def new_training_rows(info: DatasetInfo, path: Path, trained_on: str) -> tuple[int, int]:

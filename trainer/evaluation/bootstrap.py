@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from llm_knowledge.dataset_files import read_description
 from llm_knowledge.errors import InputError
+from trainer.data.fingerprint import description_fingerprint
 from trainer.evaluation.metrics import EPSILON, SEGMENTS
 from trainer.evaluation.predictions import (
-    Run,
+    RunDirectory,
     database,
-    dataset_fingerprint,
     load_predictions,
-    read_dataset_facts,
 )
 
 METRICS = ("auc", "gauc", "logloss")
@@ -23,7 +23,7 @@ _BLOCK_CELLS = 2**20  # cells of one [rows, samples] work array: small enough fo
 
 
 @dataclass(frozen=True)
-class Rows:
+class ScoredRows:
     """Test rows in one order for all runs.
 
     Attributes:
@@ -41,7 +41,7 @@ class Rows:
     sections: list[tuple[str, str, np.ndarray]]
 
 
-def read_sorted(run: Run, dataset: Path | None, split: str) -> dict[str, np.ndarray]:
+def read_sorted(run: RunDirectory, dataset: Path | None, split: str) -> dict[str, np.ndarray]:
     """Reads a run's predictions as columns in an order that is the same for every run.
 
     Args:
@@ -59,7 +59,9 @@ def read_sorted(run: Run, dataset: Path | None, split: str) -> dict[str, np.ndar
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def load_rows(runs: Sequence[Run], split: str = "test", segment: str | None = None) -> Rows:
+def load_rows(
+    runs: Sequence[RunDirectory], split: str = "test", segment: str | None = None
+) -> ScoredRows:
     """Reads the predictions of several runs and puts them in one order.
 
     Memory: about 4 bytes per row and run, plus one run's columns at a time.
@@ -73,13 +75,13 @@ def load_rows(runs: Sequence[Run], split: str = "test", segment: str | None = No
             f"{first.path}/config.yaml: data.path {first.config['data']['path']} holds no "
             "dataset.json; it defines the segments. Put the dataset back or correct the path."
         )
-    facts = read_dataset_facts(first.dataset)
+    facts = read_description(first.dataset)
     base = read_sorted(first, first.dataset, split)
     predictions = [base["prediction"]]
     for run in runs[1:]:
         if run.dataset is not None:
-            other = dataset_fingerprint(read_dataset_facts(run.dataset))
-            if other != dataset_fingerprint(facts):
+            other = description_fingerprint(read_description(run.dataset))
+            if other != description_fingerprint(facts):
                 raise InputError(
                     f"{run.path}: trained on another dataset ({run.dataset}) than {first.path} "
                     f"({first.dataset}). Only runs on the same prepared dataset can be compared."
@@ -103,7 +105,7 @@ def load_rows(runs: Sequence[Run], split: str = "test", segment: str | None = No
     sections += [("scenario", n, np.flatnonzero(base["scenario"][keep] == n)) for n in names]
     if segment is None:
         sections += [("segment", n, np.flatnonzero(base["segment"] == n)) for n in SEGMENTS]
-    return Rows(
+    return ScoredRows(
         user=user,
         users=len(codes),
         label=base["label"][keep],
@@ -172,10 +174,10 @@ def user_aucs(
     return np.divide(wins, pairs, out=np.full(users, np.nan), where=pairs > 0)
 
 
-class Section:
+class SectionStatistics:
     """Everything needed to recompute the three metrics of one section for weighted users."""
 
-    def __init__(self, rows: Rows, index: np.ndarray):
+    def __init__(self, rows: ScoredRows, index: np.ndarray):
         user, label = rows.user[index], rows.label[index]
         self.rows, self.users = len(index), len(np.unique(user))
         runs = len(rows.prediction)
@@ -208,7 +210,9 @@ def user_weights(users: int, samples: int, rng: np.random.Generator) -> np.ndarr
     return np.stack(draws, axis=1).astype(np.float64)
 
 
-def bootstrap(rows: Rows, samples: int, seed: int) -> tuple[list[Section], np.ndarray, np.ndarray]:
+def bootstrap(
+    rows: ScoredRows, samples: int, seed: int
+) -> tuple[list[SectionStatistics], np.ndarray, np.ndarray]:
     """Computes every metric of every run, plain and for resampled users.
 
     Args:
@@ -220,7 +224,7 @@ def bootstrap(rows: Rows, samples: int, seed: int) -> tuple[list[Section], np.nd
         The sections, values float64 [sections, metrics, runs] and resampled values float64
         [sections, metrics, runs, samples]; NaN where a metric is undefined.
     """
-    sections = [Section(rows, index) for _, _, index in rows.sections]
+    sections = [SectionStatistics(rows, index) for _, _, index in rows.sections]
     ones = np.ones((rows.users, 1))
     values = np.stack([section.statistics(ones)[..., 0] for section in sections])
     resampled = np.empty((*values.shape, samples))

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from llm_knowledge.errors import InputError
-from trainer.evaluation.bootstrap import METRICS, Rows, bootstrap, load_rows, seed_draws
+from trainer.evaluation.bootstrap import METRICS, ScoredRows, bootstrap, load_rows, seed_draws
 from trainer.evaluation.metrics import SEGMENTS
 from trainer.evaluation.predictions import (
-    Run,
+    RunDirectory,
     group_by_arm,
     group_runs,
     read_run,
@@ -93,7 +93,7 @@ def compare(
 
 def _check(
     groups: list[tuple[str, list[Path]]], samples: int, segment: str | None
-) -> list[list[Run]]:
+) -> list[list[RunDirectory]]:
     """Checks the arguments of `compare`; returns each group's runs sorted by seed."""
     if len(groups) < 2 or not all(runs for _, runs in groups):
         raise InputError("compare needs at least two groups of runs: a base and one more.")
@@ -112,7 +112,7 @@ def _check(
 
 
 def _table(
-    names: list[str], members: list[list[Run]], rows: Rows, samples: int, seed: int
+    names: list[str], members: list[list[RunDirectory]], rows: ScoredRows, samples: int, seed: int
 ) -> list[dict[str, Any]]:
     """All lines: every group but the base, every section, every metric."""
     sections, values, resampled = bootstrap(rows, samples, seed)
@@ -193,7 +193,7 @@ def _seed_spread(values: list[np.ndarray], paired: bool) -> tuple[float | None, 
     return float(np.sqrt(sum(v.var(ddof=1) for v in values))), None
 
 
-def _notes(members: list[list[Run]], table: list[dict[str, Any]]) -> list[str]:
+def _notes(members: list[list[RunDirectory]], table: list[dict[str, Any]]) -> list[str]:
     counts = sorted({len(runs) for runs in members})
     notes = []
     if counts[0] == 1:

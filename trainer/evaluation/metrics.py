@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_knowledge.dataset_files import read_description, split_files
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
+from trainer.data.fingerprint import description_fingerprint
 from trainer.evaluation.predictions import (
     SPARSE_BELOW,
-    Run,
+    RunDirectory,
     database,
-    dataset_fingerprint,
     load_predictions,
-    read_dataset_facts,
     read_run,
-    split_files,
     write_json,
 )
 
@@ -79,7 +78,7 @@ def compute_metrics(
         predictions = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
         if not predictions:
             raise InputError(f"{path}: no part-*.parquet. Give one split's folder.")
-    facts = read_dataset_facts(dataset) if dataset is not None else None
+    facts = read_description(dataset) if dataset is not None else None
     with database(memory_limit) as con:
         load_predictions(con, predictions, dataset)
         return _all_metrics(con, facts)
@@ -228,7 +227,7 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
             f"{found.path}/config.yaml: data.path {found.config['data']['path']} holds no "
             "dataset.json. Give the dataset's present place."
         )
-    facts = read_dataset_facts(place)
+    facts = read_description(place)
     with database() as con:
         load_predictions(con, found.predictions(split), place)
         _check_complete(con, found, split, place, facts)
@@ -243,7 +242,7 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
         "name": found.arm,
         "seed": found.seed,
         "split": split,
-        "dataset": {"name": facts.get("name"), "fingerprint": dataset_fingerprint(facts)},
+        "dataset": {"name": facts.get("name"), "fingerprint": description_fingerprint(facts)},
         **blocks,
         "definitions": DEFINITIONS,
     }
@@ -252,7 +251,11 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
 
 
 def _check_complete(
-    con: duckdb.DuckDBPyConnection, run: Run, split: str, dataset: Path, facts: dict[str, Any]
+    con: duckdb.DuckDBPyConnection,
+    run: RunDirectory,
+    split: str,
+    dataset: Path,
+    facts: dict[str, Any],
 ) -> None:
     """Compares predictions and split as multisets; the worst difference is an InputError."""
     keys = "user_id, item_id, scenario_id, timestamp, label"

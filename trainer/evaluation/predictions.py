@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_knowledge.dataset_files import part_files, split_files
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
 
@@ -31,7 +31,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunDirectory:
     """What evaluation needs to know about a run directory.
 
     Attributes:
@@ -59,7 +59,7 @@ class Run:
         return files
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunDirectory:
     """Reads the configuration of a run directory.
 
     Raises:
@@ -81,7 +81,7 @@ def read_run(path: Path) -> Run:
         ) from error
     places = [data, path / data]
     dataset = next((place for place in places if (place / "dataset.json").is_file()), None)
-    return Run(path, config, arm, seed, dataset)
+    return RunDirectory(path, config, arm, seed, dataset)
 
 
 def resolve_runs(path: Path) -> list[Path]:
@@ -130,27 +130,6 @@ def group_by_arm(paths: Sequence[Path]) -> list[tuple[str, list[Path]]]:
         for run in resolve_runs(path):
             arms.setdefault(read_run(run).arm, []).append(run)
     return list(arms.items())
-
-
-def read_dataset_facts(dataset: Path) -> dict[str, Any]:
-    """Reads DATA/dataset.json; InputError when it is absent or broken."""
-    file = Path(dataset) / "dataset.json"
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{dataset}: not a prepared dataset, dataset.json is missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid JSON ({error}). Prepare the dataset again.") from error
-    if not isinstance(facts, dict) or not {"rows", "scenarios"} <= facts.keys():
-        raise InputError(f"{file}: 'rows' or 'scenarios' is missing. Prepare the dataset again.")
-    return facts
-
-
-def dataset_fingerprint(facts: dict[str, Any]) -> str:
-    """Hash of what dataset.json says about rows, split and scenarios (not of versions or paths)."""
-    kept = ("name", "scenarios", "history_length", "split", "rows", "users", "items", "negatives")
-    text = json.dumps({key: facts.get(key) for key in kept}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -206,7 +185,7 @@ def load_predictions(
         segment, join = "NULL::VARCHAR", ""
     else:
         train = split_files(dataset, "train")
-        profile = split_files(dataset, "profile", may_be_empty=True)
+        profile = part_files(dataset, "profile")
         _check_key_types(files[0], train[0])
         segment = f"""CASE WHEN u.user_id IS NULL THEN 'new_user'
                            WHEN s.user_id IS NULL THEN 'new_in_scenario'
@@ -295,14 +274,6 @@ def _check_key_types(predictions: Path, events: Path) -> None:
                 f"{predictions}: column '{name}' is {found}, but {expected} in {events}. The run "
                 "was made from another dataset."
             )
-
-
-def split_files(dataset: Path, split: str, may_be_empty: bool = False) -> list[Path]:
-    """Lists the Parquet files of one split; InputError when there is none."""
-    files = sorted((Path(dataset) / split).glob("part-*.parquet"))
-    if not files and not may_be_empty:
-        raise InputError(f"{dataset}: no {split}/part-*.parquet. Prepare the dataset again.")
-    return files
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from trainer.data.loading.batch import Batch
-from trainer.data.loading.prefetch import Feed
+from trainer.data.loading.prefetch import BatchFeed
 from trainer.distributed.process_group import together
 from trainer.models.llm4msr import Predictions
 from trainer.observe.trackers import Tracker, open_trackers
@@ -95,7 +95,7 @@ class RunLog:
         epoch: int,
         rates: dict[str, float],
         bar: tqdm,
-        feed: Feed[Batch],
+        feed: BatchFeed[Batch],
         watch: Watch | None = None,
         checksum: torch.Tensor | None = None,
     ) -> None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_knowledge.dataset_files import part_files
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
+from llm_knowledge.store.neighbours import nearest, unit_length
 from trainer.evaluation.bootstrap import read_sorted
 from trainer.evaluation.metrics import EPSILON
-from trainer.evaluation.predictions import Run, database, split_files
+from trainer.evaluation.predictions import RunDirectory, database
 from trainer.report.figures import knowledge_map
 
 if TYPE_CHECKING:
@@ -23,21 +25,33 @@ MIN_IMPRESSIONS = 5
 SHOWN_IMPRESSIONS = 10
 NEIGHBOURS = 3
 SCANNED_VECTORS = 200_000
-_CHUNK = 4096
 RULES = ("largest improvement", "median", "largest loss")
 
 
-def open_store(run: Run, level: str) -> KnowledgeStore | None:
+def configured_stores(run: RunDirectory, level: str) -> list[str]:
+    """Paths of the stores of one level, as the run's configuration names them."""
+    paths = (run.config.get("knowledge") or {}).get(level) or []
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def store_directories(run: RunDirectory, level: str) -> list[Path] | None:
+    """The stores of one level that a run used, dated ones each by itself; None if one is gone."""
+    from llm_knowledge.store.dated import store_paths
+
+    paths = configured_stores(run, level)
+    for folders in (list(map(Path, paths)), [run.path / path for path in paths]):
+        inside = [[folder / "manifest.json", *folder.glob("*/manifest.json")] for folder in folders]
+        if folders and all(any(file.is_file() for file in files) for files in inside):
+            return [store for folder in folders for store in store_paths(folder)]
+    return None
+
+
+def open_store(run: RunDirectory, level: str) -> KnowledgeStore | None:
     """Opens the store of one level that a run used, the newest of dated ones; None if it is gone."""
     from llm_knowledge.store.dated import DatedStores
 
-    paths = (run.config.get("knowledge") or {}).get(level) or []
-    paths = [paths] if isinstance(paths, str) else paths
-    for places in (list(map(Path, paths)), [run.path / path for path in paths]):
-        inside = [[place / "manifest.json", *place.glob("*/manifest.json")] for place in places]
-        if places and all(any(file.is_file() for file in files) for files in inside):
-            return DatedStores.open(places).stores[-1]
-    return None
+    directories = store_directories(run, level)
+    return None if directories is None else DatedStores.open(directories).stores[-1]
 
 
 def _sample_vectors(store: KnowledgeStore, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -50,15 +64,10 @@ def _sample_vectors(store: KnowledgeStore, limit: int) -> tuple[np.ndarray, np.n
         starts = np.linspace(0, rows - size, 40).astype(int).tolist()
         ranges = [(start, start + size) for start in starts]
     vectors = np.concatenate([store.read_vectors(*part) for part in ranges])
-    return np.concatenate([np.arange(*part) for part in ranges]), _unit(vectors)
+    return np.concatenate([np.arange(*part) for part in ranges]), unit_length(vectors)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = vectors.astype(np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def draw_map(run: Run, facts: dict[str, Any]) -> tuple[bytes, str] | None:
+def draw_map(run: RunDirectory, facts: dict[str, Any]) -> tuple[bytes, str] | None:
     """Draws users and scenarios of a run's stores in the plane of the users' two main directions.
 
     Returns:
@@ -84,7 +93,7 @@ def draw_map(run: Run, facts: dict[str, Any]) -> tuple[bytes, str] | None:
     points, names = np.empty((0, 2)), []
     if scenarios is not None and scenarios.manifest.dim == users.manifest.dim:
         keys = list(map(str, scenarios.keys()))
-        points = (_unit(scenarios.read_vectors(0, len(keys))) - centre) @ plane.T
+        points = (unit_length(scenarios.read_vectors(0, len(keys))) - centre) @ plane.T
         names = [titles.get(key) or key for key in keys]
         caption += "Stars: scenario vectors, projected into the same plane."
     picture = knowledge_map((vectors - centre) @ plane.T, colours, points, names)
@@ -95,7 +104,7 @@ def _main_scenarios(dataset: Path, users: np.ndarray) -> list[str]:
     """The scenario with most profile events of each user; "" for users without any."""
     import pyarrow as pa
 
-    files = split_files(dataset, "profile", may_be_empty=True)
+    files = part_files(dataset, "profile")
     if not files:
         return [""] * len(users)
     with database() as con:
@@ -110,7 +119,9 @@ def _main_scenarios(dataset: Path, users: np.ndarray) -> list[str]:
     return [main.get(user, "") for user in users.tolist()]
 
 
-def tell_stories(base: Sequence[Run], treated: Sequence[Run]) -> list[dict[str, Any]]:
+def tell_stories(
+    base: Sequence[RunDirectory], treated: Sequence[RunDirectory]
+) -> list[dict[str, Any]]:
     """Tells what knowledge changed for three test users: best, median and worst.
 
     Users are ordered by the fall of their mean logloss from the backbone to the arm with knowledge
@@ -158,7 +169,7 @@ def tell_stories(base: Sequence[Run], treated: Sequence[Run]) -> list[dict[str, 
 
 
 def _paired_predictions(
-    base: Sequence[Run], treated: Sequence[Run]
+    base: Sequence[RunDirectory], treated: Sequence[RunDirectory]
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     means = []
     columns: dict[str, np.ndarray] = {}
@@ -203,7 +214,7 @@ def _impressions(
     ]
 
 
-def _add_titles(run: Run, stories: list[dict[str, Any]]) -> None:
+def _add_titles(run: RunDirectory, stories: list[dict[str, Any]]) -> None:
     items = list({row["item"] for story in stories for row in story["rows"]})
     file = run.dataset / "items.parquet" if run.dataset else None
     titles: dict[Any, str] = {}
@@ -218,7 +229,7 @@ def _add_titles(run: Run, stories: list[dict[str, Any]]) -> None:
             row["title"] = titles.get(row["item"]) or f"item {row['item']}"
 
 
-def _add_knowledge(run: Run, stories: list[dict[str, Any]]) -> None:
+def _add_knowledge(run: RunDirectory, stories: list[dict[str, Any]]) -> None:
     """Adds each user's prompt and nearest users; streams the vectors once."""
     store = open_store(run, "user")
     for story in stories:
@@ -227,23 +238,16 @@ def _add_knowledge(run: Run, stories: list[dict[str, Any]]) -> None:
         return
     keys = store.keys()
     rows = store.row_of([story["user"] for story in stories])
-    told = [(story, row) for story, row in zip(stories, rows.tolist(), strict=True) if row >= 0]
-    if not told:
-        return
-    wanted = _unit(np.concatenate([store.read_vectors(row, row + 1) for _, row in told]))
-    best: list[list[tuple[float, int]]] = [[] for _ in told]
-    for start in range(0, min(len(keys), SCANNED_VECTORS), _CHUNK):
-        cosine = wanted @ _unit(store.read_vectors(start, min(start + _CHUNK, len(keys)))).T
-        for number, (_, own) in enumerate(told):
-            top = np.argsort(-cosine[number], kind="stable")[: NEIGHBOURS + 1]
-            found = [(float(cosine[number, i]), start + int(i)) for i in top if start + i != own]
-            best[number] = sorted(best[number] + found, key=lambda x: -x[0])[:NEIGHBOURS]
-    for number, (story, own) in enumerate(told):
-        texts = store.read_text([own] + [row for _, row in best[number]])
-        story["prompt"] = texts[0]["prompt"]
+    with_vector = [
+        (story, row) for story, row in zip(stories, rows.tolist(), strict=True) if row >= 0
+    ]
+    neighbours = nearest(store, [row for _, row in with_vector], NEIGHBOURS, SCANNED_VECTORS)
+    for (story, row), near in zip(with_vector, neighbours, strict=True):
+        own, *texts = store.read_text([row, *(other for other, _ in near)])
+        story["prompt"] = own["prompt"]
         story["neighbours"] = [
-            {"user": keys[row], "cosine": cosine, "line": _first_lines(text["prompt"] or "")}
-            for (cosine, row), text in zip(best[number], texts[1:], strict=True)
+            {"user": keys[other], "cosine": cosine, "line": _first_lines(text["prompt"] or "")}
+            for (other, cosine), text in zip(near, texts, strict=True)
         ]
 
 

@@ -16,14 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from llm_knowledge.dataset_files import read_description
 from llm_knowledge.errors import InputError
+from llm_knowledge.levels import LEVELS
+from llm_knowledge.store.manifest import read_manifest
 from trainer.evaluation.metrics import DEFINITIONS, evaluation_file, write_evaluation
-from trainer.evaluation.predictions import (
-    Run,
-    group_by_arm,
-    read_dataset_facts,
-    read_run,
-    write_text,
+from trainer.evaluation.predictions import RunDirectory, group_by_arm, read_run, write_text
+from trainer.report.knowledge import (
+    MIN_IMPRESSIONS,
+    configured_stores,
+    draw_map,
+    store_directories,
+    tell_stories,
 )
 
 COLUMNS = {
@@ -42,7 +46,6 @@ SEGMENT_WORDS = {
     "new_user": "new users",
 }
 _LOWER_IS_BETTER = {"logloss", "ne"}
-_CONTROLS = ("shuf", "random", "zero", "control")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Arm:
     """Runs of one arm (seeds) with their evaluations, in the order of the seeds."""
 
     name: str
-    runs: list[Run]
+    runs: list[RunDirectory]
     evaluations: list[dict[str, Any]]
 
     @property
@@ -61,12 +64,15 @@ class Arm:
     @property
     def uses_knowledge(self) -> bool:
         """Whether any knowledge store is configured."""
-        return any((self.runs[0].config.get("knowledge") or {}).values())
+        return any(configured_stores(self.runs[0], level) for level in LEVELS)
 
     @property
     def is_control(self) -> bool:
-        """Whether the name says that the knowledge is a control (shuffled, random, zero)."""
-        return any(word in self.name.lower() for word in _CONTROLS)
+        """Whether a store of the first run is a control by its own manifest, see `Manifest.control`."""
+        stores = [
+            store for level in LEVELS for store in store_directories(self.runs[0], level) or []
+        ]
+        return any(read_manifest(store).control is not None for store in stores)
 
     def spread(self, section: str, key: str | None, metric: str) -> dict[str, float] | None:
         """Mean and sd of a metric over seeds (one seed: no sd); None where it is undefined."""
@@ -82,7 +88,8 @@ class Arm:
         return spread
 
 
-def _load_arms(paths: Sequence[Path]) -> list[Arm]:
+def load_arms(paths: Sequence[Path]) -> list[Arm]:
+    """Reads runs and their evaluations, grouped by arm; all must be about one dataset."""
     arms = []
     first: tuple[Path, Any] | None = None
     for name, members in group_by_arm(paths):
@@ -102,7 +109,7 @@ def _load_arms(paths: Sequence[Path]) -> list[Arm]:
     return arms
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
+def _evaluation(run: RunDirectory) -> dict[str, Any]:
     """Reads evaluation.json; computes it when it is absent, broken or older than the predictions."""
     file = evaluation_file(run.path)
     newest = max(part.stat().st_mtime for part in run.predictions("test"))
@@ -246,8 +253,6 @@ def _versions(arms: Sequence[Arm], facts: dict[str, Any]) -> dict[str, list[tupl
 
 def _knowledge(pairs: list[tuple[Arm, Arm]], facts: dict[str, Any]) -> dict[str, Any]:
     """Map and stories; `why` says what is left out and for what reason."""
-    from trainer.report.knowledge import MIN_IMPRESSIONS, draw_map, tell_stories
-
     if not pairs:
         return {"why": "No arm with knowledge stands beside its plain backbone in this report."}
     base, arm = pairs[0]
@@ -269,7 +274,7 @@ def _dataset_facts(arms: Sequence[Arm]) -> dict[str, Any]:
             f"{arms[0].runs[0].path}/config.yaml: data.path holds no dataset.json; the report names "
             "scenarios and items from there. Put the dataset back or correct the path."
         )
-    return read_dataset_facts(dataset)
+    return read_description(dataset)
 
 
 def embed_json(value: Any) -> str:
@@ -304,7 +309,7 @@ def write_report(
 
     from trainer.report.figures import curves
 
-    arms = _load_arms(runs)
+    arms = load_arms(runs)
     facts = _dataset_facts(arms)
     names = {str(entry["scenario_id"]): entry.get("name") or "" for entry in facts["scenarios"]}
     views = _comparisons(comparison, names)

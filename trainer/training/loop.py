@@ -17,7 +17,7 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.run import RunConfig
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.loader import EventStream
-from trainer.data.loading.prefetch import Feed
+from trainer.data.loading.prefetch import BatchFeed
 from trainer.distributed.host_check import check_hosts
 from trainer.distributed.process_group import distributed, seed_step, tell, together
 from trainer.observe.anomalies import Fault, Guard
@@ -183,7 +183,7 @@ class Loop:
     """What training steps need; `ended` once a rank was told to end, `fault` once one is rolled back."""
 
     run: Run
-    feed: Feed[Batch]
+    feed: BatchFeed[Batch]
     log: RunLog
     bar: tqdm
     watch: Watch

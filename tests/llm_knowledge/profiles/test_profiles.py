@@ -272,7 +272,7 @@ def test_bad_datasets_are_refused(tmp_path):
     path = small(tmp_path / "d")
     about = json.loads((path / "dataset.json").read_text())
     for change, message in (
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 2}, "format_version is 2"),
         ({"scenarios": None}, "wrong type"),
     ):
         (path / "dataset.json").write_text(json.dumps({**about, **change}))

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_knowledge.errors import InputError
-from llm_knowledge.store.inspect import inspect_store, nearest
+from llm_knowledge.store.inspect import inspect_store
 from llm_knowledge.store.manifest import Cutoff, file_checksum, read_manifest
+from llm_knowledge.store.neighbours import nearest
 from llm_knowledge.store.reader import NO_CUTOFF, KnowledgeStore, verify
 from llm_knowledge.store.writer import shuffled_store, write_manifest, write_part, write_store
 from tests.helpers.knowledge_data import manifest
@@ -362,7 +363,7 @@ def test_inspect_shows_prompt_and_nearest(tmp_path):
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = [row for row in np.argsort(-(unit @ unit[3])) if row != 3][:5]
     store = KnowledgeStore.open(tmp_path / "s")
-    assert [row for row, _ in nearest(store, store.read_vectors(3, 4)[0], skip=3)] == expected
+    assert [row for row, _ in nearest(store, [3])[0]] == expected
     with pytest.raises(InputError, match="has no key '31'"):
         inspect_store(tmp_path / "s", "31", out)
     with pytest.raises(InputError, match="keys are integers"):

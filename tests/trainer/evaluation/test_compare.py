@@ -9,7 +9,7 @@ import pytest
 from llm_knowledge.errors import InputError
 from tests.helpers.evaluation_data import make_dataset, make_run, noisy_truth, sigmoid
 from trainer.evaluation.bootstrap import (
-    Rows,
+    ScoredRows,
     WeightedAuc,
     bootstrap,
     seed_draws,
@@ -133,7 +133,7 @@ def test_error_rate_on_null_data_is_about_five_percent():
         noise = [rng.normal(size=users)[user] + rng.normal(size=len(user)) for _ in range(2)]
         prediction = np.stack([sigmoid(logit + n) for n in noise]).astype(np.float32)
         sections = [("overall", "overall", np.arange(len(user)))]
-        rows = Rows(user, users, label, prediction, sections)
+        rows = ScoredRows(user, users, label, prediction, sections)
         _, _, resampled = bootstrap(rows, 200, repeat)
         low, high = np.percentile(resampled[0, 0, 1] - resampled[0, 0, 0], [2.5, 97.5])
         rejected += low > 0 or high < 0

@@ -13,7 +13,7 @@ from trainer.evaluation.compare import compare
 from trainer.evaluation.metrics import write_evaluation
 from trainer.report.figures import read_curve
 from trainer.report.knowledge import tell_stories
-from trainer.report.page import embed_json, knowledge_pairs, write_report
+from trainer.report.page import embed_json, knowledge_pairs, load_arms, write_report
 
 EVIL = "<script>alert(1)</script>"
 
@@ -178,6 +178,25 @@ def test_runs_of_two_datasets_are_refused(world):
     run = make_run(root / "stranger", other, noisy_truth(other, 1, 0), "star", 9)
     with pytest.raises(InputError, match=r"stranger: evaluated on another dataset"):
         write_report([*runs, run], root / "report.html")
+
+
+def test_a_store_says_that_it_is_a_control_and_the_name_of_a_run_does_not(world):
+    from llm_knowledge.store.compress import compress
+    from llm_knowledge.store.writer import shuffled_store
+
+    root, data, runs = world
+    for kind in ("shuffled", "random", "constant"):
+        shuffled_store(root / "users", root / kind, 0, kind)
+    compress(root / "shuffled", root / "small", 4)
+    named = {"star+zero_collision": "users", "star+control_group": "users", "star+a": "shuffled"}
+    named |= {"star+b": "random", "star+c": "constant", "star+d": "small"}
+    for name, store in named.items():
+        stores = {"user": str(root / store), "scenario": str(root / "scenarios")}
+        made = make_run(root / name, data, noisy_truth(data, 1, 0), name, 0, stores)
+        (arm,) = load_arms([made])
+        assert arm.is_control == (store != "users"), name
+    html = write_report([*runs[:2], root / "star+a", root / "star+zero_collision"], root / "r.html")
+    assert "Largest improvement" in html.read_text()
 
 
 def test_controls_are_not_paired():

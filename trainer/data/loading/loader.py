@@ -18,15 +18,15 @@ import torch
 
 from llm_knowledge.errors import InputError
 from trainer.data.loading.batch import Batch
-from trainer.data.loading.parts import Parts
-from trainer.data.loading.prefetch import Feed, in_background
+from trainer.data.loading.prefetch import BatchFeed, in_background
 from trainer.data.loading.row_encoder import RowEncoder, Rows, collate
+from trainer.data.loading.row_groups import RowGroups
 
 KEPT_BYTES = 64 * 2**20  # of encoded rows: splits that are smaller are read and encoded once
 
 
 @dataclass(frozen=True)
-class Share:
+class StreamRange:
     """One stream: rows start..stop of the epoch's order."""
 
     start: int
@@ -93,12 +93,12 @@ class EventStream:
         self.batch_size, self._piece = global_batch_size // world_size, global_batch_size // streams
         own = streams // world_size
         self._buffer = max(shuffle_buffer // self._piece, 1) * self._piece
-        self._parts = Parts(files)
-        self.total_rows = self._parts.total_rows
+        self._groups = RowGroups(files)
+        self.total_rows = self._groups.total_rows
         self._kept: dict[int, Rows] = {}  # by row group
         bounds = [self.total_rows * stream // streams for stream in range(streams + 1)]
         self._streams = [
-            Share(bounds[number], bounds[number + 1], (number + 1) / streams)
+            StreamRange(bounds[number], bounds[number + 1], (number + 1) / streams)
             for number in range(rank * own, (rank + 1) * own)
         ]
         self.start, self.stop = self._streams[0].start, self._streams[-1].stop
@@ -112,24 +112,24 @@ class EventStream:
 
     def tables(self, columns: list[str]) -> Iterator[tuple[pa.Table, Path]]:
         """Reads this rank's rows piece by piece, in the order of the files."""
-        for group, low, high in self._parts.pieces(
-            np.arange(len(self._parts)), self.start, self.stop
+        for group, low, high in self._groups.pieces(
+            np.arange(len(self._groups)), self.start, self.stop
         ):
-            table, file = self._parts.read(columns, group)
+            table, file = self._groups.read(columns, group)
             yield table.slice(low, high - low), file
 
     def batches(self, epoch: int = 0, skip: int = 0) -> Generator[Batch, None, None]:
         """Yields exactly `steps - skip` batches of one epoch; see `feed`."""
         return self._ahead(epoch * self.steps + skip, (epoch + 1) * self.steps)
 
-    def feed(self, start: int, stop: int) -> Feed[Batch]:
+    def feed(self, start: int, stop: int) -> BatchFeed[Batch]:
         """Batches of steps start..stop, counted over all epochs.
 
         The number of the step is the whole position: it says which rows were trained on, whatever the
         number of ranks, threads and batches made ahead. To begin in the middle costs next to nothing.
         The epoch chooses the shuffle.
         """
-        return Feed(self._ahead(start, stop), stop - start, self._empty)
+        return BatchFeed(self._ahead(start, stop), stop - start, self._empty)
 
     def _ahead(self, start: int, stop: int) -> Generator[Batch, None, None]:
         batches = self._collated(start, stop)
@@ -138,7 +138,7 @@ class EventStream:
     def _collated(self, start: int, stop: int) -> Generator[Batch, None, None]:
         if self._pin is not None and self._workers:
             torch.cuda.set_device(self._pin)  # a thread begins on the first GPU of the host
-        streams = [self._pieces(share, start, stop) for share in self._streams]
+        streams = [self._pieces(stream, start, stop) for stream in self._streams]
         with contextlib.ExitStack() as threads:
             dealt: list[Iterator[tuple[Rows, ...]]] = [zip(*streams, strict=True)]
             if count := min(self._workers, len(streams)) if self._workers > 1 else 0:
@@ -158,20 +158,20 @@ class EventStream:
     def _empty(self) -> Batch:
         return collate(self._nothing, self.batch_size)
 
-    def _pieces(self, share: Share, start: int, stop: int) -> Iterator[Rows]:
+    def _pieces(self, stream: StreamRange, start: int, stop: int) -> Iterator[Rows]:
         """Yields one stream's rows of each step; none where the stream has ended before the others."""
         for epoch in range(start // self.steps, -(-stop // self.steps)):
             first, last = start - epoch * self.steps, min(stop - epoch * self.steps, self.steps)
             made = max(first, 0)
-            for piece in itertools.islice(self._epoch(share, epoch, made), last - made):
+            for piece in itertools.islice(self._epoch(stream, epoch, made), last - made):
                 made += 1
                 yield piece
             yield from itertools.repeat(self._nothing, last - made)
 
-    def _epoch(self, share: Share, epoch: int, skip: int) -> Iterator[Rows]:
+    def _epoch(self, stream: StreamRange, epoch: int, skip: int) -> Iterator[Rows]:
         """Yields one stream's pieces of an epoch but the first `skip` ones; their chunks are not read."""
-        generator = np.random.default_rng([self._seed, epoch, share.start])
-        bounds = share.chunks(self._buffer, self._piece)
+        generator = np.random.default_rng([self._seed, epoch, stream.start])
+        bounds = stream.chunks(self._buffer, self._piece)
         chunks: Iterator[Rows] | None = None
         made = 0
         for number, (low, high) in enumerate(itertools.pairwise(bounds)):
@@ -188,10 +188,10 @@ class EventStream:
 
     def _chunks(self, epoch: int, bounds: list[int]) -> Iterator[Rows]:
         """Yields the encoded rows between every two neighbours of `bounds`, in the epoch's order."""
-        order = np.arange(len(self._parts))
+        order = np.arange(len(self._groups))
         if self._shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        source = self._parts.pieces(order, bounds[0], bounds[-1])
+        source = self._groups.pieces(order, bounds[0], bounds[-1])
         pending: list[Rows] = []
         held = 0
         for low, high in itertools.pairwise(bounds):
@@ -215,16 +215,16 @@ class EventStream:
         """
         whole = self._kept.get(group)
         if whole is not None:
-            self._parts.check(group)  # a file that was changed is refused all the same
+            self._groups.check(group)  # a file that was changed is refused all the same
         else:
-            table, file = self._parts.read(self._encoder.columns, group)
+            table, file = self._groups.read(self._encoder.columns, group)
             if not self._keeps:
                 return self._encoder.encode(table.slice(low, high - low), file)
             whole = self._kept[group] = self._encoder.encode(table, file)
         return {name: values[low:high] for name, values in whole.items()}
 
     def _encode_nothing(self) -> Rows:
-        schema = self._parts.schema
+        schema = self._groups.schema
         columns = {
             name: pa.array([], type=schema.field(name).type) for name in self._encoder.columns
         }

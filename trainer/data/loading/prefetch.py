@@ -88,7 +88,7 @@ class _Worker(Generic[T]):
         atexit.unregister(self.close)
 
 
-class Feed(Generic[T]):
+class BatchFeed(Generic[T]):
     """Batches for a loop in which all ranks must take part; bad input does not break it off.
 
     A rank that left alone would leave the others in a collective with a broken connection. So from the
@@ -108,7 +108,7 @@ class Feed(Generic[T]):
         self.problem: InputError | None = None
         self.waited = 0.0  # seconds, in all
 
-    def __iter__(self) -> "Feed[T]":
+    def __iter__(self) -> "BatchFeed[T]":
         """Itself."""
         return self
 
@@ -136,7 +136,7 @@ class Feed(Generic[T]):
         if self.problem is not None:
             raise self.problem
 
-    def __enter__(self) -> "Feed[T]":
+    def __enter__(self) -> "BatchFeed[T]":
         """Itself."""
         return self
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -21,6 +21,8 @@ from trainer.data.dataset import (
 )
 from trainer.data.sources.staging import Staging, finish, stage_log
 from trainer.data.sources.writer import connect, output_directory
+
+logger = logging.getLogger(__name__)
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-latest-small.zip"
 # GroupLens gives no checksum for this archive. This one is the archive of 26 September 2018
@@ -247,7 +249,7 @@ def _download() -> Path:
         f"MovieLens was not found, and could not be downloaded from {URL}. Download it elsewhere and "
         "give the file or folder as --raw, or use `simulate`, which needs no download"
     )
-    print(f"downloading {URL}", file=sys.stderr)
+    logger.info("downloading %s", URL)
     try:
         with urllib.request.urlopen(URL, timeout=20) as response:
             content = response.read(LARGEST_DOWNLOAD + 1)

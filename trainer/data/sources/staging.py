@@ -272,11 +272,12 @@ def finish(
     for split in progress([split for split in staging.files if staging.rows[split]], "time order"):
         files, count = staging.files[split], staging.rows[split]
         rows[split] = write_sorted(con, files, staging.schema, folder / split, count)
-    items = read_footer(folder / "items.parquet")[1]
-    introduction = rows.pop(INTRODUCTION, 0)
     counts = {
-        "rows": rows, "introduction_rows": introduction, "users": staging.users, "items": items
-    }  # fmt: skip
+        "introduction_rows": rows.pop(INTRODUCTION, 0),
+        "rows": rows,
+        "users": staging.users,
+        "items": read_footer(folder / "items.parquet")[1],
+    }
     return write_info(folder, info.model_copy(update=counts))
 
 

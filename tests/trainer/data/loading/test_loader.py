@@ -14,9 +14,9 @@ from llm_knowledge.store.reader import KnowledgeStore
 from tests.helpers.training_data import make_inputs
 from trainer.data.dataset import split_files
 from trainer.data.loading.batch import Batch
-from trainer.data.loading.loader import EventStream, Share
-from trainer.data.loading.parts import Parts
+from trainer.data.loading.loader import EventStream, StreamRange
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder, collate
+from trainer.data.loading.row_groups import RowGroups
 
 USERS, ITEMS = 40, 40
 
@@ -169,9 +169,9 @@ def test_going_on_in_the_middle_reads_nothing_before(
         [tmp_path / "small-groups.parquet"], make_encoder(inputs[1]), 10, 0, 1, shuffle_buffer=20
     )
     read: list[int] = []
-    whole = Parts.read
+    whole = RowGroups.read
     monkeypatch.setattr(
-        Parts, "read", lambda self, columns, n: read.append(n) or whole(self, columns, n)
+        RowGroups, "read", lambda self, columns, n: read.append(n) or whole(self, columns, n)
     )
     assert len(list(stream.batches(0, skip=stream.steps - 2))) == 2
     assert len(read) <= 4 < len(table) // 10
@@ -346,9 +346,9 @@ def test_unknown_scenario_names_file_and_value(inputs: tuple[Path, Path]) -> Non
 
 
 def test_a_stream_that_fits_the_buffer_is_one_chunk_wherever_it_begins() -> None:
-    assert Share(100, 150, 0.2).chunks(100, 10) == [100, 150]
-    assert Share(100, 200, 0.2).chunks(100, 10) == [100, 200]
-    assert Share(100, 201, 0.2).chunks(100, 10) == [100, 120, 201]
+    assert StreamRange(100, 150, 0.2).chunks(100, 10) == [100, 150]
+    assert StreamRange(100, 200, 0.2).chunks(100, 10) == [100, 200]
+    assert StreamRange(100, 201, 0.2).chunks(100, 10) == [100, 120, 201]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 9])

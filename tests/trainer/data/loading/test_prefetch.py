@@ -11,7 +11,7 @@ import pytest
 
 from llm_knowledge.errors import InputError
 from tests.helpers.paths import ROOT
-from trainer.data.loading.prefetch import Feed, in_background
+from trainer.data.loading.prefetch import BatchFeed, in_background
 from trainer.run.session import reading_threads
 
 
@@ -87,7 +87,7 @@ def test_a_feed_goes_on_without_rows_after_bad_input() -> None:
         yield "batch"
         raise InputError("gone")
 
-    with Feed(in_background(broken(), 2), 4, lambda: "nothing") as feed:  # type: ignore[arg-type]
+    with BatchFeed(in_background(broken(), 2), 4, lambda: "nothing") as feed:  # type: ignore[arg-type]
         assert next(feed) == "batch"
         feed.check()
         assert list(feed) == ["nothing"] * 3

@@ -38,11 +38,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(data: Path, output: Path, **changes: object) -> RunConfig:
     values = {
-        "name": "labels", "output": output, "data.path": data,
-        "data.labels": json.dumps({"viewed": 0.5, "bought": 1.0}), "tables.dim": 8,
-        "model.hidden": [16, 8], "train.global_batch_size": 64, "train.epochs": 6,
-        "train.learning_rate": 0.01, "tables.learning_rate": 0.2, "model.backbone": "aitm",
-    } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
+        "name": "labels",
+        "output": output,
+        "data.path": data,
+        "data.labels": json.dumps({"viewed": 0.5, "bought": 1.0}),
+        "tables.dim": 8,
+        "model.hidden": [16, 8],
+        "train.global_batch_size": 64,
+        "train.epochs": 6,
+        "train.learning_rate": 0.01,
+        "tables.learning_rate": 0.2,
+        "model.backbone": "aitm",
+    } | {key.replace("__", "."): value for key, value in changes.items()}
     return load_config(None, [f"{key}={value}" for key, value in values.items()])
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from llm_knowledge.errors import InputError
 
 
-class Parts:
+class RowGroups:
     """The rows of some Parquet files, in row groups; one group is in memory at a time.
 
     Size and time of change of each file are kept. A file that vanishes, is cut short or replaced later
