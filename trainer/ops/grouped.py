@@ -8,14 +8,16 @@ strategy there).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import once_differentiable
 
 from trainer.ops.activation import activate_, activation_gradient, activation_name
+from trainer.ops.dispatch import AUTOCAST_TYPE, apply_function, is_plain_eager, without_autocast
 
 _ALIGNMENT = 16  # bytes of every row that grouped_mm wants
 
@@ -94,10 +96,8 @@ def refuse_forward_mode(*tensors: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("llm4msr::sort_groups", mutates_args=())
-def _sort_groups(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    # An operator, so that the check is left as it is by the compiler. A sample outside the groups would
-    # get a row of memory that nothing wrote, or another group's layer.
+def _sort(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    # A sample outside the groups would get a row of memory that nothing wrote, or another group's layer.
     ordered, order = torch.sort(group, stable=True)
     if ordered.is_cuda:
         inside = (ordered[:1] >= 0) & (ordered[-1:] < num_groups)
@@ -114,6 +114,10 @@ def _sort_groups(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return order, ends
 
 
+# An operator, so that the check is left as it is by the compiler.
+_sort_groups = torch.library.custom_op("llm4msr::sort_groups", _sort, mutates_args=())
+
+
 @_sort_groups.register_fake
 def _(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return (
@@ -128,7 +132,8 @@ def sort_groups(group: Tensor, num_groups: int) -> Groups:
     Raises:
         ValueError: If a group is outside (on CUDA: a failed assertion, asynchronously).
     """
-    return Groups(*_sort_groups(group, num_groups))
+    sort = _sort if is_plain_eager(group) else _sort_groups
+    return Groups(*sort(group, num_groups))
 
 
 def group_by_key(keys: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -245,8 +250,7 @@ def device_backward(
     return dh, dweight, dbias.to(dz.dtype)
 
 
-@torch.library.custom_op("llm4msr::grouped_linear", mutates_args=())
-def _grouped(
+def _forward(
     h: Tensor, weight: Tensor, bias: Tensor, order: Tensor, ends: Tensor, activation: str
 ) -> Tensor:
     forward = device_forward if h.shape[0] and _on_device(h, weight) else split_forward
@@ -254,8 +258,7 @@ def _grouped(
     return _unsort(activate_(y, activation), order)
 
 
-@torch.library.custom_op("llm4msr::grouped_linear_backward", mutates_args=())
-def _grouped_backward(
+def _backward(
     dy: Tensor,
     y: Tensor,
     h: Tensor,
@@ -264,11 +267,18 @@ def _grouped_backward(
     ends: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dz = activation_gradient(dy, y, activation)
-    backward = device_backward if h.shape[0] and _on_device(h, weight) else split_backward
-    dz, h = dz.index_select(0, order), h.index_select(0, order)
-    dh, dweight, dbias = backward(dz, h, weight.contiguous(), ends)
-    return _unsort(dh, order), dweight, dbias
+    with without_autocast(h):
+        dz = activation_gradient(dy, y, activation)
+        backward = device_backward if h.shape[0] and _on_device(h, weight) else split_backward
+        dz, h = dz.index_select(0, order), h.index_select(0, order)
+        dh, dweight, dbias = backward(dz, h, weight.contiguous(), ends)
+        return _unsort(dh, order), dweight, dbias
+
+
+_grouped = torch.library.custom_op("llm4msr::grouped_linear", _forward, mutates_args=())
+_grouped_backward = torch.library.custom_op(
+    "llm4msr::grouped_linear_backward", _backward, mutates_args=()
+)
 
 
 @_grouped.register_fake
@@ -306,9 +316,26 @@ def _gradient(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
     return dh, dweight, dbias, None, None, None
 
 
+class _Grouped(torch.autograd.Function):
+    """The same pair where nobody looks at operators (`is_plain_eager`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _save(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, h, weight, order, ends = ctx.saved_tensors
+        gradients = _backward(dy.contiguous(), y, h, weight, order, ends, ctx.activation)
+        return *gradients, None, None, None
+
+
 _grouped.register_autograd(_gradient, setup_context=_save)
 for _device in ("cpu", "cuda"):
-    _grouped.register_autocast(_device, torch.bfloat16)
+    _grouped.register_autocast(_device, AUTOCAST_TYPE)
 
 
 def grouped_linear(
@@ -344,4 +371,7 @@ def grouped_linear(
             f"grouped_linear: sorted into {len(groups.ends)} groups, weights for {len(weight)}"
         )
     refuse_forward_mode(h, weight, bias)
-    return _grouped(h, weight, bias, groups.order, groups.ends, activation_name(activation))
+    rest = (groups.order, groups.ends, activation_name(activation))
+    if is_plain_eager(h, weight, bias):
+        return apply_function(_Grouped, (h, weight, bias), *rest)
+    return _grouped(h, weight, bias, *rest)

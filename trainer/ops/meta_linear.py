@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trainer.ops.activation import activation_name
+from trainer.ops.dispatch import AUTOCAST_TYPE, autocasts
 from trainer.ops.grouped import (
     can_group_on_device,
     grouped_linear,
@@ -177,11 +178,6 @@ def explain_strategy(
     return f"meta layer {layer}: {chosen} ({why})"
 
 
-def _is_cast(device: str) -> bool:
-    """Whether autocast is on for a type of device; some have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | None) -> None:
     rows = h.shape[0] if group is None else g.shape[0]
     full = (g.shape[-1] + 1, bias.shape[-1], h.shape[-1])
@@ -194,7 +190,7 @@ def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | N
             f"diagonals [B,o], [B,r], [r+1,o], [r+1,o]"
         )
     types = {one.dtype for one in (h, g, weight, bias)}
-    if len(types) > 1 and not _is_cast(h.device.type):
+    if len(types) > 1 and not autocasts(h.device.type):
         names = ", ".join(sorted(str(one).removeprefix("torch.") for one in types))
         raise ValueError(f"meta_linear: h, g, weight and bias must be of one type, not {names}")
     if group is not None and group.shape != h.shape[:1]:
@@ -254,7 +250,7 @@ def meta_linear(
     name = activation_name(activation)
     if strategy == "auto":
         device = h.device.type
-        cast = _is_cast(device) and h.dtype != torch.float64  # which stays
+        cast = autocasts(device) and h.dtype != torch.float64  # which stays
         strategy, _ = _choose(
             h.shape[0],
             g.shape[1],
@@ -262,7 +258,7 @@ def meta_linear(
             bias.shape[1],
             None if group is None else g.shape[0],
             device,
-            torch.bfloat16 if cast else h.dtype,
+            AUTOCAST_TYPE if cast else h.dtype,
             weight.dim() == 2,
         )
     if strategy == "grouped":

@@ -4,18 +4,23 @@ It registers two pairs of operators, forward and backward, that compute the same
 `llm4msr::meta_linear` by this loop, and `llm4msr::meta_linear_fused` by the Triton kernels, which also
 has kernels for slices that are diagonals (without them `diagonal_linear` is all it takes). They are
 opaque to the compiler (`custom_op`, not `triton_op`: that one is traced into its launch, so that it
-cannot be compiled on a machine without a GPU). What is saved for the backward pass: the inputs, and the
-output where there is an activation.
+cannot be compiled on a machine without a GPU). Where no compiler looks, the same functions are called
+without the operators' detour. What is saved for the backward pass: the inputs, and the output where
+there is an activation.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd.function import once_differentiable
 
 from trainer.ops.activation import activate, activate_, activation_gradient
+from trainer.ops.dispatch import AUTOCAST_TYPE, apply_function, is_plain_eager, without_autocast
 from trainer.ops.grouped import take_rows
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -85,20 +90,12 @@ def diagonal_linear(
     return activate(scales * h.to(scales.dtype) + biases, activation)
 
 
-@torch.library.custom_op("llm4msr::meta_linear", mutates_args=())
-def meta_linear_reference(
-    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
-) -> Tensor:
-    """The loop, on any device."""
-    return reference_forward(h, g, weight, bias, activation)
-
-
-@torch.library.custom_op("llm4msr::meta_linear_backward", mutates_args=())
-def _reference_backward(
+def _reference_gradients(
     dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
 ) -> Gradients:
-    dz = activation_gradient(dy, y, activation)
-    return reference_backward(dz.contiguous(), h.contiguous(), g, weight, bias)
+    with without_autocast(h):
+        dz = activation_gradient(dy, y, activation)
+        return reference_backward(dz.contiguous(), h.contiguous(), g, weight, bias)
 
 
 def _kernels(weight: Tensor) -> ModuleType:
@@ -108,39 +105,21 @@ def _kernels(weight: Tensor) -> ModuleType:
     return triton_diagonal if weight.dim() == 2 else triton_meta
 
 
-@torch.library.custom_op("llm4msr::meta_linear_fused", mutates_args=(), device_types="cuda")
-def meta_linear_fused(
-    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
-) -> Tensor:
-    """The Triton kernel: CUDA, or any device under Triton's interpreter."""
-    return _kernels(weight).fused_forward(h, g, weight, bias, activation)
-
-
-@torch.library.custom_op(
-    "llm4msr::meta_linear_fused_backward", mutates_args=(), device_types="cuda"
-)
-def _fused_backward(
-    dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
-) -> Gradients:
-    dz = activation_gradient(dy, y, activation)
-    return _kernels(weight).fused_backward(dz, h, g, weight, bias)
-
-
-@meta_linear_fused.register_kernel("cpu")
-def _(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+def _fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """The Triton kernel: CUDA, or a CPU under Triton's interpreter."""
     from trainer.ops.triton_tiles import INTERPRETING
 
-    if not INTERPRETING:
+    if not (h.is_cuda or INTERPRETING):
         raise ValueError("meta_linear: strategy fused needs CUDA tensors; on a CPU use reference")
     return _kernels(weight).fused_forward(h, g, weight, bias, activation)
 
 
-@_fused_backward.register_kernel("cpu")
-def _(
+def _fused_gradients(
     dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
 ) -> Gradients:
-    dz = activation_gradient(dy, y, activation)
-    return _kernels(weight).fused_backward(dz, h, g, weight, bias)
+    with without_autocast(h):
+        dz = activation_gradient(dy, y, activation)
+        return _kernels(weight).fused_backward(dz, h, g, weight, bias)
 
 
 def _fake_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -158,26 +137,69 @@ def _fake_backward(
     )
 
 
-def _register(forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """Gives a pair of operators its shapes, gradient and autocast rule."""
-    forward.register_fake(_fake_forward)
-    backward.register_fake(_fake_backward)
+def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
+    *tensors, ctx.activation = inputs[:5]
+    # Without an activation the gradient has no use for the output; an input stands in for it.
+    y = tensors[0] if ctx.activation == "none" else output
+    ctx.save_for_backward(y, *tensors)
 
-    def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        *tensors, ctx.activation = inputs
-        # Without an activation the gradient has no use for the output; an input stands in for it.
-        y = tensors[0] if ctx.activation == "none" else output
-        ctx.save_for_backward(y, *tensors)
+
+def _operators(
+    name: str, forward: Callable[..., Tensor], backward: Callable[..., Gradients]
+) -> CustomOpDef:
+    """Registers a pair of operators, with their shapes, gradient and autocast rule."""
+    op = torch.library.custom_op(f"llm4msr::{name}", forward, mutates_args=())
+    gradients = torch.library.custom_op(f"llm4msr::{name}_backward", backward, mutates_args=())
+    op.register_fake(_fake_forward)
+    gradients.register_fake(_fake_backward)
 
     def gradient(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
         y, *tensors = ctx.saved_tensors
-        return *backward(dy.contiguous(), y, *tensors, ctx.activation), None
+        return *gradients(dy.contiguous(), y, *tensors, ctx.activation), None
 
-    forward.register_autograd(gradient, setup_context=save)
+    op.register_autograd(gradient, setup_context=_save)
     # Without a cast rule a mixed-dtype call fails inside the op, or returns a dtype that the fake denies.
     for device in ("cpu", "cuda"):
-        forward.register_autocast(device, torch.bfloat16)
+        op.register_autocast(device, AUTOCAST_TYPE)
+    return op
 
 
-_register(meta_linear_reference, _reference_backward)
-_register(meta_linear_fused, _fused_backward)
+class _Eager(torch.autograd.Function):
+    """A pair of functions where nobody looks at operators (`is_plain_eager`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *arguments, forward, ctx.gradients = inputs
+        y = forward(*arguments)
+        _save(ctx, arguments, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.gradients(dy.contiguous(), *ctx.saved_tensors, ctx.activation)
+        return *found, None, None, None
+
+
+_reference = _operators("meta_linear", reference_forward, _reference_gradients)
+_fused = _operators("meta_linear_fused", _fused_forward, _fused_gradients)
+
+
+def meta_linear_reference(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Tensor:
+    """The loop, on any device."""
+    tensors = (h, g, weight, bias)
+    if is_plain_eager(*tensors):
+        return apply_function(_Eager, tensors, activation, reference_forward, _reference_gradients)
+    return _reference(*tensors, activation)
+
+
+def meta_linear_fused(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Tensor:
+    """The Triton kernels: CUDA, or a CPU under Triton's interpreter."""
+    tensors = (h, g, weight, bias)
+    if is_plain_eager(*tensors):
+        return apply_function(_Eager, tensors, activation, _fused_forward, _fused_gradients)
+    return _fused(*tensors, activation)
