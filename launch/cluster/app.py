@@ -12,6 +12,7 @@ from pathlib import Path
 import torchx.specs as specs
 
 from launch.cluster.job import JobConfig, Machine, load_job
+from llm_knowledge import job_store
 
 STAGES = {
     "extract": ["knowledge", "extract"],
@@ -93,7 +94,7 @@ def _command(words: list[str], job: JobConfig, torchrun: Sequence[str]) -> str:
     run = [*torchrun, "--nnodes", f"{fewest}:{hosts}" if fewest < hosts else str(hosts)]
     run += ["--nproc-per-node", str(processes), "--max-restarts", str(job.restarts)]
     run += ["--rdzv-backend", "c10d", "--tee", "3", "--role", ""]
-    if fewest == hosts:
+    if 1 < fewest == hosts:
         run += ["--rdzv-conf", FIXED_SIZE]
     if job.log_dir:
         run += ["--log-dir", job.log_dir]
@@ -103,7 +104,10 @@ def _command(words: list[str], job: JobConfig, torchrun: Sequence[str]) -> str:
     quoted = shlex.join(run).replace("$", "$$")
     work = shlex.join(["-m", "launch", *words]).replace("$", "$$")
     if hosts == 1:
-        return f"exec {quoted} --rdzv-id {specs.macros.app_id} --rdzv-endpoint localhost:0 {work}"
+        # Nobody else has to reach the processes of one host: they meet in files, behind no port.
+        folder = f'folder=$$(mktemp -d) && export {job_store.FILE}="$$folder/ranks"'
+        meet = '--rdzv-conf store_type=file --rdzv-endpoint "$$folder/launcher"'
+        return f"{folder} && exec {quoted} --rdzv-id {specs.macros.app_id} {meet} {work}"
     # The first host's name may be known a little later than the host itself is up.
     find = f"host=$${{{specs.macros.rank0_env}:=localhost}}; {RESOLVE.replace('$', '$$')}; "
     meet = f'--rdzv-id {specs.macros.app_id} --rdzv-endpoint "$$host:{job.port or free_port()}"'

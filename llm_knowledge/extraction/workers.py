@@ -75,10 +75,11 @@ class StoreWorkers:
 
     def __init__(self, timeout: timedelta) -> None:
         import torch.distributed as dist
-        from torch.distributed.rendezvous import rendezvous
+
+        from llm_knowledge.job_store import open_job_store
 
         try:
-            store, self.rank, self.size = next(rendezvous("env://", timeout=timeout))
+            store, self.rank, self.size = open_job_store(timeout)
         except (ValueError, RuntimeError) as error:
             raise InputError(f"the workers cannot find each other: {error}") from error
         store.set_timeout(timeout)

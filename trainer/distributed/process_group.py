@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from llm_knowledge import job_store
 from llm_knowledge.errors import InputError
 
 T = TypeVar("T")
@@ -68,9 +69,16 @@ def distributed(timeout_seconds: int) -> Iterator[Runtime]:
     if owner:
         backend = "cuda:nccl,cpu:gloo" if use_gpu else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
+        if world == 1 or job_store.FILE in os.environ:  # all on this machine
+            for name, interface in job_store.loopback().items():
+                os.environ.setdefault(name, interface)
         if world > 1:
             try:
-                dist.init_process_group(backend, timeout=timeout)
+                store, rank, world = job_store.open_job_store(timeout)
+                store = dist.PrefixStore("default_pg", store)
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=world, timeout=timeout
+                )
             except (ValueError, RuntimeError) as error:
                 place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 raise InputError(
