@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.embeddings --out benchmarks/results/embeddings
 
 All arms run once per round, in an order drawn anew, and ratios are taken round by round. What is measured
-is `embeddings.profiling.measure_tables`; the sizes are those of docs/benchmarks.md.
+is `embeddings.profiling.measure_tables`; the sizes are those of docs/results/speed.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: `trainer/planning/scaling.py` and `benchmarks.network_scaling`.
+"""The tables of docs/results/scaling.md: `trainer/planning/scaling.py` and `benchmarks.network_scaling`.
 
 python -m benchmarks.scaling                                   writes the page's tables anew
 python -m benchmarks.scaling --users 100000000 --batch 2048    prints them for something else
@@ -26,7 +26,7 @@ from trainer.planning.scaling import (
     lay_out,
 )
 
-PAGE = Path(__file__).parent.parent / "docs/scaling.md"
+PAGE = Path(__file__).parent.parent / "docs/results/scaling.md"
 NETWORK = Path(__file__).parent / "results/network_scaling.json"
 GPUS = (64, 512)
 POOLED = ("row_wise", "table_row_wise", "grid_shard")  # of tables that give one vector per sample

@@ -43,8 +43,8 @@ def main() -> None:
         stage.add_argument("--jobs", type=int, default=2, help="runs at a time, one process each")
     table = stages.add_parser("tables", help="CSV files and figures of what has been run")
     table.add_argument("--work", type=Path, required=True)
-    table.add_argument("--out", type=Path, default=Path("benchmarks/quality/results"))
-    table.add_argument("--page", type=Path, default=Path("docs/quality.md"))
+    table.add_argument("--out", type=Path, default=Path("docs/results/study"))
+    table.add_argument("--page", type=Path, default=Path("docs/results/study.md"))
     table.add_argument("--jobs", type=int, default=2, help="processes that resample")
     options = parser.parse_args()
     if options.stage == "tables":

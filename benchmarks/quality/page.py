@@ -1,4 +1,4 @@
-"""The tables and figures of docs/quality.md, from the rows of the CSV files."""
+"""The tables and figures of docs/results/study.md, from the rows of the CSV files."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def write_page(
     tuned: list[dict[str, Any]],
     page: Path,
 ) -> None:
-    """Writes the tables of docs/quality.md between its markers; the words around them stay."""
+    """Writes the tables of docs/results/study.md between its markers; the words around them stay."""
     text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
     text = _between(text, "summary", summary(differences))
     text = _between(text, "coverage", coverage(runs))

@@ -39,7 +39,7 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     Args:
         work: Of the study; everything finished in it is taken.
         out: Folder of the CSV files and figures.
-        page: docs/quality.md, whose tables lie between markers.
+        page: docs/results/study.md, whose tables lie between markers.
         jobs: Processes that resample.
     """
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The study of docs/quality.md: arms, held-out users of the simulated log, tables."""
+"""The study of docs/results/study.md: arms, held-out users of the simulated log, tables."""
 
 import json
 import sys

@@ -266,7 +266,7 @@ def test_pipeline_runs_every_stage_once(tmp_path: Path) -> None:
 def test_the_page_lists_every_field_of_a_job() -> None:
     from launch.cluster.job import JobConfig
 
-    page = (ROOT / "docs/launch.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how-to/many-hosts.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page.split("## The job")[1], re.MULTILINE)
     fields = JobConfig.model_fields.items()
     assert rows == [

@@ -1,114 +1,56 @@
-"""What the pages promise: every field of the configuration, commands that parse, links that lead somewhere.
+"""What the pages promise: generated tables, commands that parse, links and paths that exist, sizes."""
 
-`python -m tests.project.test_docs` writes the tables of docs/configuration.md anew.
-"""
-
-import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pydantic_core import PydanticUndefined
 
+from docs.tools.generate import leaves, marks, pages, sections, subcommands
 from launch.parser import build_parser
 from tests.helpers.paths import ROOT
-from trainer.config.run import RunConfig, load_config
-from trainer.config.tables import Section
+from trainer.config.run import load_config
 from trainer.data.dataset import SPLITS
 from trainer.data.sources.parquet_log import prepare_parquet
-from trainer.models.llm4msr import BACKBONES
+from trainer.models import BACKBONES
 
-CONFIGURATION = ROOT / "docs" / "configuration.md"
 README = ROOT / "README.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ARCHITECTURE = ROOT / "docs" / "explain" / "architecture.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+REGENERATE = "run: python -m docs.tools.generate"
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-# ---------------------------------------------------------------- configuration
+# ---------------------------------------------------------------- generated pages
 
 
-def sections(model: type[Section] = RunConfig, prefix: str = "") -> dict[str, type[Section]]:
-    """Every section of the configuration by its dotted name, the whole run being `run`."""
-    found = {prefix.rstrip(".") or "run": model}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= sections(field.annotation, f"{prefix}{name}.")
-    return found
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_generated_pages_are_those_of_the_code(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == pages()[path], REGENERATE
 
 
-def type_words(annotation: Any, metadata: list[Any]) -> str:
-    """A field's type and bounds in words."""
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Annotated:
-        return type_words(arguments[0], [])
-    if get_origin(annotation) is Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
-    if type(None) in arguments:
-        rest = [one for one in arguments if one is not type(None)]
-        return " or ".join([*(type_words(one, metadata) for one in rest), "`null`"])
-    if get_origin(annotation) is list:
-        filled = any(getattr(one, "min_length", None) for one in metadata)
-        words = type_words(arguments[0], []).replace("integer", "integers")
-        return f"list of {words}{', not empty' if filled else ''}"
-    if get_origin(annotation) is dict:
-        key, value = (type_words(one, []) for one in arguments)
-        return f"mapping of {key} to {value}"
-    signs = {"ge": "≥", "gt": ">", "lt": "<", "le": "≤", "multiple_of": "multiple of"}
-    bounds = [
-        f"{sign} {getattr(one, key)}"
-        for one in metadata
-        for key, sign in signs.items()
-        if getattr(one, key, None) is not None
-    ]
-    words = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
-    return " ".join([words[annotation], ", ".join(bounds)]).strip()
-
-
-def table(name: str) -> str:
-    """The Markdown table of one section, sections inside it left out."""
-    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
-    for key, field in sections()[name].model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            continue
-        shown = field.default
-        default = "required"
-        if shown is not PydanticUndefined:
-            default = f"`{yaml.safe_dump(shown, default_flow_style=True).splitlines()[0]}`"
-        meaning = (field.description or "").replace("|", "\\|")
-        words = type_words(field.annotation, field.metadata)
-        lines.append(f"| `{key}` | {words} | {default} | {meaning} |")
-    return "\n".join([*lines, ""])
-
-
-def marked(name: str) -> re.Pattern[str]:
-    """Where the table of a section stands in the page."""
-    return re.compile(f"(<!-- table {re.escape(name)} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-@pytest.mark.parametrize("name", sections())
-def test_configuration_page_lists_every_field_with_its_default(name: str) -> None:
-    found = marked(name).findall(CONFIGURATION.read_text(encoding="utf-8"))
-    assert [part for _, part, _ in found] == [table(name)], "run: python -m tests.project.test_docs"
-
-
-def test_configuration_page_has_no_section_of_the_past() -> None:
-    text = CONFIGURATION.read_text(encoding="utf-8")
+def test_configuration_page_has_a_table_of_every_section_and_no_other() -> None:
+    text = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
     assert re.findall(r"<!-- table (\S+) -->", text) == list(sections()), (
-        "give a new section its heading and its two marks, then run: python -m tests.project.test_docs"
+        f"give a new section its heading and its two marks, then {REGENERATE}"
     )
+    assert all(len(marks(name).findall(text)) == 1 for name in sections())
 
 
 def test_every_field_has_a_meaning() -> None:
     for name, model in sections().items():
         for key, field in model.model_fields.items():
-            if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-                assert field.description, f"{name}.{key}"
+            assert key in sections() or f"{name}.{key}" in sections() or field.description, (
+                f"{name}.{key}"
+            )
 
 
 def test_example_configurations_are_valid(tmp_path: Path) -> None:
@@ -129,26 +71,21 @@ def test_example_configurations_are_valid(tmp_path: Path) -> None:
 
 def commands(page: Path) -> list[str]:
     """Lines of the page's code blocks that begin with `llm4msr` or `make`, continued lines joined."""
-    found = []
+    lines = []
     for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
         if language in ("sh", "bash", "console"):
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.strip().removeprefix("$ ")
                 if line.startswith(("llm4msr ", "make ")):
-                    found.append(line)
-    return found
+                    lines.append(line)
+    return lines
 
 
-def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return dict(actions[0].choices) if actions else {}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_commands_parse(page: Path) -> None:
-    lines = [line for line in commands(page) if line.startswith("llm4msr ")]
-    assert lines or page != README
-    for line in lines:
+    for line in commands(page):
+        if not line.startswith("llm4msr "):
+            continue
         try:
             words = shlex.split(line, comments=True)[1:]
             # What follows -- belongs to a stage, what follows | to another program.
@@ -159,15 +96,24 @@ def test_commands_parse(page: Path) -> None:
         assert callable(options.run)
 
 
-def help_examples(parser: argparse.ArgumentParser) -> list[str]:
+def test_readme_names_the_two_commands() -> None:
+    assert [line.split("#")[0].strip() for line in commands(README)][:2] == [
+        "make quickstart",
+        "make test",
+    ]
+
+
+def help_examples() -> list[str]:
     """The example of every command, in the order in which help lists them."""
-    inner = [line for one in subcommands(parser).values() for line in help_examples(one)]
-    return inner or [str(parser.epilog).removeprefix("example: ")]
+    examples = [parser.epilog for _, parser in leaves(build_parser())]
+    return [str(example).removeprefix("example: ") for example in examples]
 
 
-def steps() -> list[str]:
-    """The commands that README goes through MovieLens with."""
-    [block] = [block for _, block in FENCE.findall(README.read_text()) if "--key" in block]
+def first_run_steps() -> list[str]:
+    """The commands that the first tutorial goes through MovieLens with."""
+    page = ROOT / "docs/tutorials/first-run.md"
+    blocks = FENCE.findall(page.read_text(encoding="utf-8"))
+    [block] = [block for _, block in blocks if "--key" in block]
     return block.replace("\\\n", " ").splitlines()
 
 
@@ -175,7 +121,7 @@ LEVELS = ("user", "item", "scenario")
 READS = ("data", "store", "stores", "config", "tables", "run_dir", "runs")
 
 
-@pytest.mark.parametrize("lines", [help_examples(build_parser()), steps()], ids=["help", "readme"])
+@pytest.mark.parametrize("lines", [help_examples(), first_run_steps()], ids=["help", "first run"])
 def test_examples_can_be_pasted_one_after_another(lines: list[str]) -> None:
     """Each reads what is shipped or what an earlier one wrote, and writes over no other's output."""
     made: set[Path] = set()
@@ -213,7 +159,7 @@ def test_examples_can_be_pasted_one_after_another(lines: list[str]) -> None:
                 made |= {out / "runs" / name for name in ("star", "star+llm4msr")}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
@@ -223,25 +169,14 @@ def test_make_targets_exist(page: Path) -> None:
             assert {word for word in words if "=" not in word} <= targets, line
 
 
-def test_readme_lists_the_commands_that_exist() -> None:
-    listed = re.findall(
-        r"^\| `([a-z][a-z -]*?)(?: [A-Z<\[-].*?)?` \|", README.read_text(), re.MULTILINE
-    )
-    wanted: set[str] = set()
-    for name, parser in subcommands(build_parser()).items():
-        inner = subcommands(parser)
-        wanted |= {f"{name} {word}" for word in inner} if inner else {name}
-    assert {word for word in listed if word.split()[0] in subcommands(build_parser())} == wanted
-    assert len(set(listed)) == len(listed) == len(wanted)
+# ---------------------------------------------------------------- the reader's own log
 
 
-# ---------------------------------------------------------------- the reader's own log, links
-
-
-def test_the_readmes_schema_prepares_a_log(tmp_path: Path) -> None:
+def test_the_tutorials_schema_prepares_a_log(tmp_path: Path) -> None:
+    page = ROOT / "docs/tutorials/own-log.md"
     [schema] = [
         block
-        for language, block in FENCE.findall(README.read_text(encoding="utf-8"))
+        for language, block in FENCE.findall(page.read_text(encoding="utf-8"))
         if language == "yaml" and "timestamp_unit" in block
     ]
     (tmp_path / "schema.yaml").write_text(schema, encoding="utf-8")
@@ -263,34 +198,89 @@ def test_the_readmes_schema_prepares_a_log(tmp_path: Path) -> None:
     assert {"item_id": "s1", "title": "A title", "categories": ["Books", "History"]} in prepared
 
 
+# ---------------------------------------------------------------- links, paths, functions
+
+
 def slug(heading: str) -> str:
     """The anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def without_code(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def targets_of(page: Path) -> dict[str, Path]:
+    """The relative links of a page, each with the file that it names."""
+    links = [link for link in LINK.findall(without_code(page)) if "://" not in link]
+    return {
+        link: (page.parent / link.split("#")[0]).resolve() if link[0] != "#" else page
+        for link in links
+    }
+
+
+@each_page
 def test_relative_links_lead_somewhere(page: Path) -> None:
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    for link in LINK.findall(text):
-        if "://" in link or link.startswith("mailto:"):
-            continue
-        path, _, anchor = link.partition("#")
-        target = (page.parent / path).resolve() if path else page
+    for link, target in targets_of(page).items():
         assert target.exists(), f"{page.name}: {link}"
         assert target.is_relative_to(ROOT), f"{page.name}: {link} leaves the repository"
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        if anchor := link.partition("#")[2]:
+            headings = re.findall(r"^#+ (.*)$", without_code(target), re.MULTILINE)
             assert anchor in map(slug, headings), f"{page.name}: {link}"
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
-    linked = {(ROOT / link.split("#")[0]).resolve() for link in LINK.findall(README.read_text())}
-    assert {page.resolve() for page in PAGES} - {README} <= linked
+    reached, ahead = set(), [README]
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        ahead += [p for p in targets_of(page).values() if p in PAGES and p not in reached]
+    assert reached == set(PAGES)
 
 
-if __name__ == "__main__":
-    page_text = CONFIGURATION.read_text(encoding="utf-8")
-    for section in sections():
-        new = table(section)
-        page_text = marked(section).sub(lambda m, new=new: m[1] + new + m[3], page_text)
-    CONFIGURATION.write_text(page_text, encoding="utf-8")
+PATH = re.compile(
+    r"`((?:trainer|embeddings|llm_knowledge|launch|tests|benchmarks|docs|requirements)/[\w./-]*)`"
+)
+MODULE = re.compile(r"python -m ((?:trainer|embeddings|llm_knowledge|launch|tests|benchmarks|docs)[\w.]*)")
+
+
+@each_page
+def test_paths_that_are_named_exist(page: Path) -> None:
+    """Rooms move; a page that still names the old one sends its reader nowhere."""
+    for path in PATH.findall(without_code(page)):
+        assert (ROOT / path).exists(), f"{page.name}: {path}"
+    for module in MODULE.findall(page.read_text(encoding="utf-8")):
+        path = ROOT / module.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page.name}: {module}"
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def prose(page: Path) -> str:
+    """A page without code, tables, headings, comments and the targets of links."""
+    text = re.sub(r"<!--.*?-->", "", without_code(page), flags=re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "#", "<", "!["))]
+    return "\n".join(lines)
+
+
+def sentences(page: Path) -> list[str]:
+    """The sentences of a page's prose; an item of a list ends one."""
+    paragraphs = re.split(r"\n\s*\n|\n\s*(?=[-*] |\d+\. )", prose(page))
+    joined = [" ".join(paragraph.split()) for paragraph in paragraphs]
+    return [s for paragraph in joined for s in re.split(r"(?<=[.:;?!])\s+", paragraph) if s]
+
+
+def test_the_readme_is_read_in_two_minutes() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= 1200
+
+
+@each_page
+def test_pages_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_sentences_of_the_readme_are_short() -> None:
+    long = [sentence for sentence in sentences(README) if len(sentence.split()) > 25]
+    assert not long, long

@@ -1,6 +1,6 @@
 """Exact metrics from prediction files, out of core.
 
-DuckDB reads the prediction Parquet of a run (see the run directory in docs/architecture.md) into a
+DuckDB reads the prediction Parquet of a run (see the run directory in docs/explain/architecture.md) into a
 temporary database that spills to disk, so a split may be far larger than memory. Counts stay
 integers up to the last division, so AUC has no rounding error of its own and ties are exact.
 """

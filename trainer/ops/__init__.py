@@ -1,4 +1,4 @@
-"""Operators that can be used alone: `from trainer.ops import meta_linear`. See docs/kernels.md."""
+"""Operators that can be used alone: `from trainer.ops import meta_linear`. See docs/results/meta-layer.md."""
 
 from trainer.ops.cheap import meta_core, meta_gate
 from trainer.ops.grouped import Groups, group_by_key, grouped_linear, sort_groups, take_rows

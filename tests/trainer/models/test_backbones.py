@@ -39,7 +39,7 @@ from trainer.run.inputs import open_inputs
 from trainer.training.run_folder import prepare_folder
 from trainer.training.scoring import measure
 
-PAGE = ROOT / "docs" / "backbones.md"
+PAGE = ROOT / "docs" / "reference" / "backbones.md"
 # S is a prime that divides no other width here: what it divides belongs to the scenarios.
 S, IN, HIDDEN, ROWS = 7, 24, [8, 6], 14
 D = IN // 6
@@ -224,7 +224,7 @@ def gate(i: int, o: int) -> int:
 
 A, B = HIDDEN  # two hidden widths
 TOWER = linear(B, B // 2) + linear(B // 2, 1)
-# As in docs/backbones.md, for T tasks.
+# As in docs/reference/backbones.md, for T tasks.
 COUNTS: dict[str, Callable[[int], int]] = {
     "shared_bottom": lambda t: mlp(IN, A, B) + S * (linear(B, B // 2) + linear(B // 2, t)),
     "mmoe": lambda t: 4 * mlp(IN, A, B) + S * linear(IN, t * 4) + S * t * TOWER,

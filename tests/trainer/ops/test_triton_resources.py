@@ -2,7 +2,7 @@
 
 Spilled registers, too many of them for the blocks that shall share a multiprocessor, or too much shared
 memory make a kernel slow or impossible to launch, and nothing but the compiler's own figures tells.
-`python -m tests.trainer.ops.test_triton_resources` prints them as the table of docs/kernels.md.
+`python -m tests.trainer.ops.test_triton_resources` prints them as the table of docs/results/meta-layer.md.
 """
 
 import importlib.util
@@ -143,7 +143,7 @@ def name_of(index: int) -> str:
 
 
 def row_of(index: int) -> str:
-    """The first cells of the variant's row in docs/kernels.md: one per tile and kind of element."""
+    """The first cells of the variant's row in docs/results/meta-layer.md: one per tile and kind of element."""
     kernel, tile, values, dtype, _ = VARIANTS[index]
     element = f"fp32 as {values['PRECISION']}" if dtype == "fp32" else "16 bit"
     loop = "" if values.get("ONE_K", True) else ", depth loop"
@@ -161,9 +161,9 @@ def blocks(found: Resources, warps: int, arch: int) -> int:
 
 @cache
 def promised() -> dict[tuple[str, int], tuple[int, int]]:
-    """Registers and blocks per multiprocessor by row and architecture, as docs/kernels.md has them."""
+    """Registers and blocks per multiprocessor by row and architecture, as docs/results/meta-layer.md has them."""
     found = {}
-    for line in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / "docs" / "results" / "meta-layer.md").read_text(encoding="utf-8").splitlines():
         if match := re.fullmatch(
             r"(\| \w+ward\w* \|.*\|) (\d+), \d+, (\d+) \| (\d+), \d+, (\d+) \|", line
         ):

@@ -1,4 +1,4 @@
-"""What docs/scaling.md says is what the formulas give, and the formulas are what two ranks count."""
+"""What docs/results/scaling.md says is what the formulas give, and the formulas are what two ranks count."""
 
 import json
 import subprocess

@@ -1,0 +1,151 @@
+"""The pictures of the pages, as SVG files that follow the reader's light or dark scheme.
+
+`python -m docs.tools.pictures` writes docs/pictures/*.svg anew; a test compares them with this file.
+"""
+
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+
+STYLE = """
+  text { font: 15px system-ui, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; fill: #1f2328 }
+  .head { font-weight: 600 }
+  .note { font-size: 13px; fill: #59636e }
+  .box { fill: #f6f8fa; stroke: #8c959f; stroke-width: 1.2 }
+  .text { fill: #fff8e6; stroke: #b08800; stroke-width: 1.2 }
+  .train { fill: #e9f2ff; stroke: #2f6fd0; stroke-width: 1.2 }
+  .frozen { fill: #eaf7ee; stroke: #2e8b57; stroke-width: 1.2 }
+  .room { fill: none; stroke: #8c959f; stroke-dasharray: 5 4 }
+  .line { fill: none; stroke: #59636e; stroke-width: 1.5 }
+  .cut { fill: none; stroke: #cf222e; stroke-width: 1.5; stroke-dasharray: 4 3 }
+  .tip { fill: #59636e }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3 }
+    .note { fill: #9da7b1 }
+    .box { fill: #20262e; stroke: #6e7681 }
+    .text { fill: #332b11; stroke: #c69a1f }
+    .train { fill: #14284a; stroke: #5b96e8 }
+    .frozen { fill: #12301f; stroke: #4fb077 }
+    .room { stroke: #6e7681 }
+    .line { stroke: #9da7b1 }
+    .cut { stroke: #ff7b72 }
+    .tip { fill: #9da7b1 }
+  }
+"""
+
+
+@dataclass
+class Picture:
+    """An SVG picture that is drawn by boxes, arrows and words at given places, in pixels.
+
+    Attributes:
+        width: Of the whole picture.
+        height: Of the whole picture.
+        title: What the picture says, for those who cannot see it.
+    """
+
+    width: int
+    height: int
+    title: str
+    _elements: list[str] = field(default_factory=list)
+
+    def box(self, x: int, y: int, w: int, h: int, *lines: str, kind: str = "box") -> None:
+        """Draws a rounded box; its first line is bold, lines that begin with `~` are small."""
+        self._elements.append(
+            f'<rect class="{kind}" x="{x}" y="{y}" width="{w}" height="{h}" rx="7"/>'
+        )
+        top = y + h / 2 - 9.5 * (len(lines) - 1) + 5
+        for number, line in enumerate(lines):
+            style = "note" if line.startswith("~") else "head" if number == 0 else ""
+            self.words(x + w // 2, top + 19 * number, line.removeprefix("~"), style)
+
+    def words(
+        self, x: float, y: float, text: str, kind: str = "", anchor: str = "middle"
+    ) -> None:
+        """Writes a line whose middle (or `start`, or `end`) is at x and whose base line is at y."""
+        style = f' class="{kind}"' if kind else ""
+        self._elements.append(
+            f'<text{style} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
+        )
+
+    def arrow(self, *points: tuple[int, int], kind: str = "line", tip: bool = True) -> None:
+        """Draws straight pieces from point to point, with a tip at the last one."""
+        path = "M" + " L".join(f"{x} {y}" for x, y in points)
+        end = ' marker-end="url(#tip)"' if tip else ""
+        self._elements.append(f'<path class="{kind}" d="{path}"{end}/>')
+
+    def svg(self) -> str:
+        """The whole file."""
+        marker = (
+            '<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" '
+            'markerHeight="8" orient="auto"><path class="tip" d="M0 0 L10 5 L0 10 z"/></marker></defs>'
+        )
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+            f'width="{self.width}" height="{self.height}" role="img">'
+        )
+        title = f"<title>{escape(self.title)}</title>"
+        return "\n".join([head, title, f"<style>{STYLE}</style>", marker, *self._elements, "</svg>\n"])
+
+
+def overview() -> Picture:
+    """From the log to the model, the picture of the README."""
+    p = Picture(900, 640, "From the log to the model: what is read offline, what is trained, what is frozen.")
+    p.words(20, 28, "Offline, once", "note", "start")
+    p.box(20, 40, 250, 58, "your log (Parquet)", "~user, item, scenario, time, label")
+    p.box(610, 40, 270, 58, "your texts", "~titles, categories, scenario names")
+    p.box(20, 136, 120, 44, "profile")
+    p.box(150, 136, 250, 44, "train, valid, test", "~later events")
+    p.arrow((80, 98), (80, 136))
+    p.arrow((210, 98), (210, 136))
+    p.words(88, 121, "split by time", "note", "start")
+    p.box(440, 136, 150, 44, "prompts", kind="text")
+    p.box(640, 128, 240, 60, "frozen language model", "~resumable, many processes", kind="text")
+    p.arrow((80, 180), (80, 206), (515, 206), (515, 180))
+    p.words(312, 223, "only these events reach a prompt", "note", "start")
+    p.arrow((745, 98), (745, 112), (515, 112), (515, 136))
+    p.arrow((590, 158), (640, 158))
+    p.box(610, 232, 270, 58, "knowledge stores (Parquet)", "~a vector per user, item, scenario", kind="frozen")
+    p.arrow((760, 188), (760, 232))
+
+    p.words(20, 336, "While training", "note", "start")
+    p.box(20, 348, 250, 58, "sharded id tables", "~user, item; trained", kind="train")
+    p.box(610, 348, 270, 58, "sharded frozen tables", "~half precision, no gradient", kind="frozen")
+    p.arrow((300, 180), (300, 318), (145, 318), (145, 348))
+    p.arrow((300, 318), (690, 318), (690, 348), kind="cut")
+    p.words(455, 310, "joined by key, only where the event is later", "note")
+    p.arrow((800, 290), (800, 348))
+
+    p.box(310, 348, 260, 58, "bottom input x", "~embeddings side by side", kind="train")
+    p.arrow((270, 377), (310, 377))
+    p.box(310, 436, 260, 44, "user-level meta layers", kind="train")
+    p.box(310, 510, 260, 44, "backbone", "~SharedBottom, STAR, PEPNet, …", kind="train")
+    p.arrow((440, 406), (440, 436))
+    p.arrow((440, 480), (440, 510))
+    p.box(20, 473, 250, 44, "scenario-level meta layers", kind="train")
+    p.arrow((350, 406), (350, 421), (145, 421), (145, 473))
+    p.box(610, 473, 270, 44, "match of user and item", kind="train")
+    p.arrow((745, 406), (745, 473))
+    p.arrow((640, 406), (640, 458), (570, 458))
+    p.words(606, 450, "code z", "note")
+    p.box(310, 586, 260, 40, "sum of logits, one loss")
+    p.arrow((440, 554), (440, 586))
+    p.arrow((145, 517), (145, 606), (310, 606))
+    p.arrow((745, 517), (745, 606), (570, 606))
+    return p
+
+
+PICTURES = {"overview": overview}
+
+
+def main() -> None:
+    """Writes all pictures."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        (FOLDER / f"{name}.svg").write_text(draw().svg(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
