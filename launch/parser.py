@@ -226,7 +226,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, help="a run's configuration: YAML")
-    source.add_argument("--tables", type=Path, help="tables alone: YAML, see docs/reference/planning.md")
+    source.add_argument(
+        "--tables", type=Path, help="tables alone: YAML, see docs/reference/planning.md"
+    )
     p.add_argument("--nodes", "--hosts", type=int, required=True, help="hosts of the cluster")
     p.add_argument(
         "--gpus-per-node", "--gpus-per-host", type=int, required=True, help="ranks on each"

@@ -1,1 +1,1 @@
-"""Does the knowledge help? The study, its arms and its tables (docs/results/study.md)."""
+"""Does the knowledge help? The study, its arms and its tables (docs/results/index.md)."""

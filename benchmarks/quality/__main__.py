@@ -44,11 +44,11 @@ def main() -> None:
     table = stages.add_parser("tables", help="CSV files and figures of what has been run")
     table.add_argument("--work", type=Path, required=True)
     table.add_argument("--out", type=Path, default=Path("docs/results/study"))
-    table.add_argument("--page", type=Path, default=Path("docs/results/study.md"))
+    table.add_argument("--pages", type=Path, default=Path("docs/results"))
     table.add_argument("--jobs", type=int, default=2, help="processes that resample")
     options = parser.parse_args()
     if options.stage == "tables":
-        tables.write(options.work, options.out, options.page, options.jobs)
+        tables.write(options.work, options.out, options.pages, options.jobs)
         return
     if options.stage == "sensitivity":
         for name in options.datasets:

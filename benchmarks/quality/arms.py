@@ -197,7 +197,7 @@ ARMS = {
     ),
 }
 MAIN = ("alone", "llm4msr", "shuffled")
-# The differences that docs/results/study.md reports: of an arm to others, and of others to alone.
+# The differences that docs/results reports: of an arm to others, and of others to alone.
 DIFFERENCES = {
     "llm4msr": (
         "alone", "shuffled", "shuffled_alike", "random", "constant", "low_rank", "slow_layers",

@@ -1,4 +1,4 @@
-"""The tables and figures of docs/results/study.md, from the rows of the CSV files."""
+"""The tables and figures of the study in docs/results, from the rows of the CSV files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,40 +8,40 @@ from benchmarks.quality.arms import ARMS, DATASETS, SEEDS, TUNED_ON
 from trainer.models import BACKBONES
 
 ALL, NEW_USER = ("overall", "overall"), ("segment", "new_user")  # (section, key)
-COLUMNS = [  # of the tables of differences
-    (ALL, "auc", "all test events"),
-    (NEW_USER, "auc", "users never seen"),
-    (("segment", "new_in_scenario"), "auc", "users new in the scenario"),
-    (("segment", "sparse"), "auc", "users with few positives"),
+COLUMNS = [  # of the tables of differences, the rest is in the CSV files
+    (ALL, "auc", "AUC, all test events"),
+    (NEW_USER, "auc", "AUC, users never seen"),
     (ALL, "gauc", "GAUC, all"),
-    (NEW_USER, "gauc", "GAUC, never seen"),
 ]
+MEANS = ("alone", "shuffled", "random", "features", "llm4msr")  # columns of the table of means
 
 
-def write_page(
+def write_pages(
     runs: list[dict[str, Any]],
     differences: list[dict[str, Any]],
     curves: list[dict[str, Any]],
     trials: list[dict[str, Any]],
     tuned: list[dict[str, Any]],
-    page: Path,
+    folder: Path,
 ) -> None:
-    """Writes the tables of docs/results/study.md between its markers; the words around them stay."""
-    text = _between(page.read_text(encoding="utf-8"), "arms", _arms())
-    text = _between(text, "summary", summary(differences))
-    text = _between(text, "coverage", coverage(runs))
-    text = _between(text, "regularisation", _chosen(trials) or "Not run yet.")
-    text = _between(text, "regularised summary", summary(tuned) or "Not run yet.")
+    """Writes the study's tables between their markers in the pages of docs/results; words stay."""
+    tables = {
+        "arms": _arms(),
+        "coverage": coverage(runs),
+        "regularisation": _chosen(trials),
+        "regularised summary": summary(tuned),
+    }
     for name in DATASETS:
-        own = [row for row in runs if row["dataset"] == name]
-        tables = [means(own), _intervals([row for row in differences if row["dataset"] == name])]
-        body = "\n\n".join(table for table in tables if table) or "Not run yet."
-        text = _between(text, name, body)
-        body = _intervals([row for row in tuned if row["dataset"] == name])
-        text = _between(text, f"{name} regularised", body or "Not run yet.")
-        curve = sensitivity.table([row for row in curves if row["dataset"] == name])
-        text = _between(text, f"{name} sensitivity", curve or "Not run yet.")
-    page.write_text(text, encoding="utf-8")
+        of_dataset = [row for row in differences if row["dataset"] == name]
+        tables[f"{name} means"] = means([row for row in runs if row["dataset"] == name])
+        tables[f"{name} summary"] = summary(of_dataset)
+        curve = [row for row in curves if row["dataset"] == name]
+        tables[f"{name} sensitivity"] = sensitivity.table(curve)
+    for page in sorted(folder.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for name, table in tables.items():
+            text = _between(text, name, table or "Not run yet.")
+        page.write_text(text, encoding="utf-8")
 
 
 def _between(text: str, name: str, body: str) -> str:
@@ -170,39 +170,17 @@ def _chosen(trials: list[dict[str, Any]]) -> str:
 
 
 def means(runs: list[dict[str, Any]]) -> str:
-    """Mean test AUC of every arm over its seeds, per section."""
-    sections = list(dict.fromkeys((row["section"], row["key"]) for row in runs if row["auc"]))
-    if not sections:
-        return ""
-    rows = []
-    for backbone, arm in dict.fromkeys((row["backbone"], row["arm"]) for row in runs):
-        own = [row for row in runs if (row["backbone"], row["arm"]) == (backbone, arm)]
-        cells = []
-        for section in sections:
-            found = [float(row["auc"]) for row in _of(section, own) if row["auc"]]
-            cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
-        rows.append([backbone, arm, str(len({row["seed"] for row in own})), *cells])
-    return _table(["backbone", "arm", "seeds", *(key or name for name, key in sections)], rows)
+    """Mean test AUC over the seeds of the main arms, a line per backbone; the best possible, if known."""
 
+    def auc(backbone: str, arm: str) -> str:
+        overall = [row for row in runs if row["section"] == "overall" and row["auc"]]
+        values = [
+            float(row["auc"]) for row in overall if (row["backbone"], row["arm"]) == (backbone, arm)
+        ]
+        return f"{sum(values) / len(values):.4f}" if values else "–"
 
-def _interval(value: float, low: float, high: float) -> str:
-    mark = "**" if low > 0 or high < 0 else ""
-    return f"{mark}{value:+.4f}{mark} [{low:+.4f}, {high:+.4f}]"
-
-
-def _intervals(differences: list[dict[str, Any]]) -> str:
-    """Differences with 95 % intervals: in AUC overall and where ids know little, and in GAUC."""
-    rows = []
-    for pair in dict.fromkeys((r["backbone"], r["arm"], r["base"]) for r in differences):
-        backbone, arm, base = pair
-        own = [r for r in differences if (r["backbone"], r["arm"], r["base"]) == pair]
-        cells = []
-        for section, metric, _ in COLUMNS:
-            found = _of(section, own, metric)
-            if not found:
-                cells.append("–")
-                continue
-            value, low, high = (float(found[0][k]) for k in ("difference", "low", "high"))
-            cells.append(_interval(value, low, high))
-        rows.append([backbone, f"{arm} - {base}", str(own[0]["seeds"]), *cells])
-    return _table(["backbone", "difference", "seeds", *(words for *_, words in COLUMNS)], rows)
+    backbones = dict.fromkeys(row["backbone"] for row in runs if row["arm"] != "truth")
+    rows = [[backbone, *(auc(backbone, arm) for arm in MEANS)] for backbone in backbones]
+    best = auc("", "truth")
+    note = "" if best == "–" else f"\n\nBest possible, by the truth of the log: {best}."
+    return _table(["backbone", *MEANS], rows) + note

@@ -21,7 +21,7 @@ from benchmarks.quality.arms import (
     SEEDS,
     TUNED_ON,
 )
-from benchmarks.quality.page import figure, write_page
+from benchmarks.quality.page import figure, write_pages
 from trainer.evaluation.compare import compare
 from trainer.models import BACKBONES
 
@@ -30,7 +30,7 @@ CELL, PAIR = ("dataset", "backbone", "arm"), ("dataset", "backbone", "arm", "bas
 Row = dict[str, str]  # a line of a CSV file
 
 
-def write(work: Path, out: Path, page: Path, jobs: int) -> None:
+def write(work: Path, out: Path, pages: Path, jobs: int) -> None:
     """Writes the CSV files, versions.json, the figures and the page's tables.
 
     The CSV files are the record: what they have of cells that `work` lacks stays, so that a study can go
@@ -39,7 +39,7 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
     Args:
         work: Of the study; everything finished in it is taken.
         out: Folder of the CSV files and figures.
-        page: docs/results/study.md, whose tables lie between markers.
+        pages: Folder of the pages whose tables lie between markers.
         jobs: Processes that resample.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def write(work: Path, out: Path, page: Path, jobs: int) -> None:
         if own:
             sensitivity.figure(own, out / f"{name}_sensitivity.png")
         figure([row for row in all_differences if row["dataset"] == name], out / f"{name}.png")
-    write_page(all_runs, all_differences, all_curves, all_trials, all_tuned, page)
+    write_pages(all_runs, all_differences, all_curves, all_trials, all_tuned, pages)
 
 
 def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:

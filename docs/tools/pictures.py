@@ -3,11 +3,16 @@
 `python -m docs.tools.pictures` writes docs/pictures/*.svg anew; a test compares them with this file.
 """
 
+import csv
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+DOCS = Path(__file__).resolve().parents[1]
+FOLDER = DOCS / "pictures"
+DIFFERENCES = DOCS / "results" / "study" / "differences.csv"
+LOGS = {"movielens": "MovieLens", "food_kitchen": "Food-Kitchen", "simulated": "simulated"}
 
 STYLE = """
   text { font: 15px system-ui, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; fill: #1f2328 }
@@ -21,6 +26,11 @@ STYLE = """
   .line { fill: none; stroke: #59636e; stroke-width: 1.5 }
   .cut { fill: none; stroke: #cf222e; stroke-width: 1.5; stroke-dasharray: 4 3 }
   .tip { fill: #59636e }
+  .sure { fill: #2f6fd0; fill-opacity: .75 }
+  .unsure { fill: none; stroke: #2f6fd0 }
+  .mean { stroke: #1f2328; stroke-width: 2.2 }
+  .grid { stroke: #d0d7de; stroke-width: 1 }
+  .zero { stroke: #59636e; stroke-width: 1.5 }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 }
     .note { fill: #9da7b1 }
@@ -32,6 +42,11 @@ STYLE = """
     .line { stroke: #9da7b1 }
     .cut { stroke: #ff7b72 }
     .tip { fill: #9da7b1 }
+    .sure { fill: #5b96e8 }
+    .unsure { stroke: #5b96e8 }
+    .mean { stroke: #e6edf3 }
+    .grid { stroke: #30363d }
+    .zero { stroke: #9da7b1 }
   }
 """
 
@@ -61,9 +76,7 @@ class Picture:
             style = "note" if line.startswith("~") else "head" if number == 0 else ""
             self.words(x + w // 2, top + 19 * number, line.removeprefix("~"), style)
 
-    def words(
-        self, x: float, y: float, text: str, kind: str = "", anchor: str = "middle"
-    ) -> None:
+    def words(self, x: float, y: float, text: str, kind: str = "", anchor: str = "middle") -> None:
         """Writes a line whose middle (or `start`, or `end`) is at x and whose base line is at y."""
         style = f' class="{kind}"' if kind else ""
         self._elements.append(
@@ -76,6 +89,17 @@ class Picture:
         end = ' marker-end="url(#tip)"' if tip else ""
         self._elements.append(f'<path class="{kind}" d="{path}"{end}/>')
 
+    def dot(self, x: float, y: float, filled: bool) -> None:
+        """Draws a dot, filled or hollow."""
+        kind = "sure" if filled else "unsure"
+        self._elements.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.2"/>')
+
+    def segment(self, x: float, top: float, bottom: float, kind: str) -> None:
+        """Draws an upright line."""
+        self._elements.append(
+            f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:g}" y2="{bottom:g}"/>'
+        )
+
     def svg(self) -> str:
         """The whole file."""
         marker = (
@@ -87,12 +111,18 @@ class Picture:
             f'width="{self.width}" height="{self.height}" role="img">'
         )
         title = f"<title>{escape(self.title)}</title>"
-        return "\n".join([head, title, f"<style>{STYLE}</style>", marker, *self._elements, "</svg>\n"])
+        return "\n".join(
+            [head, title, f"<style>{STYLE}</style>", marker, *self._elements, "</svg>\n"]
+        )
 
 
 def overview() -> Picture:
     """From the log to the model, the picture of the README."""
-    p = Picture(900, 640, "From the log to the model: what is read offline, what is trained, what is frozen.")
+    p = Picture(
+        900,
+        640,
+        "From the log to the model: what is read offline, what is trained, what is frozen.",
+    )
     p.words(20, 28, "Offline, once", "note", "start")
     p.box(20, 40, 250, 58, "your log (Parquet)", "~user, item, scenario, time, label")
     p.box(610, 40, 270, 58, "your texts", "~titles, categories, scenario names")
@@ -107,7 +137,15 @@ def overview() -> Picture:
     p.words(312, 223, "only these events reach a prompt", "note", "start")
     p.arrow((745, 98), (745, 112), (515, 112), (515, 136))
     p.arrow((590, 158), (640, 158))
-    p.box(610, 232, 270, 58, "knowledge stores (Parquet)", "~a vector per user, item, scenario", kind="frozen")
+    p.box(
+        610,
+        232,
+        270,
+        58,
+        "knowledge stores (Parquet)",
+        "~a vector per user, item, scenario",
+        kind="frozen",
+    )
     p.arrow((760, 188), (760, 232))
 
     p.words(20, 336, "While training", "note", "start")
@@ -137,7 +175,69 @@ def overview() -> Picture:
     return p
 
 
-PICTURES = {"overview": overview}
+def strips(title: str, rows: list[tuple[str, str, str, str]]) -> Picture:
+    """Differences of the study: a strip per row, a dot per backbone, a bar at the mean.
+
+    Args:
+        title: What the picture says.
+        rows: (words, arm, base, metric) of differences over all test events; each for every log.
+    """
+    with DIFFERENCES.open(newline="") as handle:
+        lines = [row for row in csv.DictReader(handle) if row["section"] == "overall"]
+    drawn = [(log, *row) for log in LOGS for row in rows]
+    left, right, step, top = 330, 880, 40, 34
+    bottom = top + step * len(drawn)
+    p = Picture(900, bottom + 44, title)
+    low, high = -0.02, 0.08
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    for tick in range(-2, 9, 2):
+        p.segment(x(tick / 100), top - 10, bottom, "grid" if tick else "zero")
+        p.words(x(tick / 100), bottom + 18, f"{tick / 100:+.2f}" if tick else "0", "note")
+    for number, (log, words, arm, base, metric) in enumerate(drawn):
+        y = top + step * number + step / 2 - 6
+        if number % len(rows) == 0:
+            p.words(20, y + 5, LOGS[log], "head", "start")
+        p.words(left - 16, y + 5, words, "note", "end")
+        chosen = [
+            row
+            for row in lines
+            if (row["dataset"], row["arm"], row["base"], row["metric"]) == (log, arm, base, metric)
+        ]
+        for place, row in enumerate(chosen):
+            sure = float(row["low"]) > 0 or float(row["high"]) < 0
+            p.dot(x(float(row["difference"])), y + 5 * (place % 3 - 1), sure)
+        mean = sum(float(row["difference"]) for row in chosen) / len(chosen)
+        p.segment(x(mean), y - 13, y + 13, "mean")
+    return p
+
+
+PICTURES = {
+    "overview": overview,
+    "results_knowledge": partial(
+        strips,
+        "LLM4MSR minus the backbone, and minus its control with wrong users: differences in test AUC",
+        [
+            ("LLM4MSR - backbone", "llm4msr", "alone", "auc"),
+            ("LLM4MSR - control", "llm4msr", "shuffled", "auc"),
+        ],
+    ),
+    "results_gauc": partial(
+        strips,
+        "LLM4MSR minus its control with wrong users: difference in AUC, and inside users (GAUC)",
+        [
+            ("over all events (AUC)", "llm4msr", "shuffled", "auc"),
+            ("inside a user (GAUC)", "llm4msr", "shuffled", "gauc"),
+        ],
+    ),
+    "results_features": partial(
+        strips,
+        "LLM4MSR minus the same vectors as plain input features: differences in test AUC",
+        [("LLM4MSR - features", "llm4msr", "features", "auc")],
+    ),
+}
 
 
 def main() -> None:

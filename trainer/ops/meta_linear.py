@@ -44,8 +44,8 @@ _ROWS_PER_DIAGONAL = 2  # from which grouped is faster on a CPU, as measured
 def min_rows_per_group(device: str, rank: int, in_features: int, out_features: int) -> float:
     """Rows per knowledge row from which grouped is faster than going through all slices.
 
-    On a CPU as measured (docs/results/meta-layer.md): generating a weight costs about as much as six rows, and
-    a group's calls of the library as much as 300,000 multiplications. On CUDA from arithmetic alone
+    On a CPU as measured (docs/results/meta-layer.md): generating a weight costs about as much as six
+    rows, and a group's calls of the library as much as 300,000 multiplications. On CUDA from arithmetic alone
     (peak rates of an H200, nobody has measured it): a group's weights have to be generated, written
     and read, and each group is padded to a tile of 64 rows.
     """

@@ -82,7 +82,8 @@ def diagonal_linear(
     """Outputs [B, o] where slices are diagonals [r+1, o]: two small products, a multiplication, a sum.
 
     With `group`, scales and biases are made once per row of `g`. An operator of our own that saves no
-    scales for the backward pass was no faster on a CPU (docs/results/meta-layer.md); the compiler sees through this.
+    scales for the backward pass was no faster on a CPU (docs/results/meta-layer.md); the compiler
+    sees through this.
     """
     scales, biases = (F.linear(g, one[:-1].t(), one[-1]) for one in (weight, bias))
     if group is not None:

@@ -1,8 +1,9 @@
 """What a model of any size takes on a cluster of any size, by formulas: nothing here is measured.
 
 Memory and traffic are those of `embeddings/planning`, which `llm4msr plan`
-uses as well; here they become seconds, checkpoints and hours of a language model. docs/results/scaling.md is made
-of them; `tests/trainer/planning/test_scaling.py` compares them with counts on two ranks.
+uses as well; here they become seconds, checkpoints and hours of a language model.
+docs/results/scaling.md is made of them; `tests/trainer/planning/test_scaling.py` compares them with
+counts on two ranks.
 """
 
 import math

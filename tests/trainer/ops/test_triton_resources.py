@@ -143,7 +143,7 @@ def name_of(index: int) -> str:
 
 
 def row_of(index: int) -> str:
-    """The first cells of the variant's row in docs/results/meta-layer.md: one per tile and kind of element."""
+    """The first cells of the variant's row on the page: one per tile and kind of element."""
     kernel, tile, values, dtype, _ = VARIANTS[index]
     element = f"fp32 as {values['PRECISION']}" if dtype == "fp32" else "16 bit"
     loop = "" if values.get("ONE_K", True) else ", depth loop"
@@ -161,9 +161,11 @@ def blocks(found: Resources, warps: int, arch: int) -> int:
 
 @cache
 def promised() -> dict[tuple[str, int], tuple[int, int]]:
-    """Registers and blocks per multiprocessor by row and architecture, as docs/results/meta-layer.md has them."""
+    """Registers and blocks per multiprocessor by row and architecture, as the page has them."""
     found = {}
-    for line in (ROOT / "docs" / "results" / "meta-layer.md").read_text(encoding="utf-8").splitlines():
+    for line in (
+        (ROOT / "docs" / "results" / "meta-layer.md").read_text(encoding="utf-8").splitlines()
+    ):
         if match := re.fullmatch(
             r"(\| \w+ward\w* \|.*\|) (\d+), \d+, (\d+) \| (\d+), \d+, (\d+) \|", line
         ):
