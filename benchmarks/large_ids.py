@@ -171,7 +171,7 @@ def lookups(data: Path, rows: int, rounds: int) -> dict[str, Any]:
             elif name in owners:
                 keys = keyed.lookup(ids).view(np.uint64)
                 asked, inverse, counts = distinct(keys)
-                owners[name].learn(asked, counts, step)[0][inverse]
+                owners[name].assign(asked, counts, step)[0][inverse]
             else:
                 mixed = torch.from_numpy((keyed.lookup(ids).view(np.uint64) >> 2).view(np.int64))
                 features = {"item": JaggedTensor(mixed, lengths=torch.tensor([len(mixed)]))}

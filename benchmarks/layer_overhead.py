@@ -33,7 +33,7 @@ def measure(dim: int, rounds: int) -> dict[str, list[float]]:
     model = collections(tables)
     fuse_optimizer(model.parameters(), TableOptimizer("rowwise_adagrad", 0.01))
     hardware = Hardware(1, 1, "cpu", 0, 64 * 2**30, 3e12, 3e11, 4e11, 5e9, 0.1)
-    plan = make_planner(tables, {}, BATCH, hardware).plan(model, sharders())
+    plan = make_planner(tables, {}, BATCH, hardware).plan(model, sharders(model))
     layer = shard(model, plan, torch.device("cpu")).module.pooled
     kernel = layer._lookups[0]._emb_modules[0].emb_module
     gradient = torch.randn(BATCH, TABLES * dim)

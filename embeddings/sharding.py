@@ -1,7 +1,5 @@
 """How tables are spread over ranks: planner, sharders, DistributedModelParallel, the printed plan."""
 
-import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -23,19 +21,8 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
-from embeddings.cpu.sequence_lookup import look_up_as_bags
-from embeddings.cpu.single_rank import skip_distribution
-from embeddings.experimental.hash_zch import hash_zch_sharders
 from embeddings.placement import KERNELS, Placement, PlanError, wanted_placement
-from embeddings.tables import Table
-
-for _noisy in ("torchrec", "torch.fx._symbolic_trace"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
-# Said of every data-parallel table, which has no sharding spec by design.
-logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in str(record.msg))
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|torchrec")
-# The CPU kernel of data-parallel tables is differentiable; it is only registered in an old way.
-warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
+from embeddings.tables import SparseFeatures, Table
 
 
 class PooledSharder(EmbeddingBagCollectionSharder):
@@ -159,10 +146,15 @@ class TablePlan:
     pieces: list[Piece]
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
-    """Returns the sharders of this project, one per collection kind."""
+def sharders(model: nn.Module) -> list[ModuleSharder[nn.Module]]:
+    """Returns the sharders of a model's tables, one per kind of collection."""
     pooled, sequences = PooledSharder(), EmbeddingCollectionSharder()
-    return [pooled, sequences, *hash_zch_sharders(pooled, sequences)]  # type: ignore[list-item]
+    kinds: list[ModuleSharder[nn.Module]] = [pooled, sequences]  # type: ignore[list-item]
+    if any(isinstance(part, SparseFeatures) and part.hash_zch for part in model.modules()):
+        from embeddings.experimental.hash_zch import hash_zch_sharders
+
+        kinds += hash_zch_sharders(pooled, sequences)
+    return kinds
 
 
 def _constraint(table: Table, placement: Placement, hardware: Hardware) -> ParameterConstraints:
@@ -242,7 +234,7 @@ def plan_sharding(
     if dist.get_rank() == 0:
         try:
             planner = make_planner(tables, placements, batch_size, hardware)
-            found[0] = planner.plan(model, sharders())
+            found[0] = planner.plan(model, sharders(model))
         except (PlannerError, PlanError) as error:
             found[0] = str(error)  # told to all: a rank that raises alone leaves the others waiting
     dist.broadcast_object_list(found)
@@ -278,16 +270,24 @@ def check_plan(plan: ShardingPlan, tables: Iterable[Table]) -> None:
                 )
 
 
-def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
+def shard(
+    model: nn.Module, plan: ShardingPlan, device: torch.device, shortcuts: bool = True
+) -> DistributedModelParallel:
     """Wraps a model: tables are sharded by the plan, everything else is data-parallel.
 
     Sharded tables are initialised afresh: load weights after this call, not before.
+
+    Args:
+        model: The model.
+        plan: Where its tables lie.
+        device: Of this rank.
+        shortcuts: Whether `embeddings.cpu` may patch the library where that makes no difference but time.
     """
-    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
-    if dist.get_world_size() == 1:
-        skip_distribution(sharded)
-    if device.type == "cpu":
-        look_up_as_bags(sharded)
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders(model))
+    if shortcuts:
+        from embeddings.cpu import take_shortcuts
+
+        take_shortcuts(sharded, device)
     return sharded
 
 

@@ -18,8 +18,6 @@ from torchrec import (
 from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embeddings.experimental.hash_zch import HashZch, with_hash_zch
-
 # Bags are sum-pooled, which is torchrec's default.
 _Config = TypeVar("_Config", EmbeddingBagConfig, EmbeddingConfig)
 
@@ -47,6 +45,20 @@ class Table:
     sequence: bool = False
     ids_per_sample: tuple[float, ...] = ()
     frozen: bool = False
+
+
+@dataclass(frozen=True)
+class HashZch:
+    """How ids get rows in torchrec's hash-based tables, see `embeddings.experimental.hash_zch`.
+
+    Attributes:
+        buckets: Parts of a table that move whole between ranks: a multiple of every number of ranks.
+        hours: How long, by the clock, an unseen id keeps its row; None for ever: a full table then takes
+            no new id.
+    """
+
+    buckets: int
+    hours: int | None = None
 
 
 def _initialiser(std: float) -> Callable[[Tensor], Tensor]:
@@ -112,7 +124,14 @@ def collections(tables: list[Table]) -> nn.Module:
 
 
 class SparseFeatures(nn.Module):
-    """The trainable tables of a model: pooled features and sequence features in one forward."""
+    """The trainable tables of a model: pooled features and sequence features in one forward.
+
+    Args:
+        pooled: Tables whose features are summed up.
+        sequences: Tables whose features keep one vector per id.
+        init_std: Deviation of the first vectors.
+        hash_zch: Rows are given to ids by torchrec's kernel; None: ids are rows.
+    """
 
     def __init__(
         self,
@@ -124,15 +143,18 @@ class SparseFeatures(nn.Module):
         super().__init__()
         self.pooled: nn.Module = pooled_collection(pooled, init_std)
         self.sequences: nn.Module = sequence_collection(sequences, init_std)
-        self._remapped = hash_zch is not None
+        self.hash_zch = hash_zch
         if hash_zch is not None:
-            self.pooled = with_hash_zch(pooled_collection(pooled, init_std), hash_zch)
-            self.sequences = with_hash_zch(sequence_collection(sequences, init_std), hash_zch)
+            # Only here and in `sharding.sharders`: nothing else needs what has never run on its hardware.
+            from embeddings.experimental.hash_zch import with_hash_zch
+
+            self.pooled = with_hash_zch(self.pooled, hash_zch.buckets, hash_zch.hours)
+            self.sequences = with_hash_zch(self.sequences, hash_zch.buckets, hash_zch.hours)
 
     def forward(self, ids: KeyedJaggedTensor) -> tuple[KeyedTensor, dict[str, JaggedTensor]]:
         """Looks up rows; both results are awaitables under sharding, so communication overlaps."""
         pooled, sequences = self.pooled(ids), self.sequences(ids)
-        return (pooled[0], sequences[0]) if self._remapped else (pooled, sequences)
+        return (pooled[0], sequences[0]) if self.hash_zch else (pooled, sequences)
 
 
 class FrozenTables(nn.Module):

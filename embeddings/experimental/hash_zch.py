@@ -6,8 +6,6 @@ the one that was not used for longest; unknown ids share the row that their hash
 depend on the number of ranks. Only row-wise tables.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
@@ -26,30 +24,17 @@ from torchrec.modules.mc_embedding_modules import (
 from torchrec.modules.mc_modules import ManagedCollisionCollection
 
 
-@dataclass(frozen=True)
-class HashZch:
-    """How ids get rows.
-
-    Attributes:
-        buckets: Parts of a table that move whole between ranks: a multiple of every number of ranks.
-        hours: How long, by the clock, an unseen id keeps its row; None for ever: a full table then takes
-            no new id.
-    """
-
-    buckets: int
-    hours: int | None = None
-
-
 def with_hash_zch(
-    collection: EmbeddingBagCollection | EmbeddingCollection, options: HashZch
+    collection: EmbeddingBagCollection | EmbeddingCollection, buckets: int, hours: int | None
 ) -> nn.Module:
     """Puts the remapping in front of every table of an unsharded collection.
 
     Its forward takes int64 ids, not negative, and returns (result of the collection, None).
 
     Args:
-        collection: On the meta device; row counts are multiples of `options.buckets`.
-        options: The same for all tables.
+        collection: On the meta device; row counts are multiples of `buckets`.
+        buckets: As in `embeddings.tables.HashZch`, like `hours`; the same for all tables.
+        hours: See there.
     """
     pooled = isinstance(collection, EmbeddingBagCollection)
     configs = (
@@ -61,15 +46,11 @@ def with_hash_zch(
         config.name: HashZchManagedCollisionModule(
             zch_size=config.num_embeddings,
             device=torch.device("cpu"),  # made anew on the device when it is sharded
-            total_num_buckets=options.buckets,
-            eviction_policy_name=None
-            if options.hours is None
-            else HashZchEvictionPolicyName.LRU_EVICTION,
+            total_num_buckets=buckets,
+            eviction_policy_name=None if hours is None else HashZchEvictionPolicyName.LRU_EVICTION,
             eviction_config=None
-            if options.hours is None
-            else HashZchEvictionConfig(
-                features=list(config.feature_names), single_ttl=options.hours
-            ),
+            if hours is None
+            else HashZchEvictionConfig(features=list(config.feature_names), single_ttl=hours),
         )
         for config in configs
     }

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from embeddings.placement import Placement
-from embeddings.planning.memory import STATE_BYTES, limits, plan_memory, shortage
+from embeddings.planning.memory import STATE_BYTES, deficit, limits, plan_memory
 from embeddings.planning.traffic import BY_HOST
 from embeddings.sharding import MINIMUM_COLUMNS, Hardware, Piece, TablePlan
 from embeddings.tables import Table
@@ -20,12 +20,12 @@ def needed_and_available(
 
     What no plan can undercut: samples are left out.
     """
-    plans = sketch(tables, placements, hardware, "row_wise")
+    plans = greedy_placement(tables, placements, hardware, "row_wise")
     memory = plan_memory(tables, plans, placements, optimizer, 0, hardware.ranks)
     return float(memory.device.sum()), limits(hardware)[0] * hardware.ranks
 
 
-def sketch(
+def greedy_placement(
     tables: Iterable[Table],
     placements: Mapping[str, Placement],
     hardware: Hardware,
@@ -46,7 +46,7 @@ def sketch(
     ranks, local = hardware.ranks, hardware.ranks_per_host
     load = np.zeros(ranks)
     plans = []
-    for table in sorted(tables, key=lambda one: -one.rows * one.dim * one.bytes_per_value):
+    for table in sorted(tables, key=lambda table: -table.rows * table.dim * table.bytes_per_value):
         kind = placements.get(table.name, Placement()).sharding
         if kind == "planner":
             kind = _whole(table, hardware) if free == "whole" else "row_wise"
@@ -97,24 +97,24 @@ def _rows(table: Table, ranks: range, column: int, columns: int) -> list[Piece]:
     ]
 
 
-def worst(
+def least_deficit(
     tables: list[Table],
     placements: Mapping[str, Placement],
     optimizer: str,
     batch: int,
     hardware: Hardware,
 ) -> float:
-    """Bytes that the worst rank lacks when tables are placed by the better `sketch`."""
-    lacking = []
+    """Bytes that the worst rank lacks when tables are placed by the better `greedy_placement`."""
+    deficits = []
     styles: tuple[Literal["row_wise", "whole"], ...] = ("row_wise", "whole")
     for free in styles:
-        plans = sketch(tables, placements, hardware, free)
+        plans = greedy_placement(tables, placements, hardware, free)
         memory = plan_memory(tables, plans, placements, optimizer, batch, hardware.ranks)
-        lacking.append(shortage(memory, hardware))
-    return min(lacking)
+        deficits.append(deficit(memory, hardware))
+    return min(deficits)
 
 
-def remedies(
+def suggestions(
     tables: list[Table],
     placements: Mapping[str, Placement],
     optimizer: str,
@@ -132,26 +132,26 @@ def remedies(
         spread = dict(placements) | {
             name: replace(placements[name], sharding="row_wise") for name in packed
         }
-        lacking = worst(tables, spread, optimizer, batch, hardware)
-        tried.append((f"row_wise for {_names(packed)}", lacking))
+        missing = least_deficit(tables, spread, optimizer, batch, hardware)
+        tried.append((f"row_wise for {_names(packed)}", missing))
     if any(table.bytes_per_value > 2 and not table.frozen for table in tables):
         halved = [replace(table, bytes_per_value=2) for table in tables]
-        lacking = worst(halved, placements, optimizer, batch, hardware)
-        tried.append(("float16 rows for all tables", lacking))
+        missing = least_deficit(halved, placements, optimizer, batch, hardware)
+        tried.append(("float16 rows for all tables", missing))
     if STATE_BYTES[optimizer][0]:
-        lacking = worst(tables, placements, "rowwise_adagrad", batch, hardware)
-        tried.append(("optimizer rowwise_adagrad", lacking))
+        missing = least_deficit(tables, placements, "rowwise_adagrad", batch, hardware)
+        tried.append(("optimizer rowwise_adagrad", missing))
     if batch > 1:
-        lacking = worst(tables, placements, optimizer, batch // 2, hardware)
-        tried.append((f"{batch // 2:,} samples per rank instead of {batch:,}", lacking))
+        missing = least_deficit(tables, placements, optimizer, batch // 2, hardware)
+        tried.append((f"{batch // 2:,} samples per rank instead of {batch:,}", missing))
     if hardware.device == "cuda":
         tried.append(_on_the_host(tables, placements, optimizer, batch, hardware))
     hosts = enough_hosts(tables, placements, optimizer, batch, hardware)
     if hosts is not None:
         more = replace(hardware, hosts=hosts)
-        lacking = worst(tables, placements, optimizer, batch, more)
-        tried.append((f"{more.ranks} ranks ({hosts} hosts) instead of {hardware.ranks}", lacking))
-    return sorted(tried, key=lambda one: max(one[1], 0))
+        missing = least_deficit(tables, placements, optimizer, batch, more)
+        tried.append((f"{more.ranks} ranks ({hosts} hosts) instead of {hardware.ranks}", missing))
+    return sorted(tried, key=lambda suggestion: max(suggestion[1], 0))
 
 
 def _on_the_host(
@@ -162,19 +162,19 @@ def _on_the_host(
     hardware: Hardware,
 ) -> tuple[str, float]:
     """The fewest of the largest tables whose move to the host's memory makes room, or all of them."""
-    largest = sorted(tables, key=lambda one: -one.rows * one.dim * one.bytes_per_value)
+    largest = sorted(tables, key=lambda table: -table.rows * table.dim * table.bytes_per_value)
     moved = dict(placements)
-    lacking = 0.0
+    missing = 0.0
     for count in sorted({1, 2, 4, len(tables) // 4, len(tables) // 2, len(tables)} - {0}):
         for table in largest[:count]:
             old = placements.get(table.name, Placement())
             kind = "row_wise" if old.sharding == "data_parallel" else old.sharding
             moved[table.name] = replace(old, sharding=kind, kernel="uvm")
-        lacking = worst(tables, moved, optimizer, batch, hardware)
-        if lacking <= 0 or count >= len(tables):
+        missing = least_deficit(tables, moved, optimizer, batch, hardware)
+        if missing <= 0 or count >= len(tables):
             break
     names = _names([table.name for table in largest[:count]])
-    return f"kernel uvm (rows in the host's memory) for {names}", lacking
+    return f"kernel uvm (rows in the host's memory) for {names}", missing
 
 
 def enough_hosts(
@@ -185,15 +185,15 @@ def enough_hosts(
     hardware: Hardware,
     most_ranks: int = 4096,
 ) -> int | None:
-    """The least number of hosts on which everything fits by `sketch`; None: more hosts do not help."""
+    """The least number of hosts on which `greedy_placement` fits everything; None: more do not help."""
     too_few, hosts = hardware.hosts, hardware.hosts * 2
-    while worst(tables, placements, optimizer, batch, replace(hardware, hosts=hosts)) > 0:
+    while least_deficit(tables, placements, optimizer, batch, replace(hardware, hosts=hosts)) > 0:
         too_few, hosts = hosts, hosts * 2
         if hosts * hardware.ranks_per_host > most_ranks:
             return None
     while hosts - too_few > 1:
         middle = (hosts + too_few) // 2
-        if worst(tables, placements, optimizer, batch, replace(hardware, hosts=middle)) > 0:
+        if least_deficit(tables, placements, optimizer, batch, replace(hardware, hosts=middle)) > 0:
             too_few = middle
         else:
             hosts = middle

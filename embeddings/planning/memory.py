@@ -169,7 +169,7 @@ def limits(hardware: Hardware) -> tuple[float, float]:
     return (device, host) if hardware.device == "cuda" else (host, host)
 
 
-def shortage(memory: Memory, hardware: Hardware) -> float:
+def deficit(memory: Memory, hardware: Hardware) -> float:
     """Bytes that the worst rank lacks; 0 or less: everything fits."""
     device, host = limits(hardware)
     ssd = hardware.ssd / hardware.ranks_per_host

@@ -1,6 +1,5 @@
 """What a sharded lookup is held against: plain torch, the bare kernel, and the arithmetic itself."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,8 +21,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.profiling.measure import Clock
 from embeddings.profiling.phases import Subject, Timing, backward, outputs
 from embeddings.tables import Table
-
-warnings.filterwarnings("ignore", message="Sparse invariant checks")
 
 EPSILON = 1e-8  # the fused kernels' own
 RULES = {

@@ -108,7 +108,7 @@ class RowOwners:
         rows = self._index.find(keys)
         return np.where(rows < 0, UNKNOWN_ROW, rows + self.start)
 
-    def learn(
+    def assign(
         self, keys: np.ndarray, counts: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Counts one step's ids, evicts if it is time, gives rows to new ids.
@@ -120,39 +120,39 @@ class RowOwners:
 
         Returns:
             The rows of the keys (int64, `UNKNOWN_ROW` without one), and the rows that have a new owner
-            with the owner's key (int64, uint64): they must be cleaned before this step's lookup.
+            with the owner's key (int64, uint64): they start anew before this step's lookup.
         """
         rows = self._index.find(keys)
         known = rows[rows >= 0]
         self.counts[known] += counts[rows >= 0]
         self.last[known] = step
-        at = np.flatnonzero(rows < 0)
-        seen = self._count_strangers(keys[at], counts[at])
+        new = np.flatnonzero(rows < 0)  # positions in `keys`
+        seen = self._count_unassigned(keys[new], counts[new])
         admitted = seen >= self.options.admission
-        at, seen = at[admitted], seen[admitted]
-        bucket = self._bucket(keys[at])
+        new, seen = new[admitted], seen[admitted]
+        bucket = self._bucket(keys[new])
         best = np.lexsort((-seen, bucket))  # where rows are few, they go to the most frequent
-        at, seen, bucket = at[best], seen[best], bucket[best]
+        new, seen, bucket = new[best], seen[best], bucket[best]
         if step % self.options.interval == 0:
             self._evict(bucket, seen, step)
         # The n-th id of a bucket takes its n-th free row.
         ends = np.cumsum(np.bincount(bucket, minlength=self.buckets))
         begins = np.concatenate([[0], ends[:-1]])
-        place = np.arange(len(at)) - begins[bucket]
-        served = place < self._free_count[bucket]
-        given = self._free[(self._free_start[bucket] + place)[served]]
-        taken = np.bincount(bucket[served], minlength=self.buckets)
-        self._free_start += taken
-        self._free_count -= taken
-        self._wait(keys[at[~served]], bucket[~served])
-        self.keys[given] = keys[at[served]]
-        self.counts[given] = seen[served]
-        self.last[given] = step
-        self.tally[:, ADMISSIONS] += taken
-        self._index.add(given)
-        rows[at[served]] = given
-        fresh = given + self.start
-        return np.where(rows < 0, UNKNOWN_ROW, rows + self.start), fresh, self.keys[given]
+        rank = np.arange(len(new)) - begins[bucket]
+        has_row = rank < self._free_count[bucket]
+        assigned = self._free[(self._free_start[bucket] + rank)[has_row]]
+        admissions = np.bincount(bucket[has_row], minlength=self.buckets)
+        self._free_start += admissions
+        self._free_count -= admissions
+        self._wait(keys[new[~has_row]], bucket[~has_row])
+        self.keys[assigned] = keys[new[has_row]]
+        self.counts[assigned] = seen[has_row]
+        self.last[assigned] = step
+        self.tally[:, ADMISSIONS] += admissions
+        self._index.add(assigned)
+        rows[new[has_row]] = assigned
+        table_rows = np.where(rows < 0, UNKNOWN_ROW, rows + self.start)
+        return table_rows, assigned + self.start, self.keys[assigned]
 
     def owner(self, keys: np.ndarray, world_size: int) -> np.ndarray:
         """Returns the rank of each key, growing with the key."""
@@ -172,7 +172,7 @@ class RowOwners:
         self._free_count = np.bincount(self._free // self._width, minlength=self.buckets)
         self._free_start = np.cumsum(self._free_count) - self._free_count
 
-    def _count_strangers(self, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _count_unassigned(self, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Returns how often ids without a row were seen, this step included; at times too much.
 
         A count-min sketch with conservative update per bucket (Estan and Varghese, 2002), halved at
@@ -217,29 +217,29 @@ class RowOwners:
         arriving = np.bincount(bucket, minlength=self.buckets)
         ends = np.cumsum(arriving)
         options = self.options
-        wanted = np.maximum(self.tally[:, WAITING], arriving)
+        needed = np.maximum(self.tally[:, WAITING], arriving)
         self.waiting[self.tally[:, WAITING] > 0] = 0
         self.tally[:, WAITING] = 0
-        if options.time_to_live is None and (wanted <= self._free_count).all():
+        if options.time_to_live is None and (needed <= self._free_count).all():
             return  # without a look at every row
         owned = (self.last != FREE) & (self.last < step)
         leaving = np.zeros(len(self.last), dtype=bool)
         if options.time_to_live is not None:
             leaving = owned & (step - self.last > options.time_to_live)
         if options.eviction != "ttl":
-            short = wanted - self._free_count - leaving.reshape(self.buckets, -1).sum(1)
-            for place in np.flatnonzero(short > 0):
-                rows = slice(place * self._width, (place + 1) * self._width)
+            short = needed - self._free_count - leaving.reshape(self.buckets, -1).sum(1)
+            for full in np.flatnonzero(short > 0):  # buckets
+                rows = slice(full * self._width, (full + 1) * self._width)
                 stay = np.flatnonzero(owned[rows] & ~leaving[rows]) + rows.start
-                count = min(int(short[place]), len(stay))
-                worth = self._worth(stay, step)
-                least = np.argpartition(worth, count - 1)[:count] if count else np.arange(0)
-                order = stay[least[np.argsort(worth[least], kind="stable")]]
+                count = min(int(short[full]), len(stay))
+                score = self._eviction_score(stay, step)
+                least = np.argpartition(score, count - 1)[:count] if count else np.arange(0)
+                order = stay[least[np.argsort(score[least], kind="stable")]]
                 if options.eviction != "lru":
-                    new = np.full(wanted[place], options.admission)
-                    new[: arriving[place]] = seen[ends[place] - arriving[place] : ends[place]]
-                    new = np.sort(new)[::-1][wanted[place] - int(short[place]) :][:count]
-                    order = order[self._counted_worth(order, step) <= new]
+                    new = np.full(needed[full], options.admission)
+                    new[: arriving[full]] = seen[ends[full] - arriving[full] : ends[full]]
+                    new = np.sort(new)[::-1][needed[full] - int(short[full]) :][:count]
+                    order = order[self._score_in_occurrences(order, step) <= new]
                 leaving[order] = True
         rows_leaving = np.flatnonzero(leaving)
         if not len(rows_leaving):
@@ -252,16 +252,16 @@ class RowOwners:
         if self._index.worn(len(self._free)):
             self._index = KeyIndex(self.keys, self._owned())
 
-    def _worth(self, rows: np.ndarray, step: int) -> np.ndarray:
+    def _eviction_score(self, rows: np.ndarray, step: int) -> np.ndarray:
         """What evictions go by, lowest first; ties of one criterion are broken by the other."""
         counts, last = self.counts[rows], self.last[rows]
         if self.options.eviction == "lfu":
             return (np.minimum(counts, 2**31 - 1) << 32) | last
         if self.options.eviction == "lru":
             return (last << 31) | np.minimum(counts, 2**31 - 1)
-        return self._counted_worth(rows, step)
+        return self._score_in_occurrences(rows, step)
 
-    def _counted_worth(self, rows: np.ndarray, step: int) -> np.ndarray:
+    def _score_in_occurrences(self, rows: np.ndarray, step: int) -> np.ndarray:
         """The same in occurrences, which is what a new id has as well."""
         counts = self.counts[rows]
         if self.options.eviction == "lfu":

@@ -25,14 +25,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.ids import UNKNOWN_ROW
 from embeddings.zero_collision.key_index import distinct
 from embeddings.zero_collision.policy import ADMISSIONS, EVICTIONS, RowOwners, ZeroCollision
-from embeddings.zero_collision.row_reset import FreshRows, RowCleaner
+from embeddings.zero_collision.row_reset import ReassignedRows, RowInitializer
 
-Found = tuple[np.ndarray, np.ndarray]  # distinct keys of a table (uint64, sorted) and how often
+KeyCounts = tuple[np.ndarray, np.ndarray]  # distinct keys of a table (uint64, sorted) and how often
 
 
 @dataclass
-class Given:
-    """What one rank's owners gave away in a step: rows int64 [n] and their keys int64 [n]."""
+class Assigned:
+    """Rows that one rank's owners gave to new keys in a step: rows int64 [n], keys int64 [n]."""
 
     rows: np.ndarray
     keys: np.ndarray
@@ -68,19 +68,19 @@ class ZeroCollisionTables(nn.Module):
             for table, owners in self._owners.items()
             for name, values in owners.state.items()
         }
-        self._cleaner = RowCleaner({t: o.rows for t, o in options.items()}, init_std, seed)
+        self._initializer = RowInitializer({t: o.rows for t, o in options.items()}, init_std, seed)
         self._held: dict[str, tuple[int, int]] = {}
         self._rows_stay = True  # every rank holds the rows of its own buckets
         # Per table: occurrences and those without a row, while training and while scoring.
         self._counts = np.zeros((len(options), 4), dtype=np.int64)
 
     def bind(self, model: DistributedModelParallel) -> None:
-        """Finds the shards to clean; call on all ranks once the model is sharded.
+        """Finds the shards whose rows change owners; call on all ranks once the model is sharded.
 
         Raises:
-            ValueError: If a table's sharding cannot be cleaned.
+            ValueError: If a table is sharded so that its rows cannot be started anew.
         """
-        self._held = self._cleaner.bind(model)
+        self._held = self._initializer.bind(model)
         own = all(
             self._held[table] == (owners.start, owners.start + len(owners.keys))
             for table, owners in self._owners.items()
@@ -89,42 +89,44 @@ class ZeroCollisionTables(nn.Module):
         dist.all_gather_object(answers, own)
         self._rows_stay = all(answers)
 
-    def remap(self, ids: KeyedJaggedTensor, learn: bool) -> tuple[KeyedJaggedTensor, FreshRows]:
+    def remap(
+        self, ids: KeyedJaggedTensor, assign: bool
+    ) -> tuple[KeyedJaggedTensor, ReassignedRows]:
         """Replaces keys by rows; collective.
 
         Args:
             ids: A batch's keys, on the host; features that read no table of these are left alone.
-            learn: Count, admit and evict. Otherwise keys without a row get `UNKNOWN_ROW` and nothing
+            assign: Count, admit and evict. Otherwise keys without a row get `UNKNOWN_ROW` and nothing
                 changes.
         """
         values, offsets = ids.values().numpy(), ids.offset_per_key()
-        place = {name: slice(offsets[i], offsets[i + 1]) for i, name in enumerate(ids.keys())}
-        asked: list[Found] = []
+        slices = {name: slice(offsets[i], offsets[i + 1]) for i, name in enumerate(ids.keys())}
+        asked: list[KeyCounts] = []
         inverses = []
         for table in self._owners:
-            keys = np.concatenate([values[place[feature]] for feature in self._features[table]])
+            keys = np.concatenate([values[slices[feature]] for feature in self._features[table]])
             asked_keys, inverse, counts = distinct(keys.view(np.uint64))
             asked.append((asked_keys, counts))
             inverses.append(inverse)
-        answers, given = self._ask(asked, learn)
+        rows_of_keys, assigned = self._route(asked, assign)
         rows = values.copy()
-        for at, table in enumerate(self._owners):
-            unknown = answers[at] == UNKNOWN_ROW
-            counts = asked[at][1]
-            first = 0 if learn else 2
-            self._counts[at, first : first + 2] += counts.sum(), counts[unknown].sum()
-            found = answers[at][inverses[at]]
+        for number, table in enumerate(self._owners):
+            unknown = rows_of_keys[number] == UNKNOWN_ROW
+            counts = asked[number][1]
+            first = 0 if assign else 2
+            self._counts[number, first : first + 2] += counts.sum(), counts[unknown].sum()
+            table_rows = rows_of_keys[number][inverses[number]]
             begin = 0
             for feature in self._features[table]:
-                width = place[feature].stop - place[feature].start
-                rows[place[feature]] = found[begin : begin + width]
+                width = slices[feature].stop - slices[feature].start
+                rows[slices[feature]] = table_rows[begin : begin + width]
                 begin += width
         remapped = KeyedJaggedTensor(ids.keys(), torch.from_numpy(rows), lengths=ids.lengths())
-        return remapped, self._fresh(given) if learn else FreshRows()
+        return remapped, self._reassigned_here(assigned) if assign else ReassignedRows()
 
-    def forward(self, fresh: FreshRows) -> None:
-        """Cleans the rows that were given away for this batch; call before its lookup."""
-        self._cleaner(fresh.tables)
+    def forward(self, reassigned: ReassignedRows) -> None:
+        """Starts the rows anew that were given away for this batch; call before its lookup."""
+        self._initializer(reassigned.tables)
 
     def report(self, scored: bool) -> dict[str, float]:
         """Numbers of all tables since the last report of this kind; collective, on the host.
@@ -134,14 +136,16 @@ class ZeroCollisionTables(nn.Module):
         """
         totals = torch.zeros(len(self._owners), 4, dtype=torch.int64)
         window = slice(2, 4) if scored else slice(0, 2)
-        for at, owners in enumerate(self._owners.values()):
-            totals[at, :2] = torch.from_numpy(owners.tally[:, [ADMISSIONS, EVICTIONS]].sum(0))
+        for number, owners in enumerate(self._owners.values()):
+            totals[number, :2] = torch.from_numpy(owners.tally[:, [ADMISSIONS, EVICTIONS]].sum(0))
         totals[:, 2:] = torch.from_numpy(self._counts[:, window])
         self._counts[:, window] = 0
         dist.all_reduce(totals)
         numbers: dict[str, float] = {}
-        for (table, owners), found in zip(self._owners.items(), totals.tolist(), strict=True):
-            admissions, evictions, occurrences, unknown = found
+        for (table, owners), numbers_of_table in zip(
+            self._owners.items(), totals.tolist(), strict=True
+        ):
+            admissions, evictions, occurrences, unknown = numbers_of_table
             numbers[f"{table}_unknown_rate"] = unknown / max(occurrences, 1)
             if not scored:
                 usable = owners.options.rows - 1
@@ -160,10 +164,12 @@ class ZeroCollisionTables(nn.Module):
         for name, value in self._state.items():
             destination[prefix + name] = value
 
-    def _ask(self, asked: list[Found], learn: bool) -> tuple[list[np.ndarray], dict[str, Given]]:
-        """Asks the owners of every table's keys; returns the rows of the keys, and what was given here."""
+    def _route(
+        self, asked: list[KeyCounts], assign: bool
+    ) -> tuple[list[np.ndarray], dict[str, Assigned]]:
+        """Sends every key to the rank that owns it; returns the rows of the keys, and those assigned here."""
         if self.world_size == 1:
-            return self._answer(asked, learn)
+            return self._lookup(asked, assign)
         world, tables = self.world_size, len(asked)
         sent = np.stack(
             [
@@ -183,34 +189,36 @@ class ZeroCollisionTables(nn.Module):
             np.add.at(counts, inverse, pairs_of_table[:, 1])
             merged.append((keys, counts))
             inverses.append(inverse)
-        answers, given = self._answer(merged, learn)
-        replies = [answers[table][inverses[table]] for table in range(tables)]
+        rows_of_keys, assigned = self._lookup(merged, assign)
+        replies = [rows_of_keys[table][inverses[table]] for table in range(tables)]
         back = _exchange(_by_rank(replies, received), received.sum(1), sent.sum(1))
-        return _by_table(back, sent), given
+        return _by_table(back, sent), assigned
 
-    def _answer(self, asked: list[Found], learn: bool) -> tuple[list[np.ndarray], dict[str, Given]]:
-        answers, given = [], {}
+    def _lookup(
+        self, asked: list[KeyCounts], assign: bool
+    ) -> tuple[list[np.ndarray], dict[str, Assigned]]:
+        rows_of_keys, assigned = [], {}
         for (table, owners), (keys, counts) in zip(self._owners.items(), asked, strict=True):
-            if learn:
-                rows, fresh, fresh_keys = owners.learn(keys, counts, int(self._step))
-                given[table] = Given(fresh, fresh_keys.view(np.int64))
+            if assign:
+                rows, new_rows, new_keys = owners.assign(keys, counts, int(self._step))
+                assigned[table] = Assigned(new_rows, new_keys.view(np.int64))
             else:
                 rows = owners.find(keys)
-            answers.append(rows)
-        if learn:
+            rows_of_keys.append(rows)
+        if assign:
             self._step += 1
-        return answers, given
+        return rows_of_keys, assigned
 
-    def _fresh(self, given: dict[str, Given]) -> FreshRows:
-        """The given rows that lie on this rank, from whatever rank gave them."""
-        tables = {t: np.stack([g.rows, g.keys], axis=1) for t, g in given.items()}
+    def _reassigned_here(self, assigned: dict[str, Assigned]) -> ReassignedRows:
+        """The assigned rows that lie on this rank, whatever rank assigned them."""
+        tables = {table: np.stack([new.rows, new.keys], axis=1) for table, new in assigned.items()}
         if not self._rows_stay:
             everybody: list[dict[str, np.ndarray]] = [{}] * self.world_size
             dist.all_gather_object(everybody, tables)
             for table, (start, stop) in self._held.items():
                 rows = np.concatenate([part[table] for part in everybody])
                 tables[table] = rows[(rows[:, 0] >= start) & (rows[:, 0] < stop)]
-        return FreshRows({table: torch.from_numpy(rows) for table, rows in tables.items()})
+        return ReassignedRows({table: torch.from_numpy(rows) for table, rows in tables.items()})
 
     def _sharded(self, values: np.ndarray) -> ShardedTensor:
         """One rank's array as its part of a tensor over all ranks; shares the memory."""

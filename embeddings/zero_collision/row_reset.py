@@ -1,4 +1,4 @@
-"""Cleaning of rows that were given to a new id: first vector and optimizer state, wherever the row lies."""
+"""Rows that were given to a new id start anew: first vector and optimizer state, wherever the row lies."""
 
 from dataclasses import dataclass, field
 
@@ -13,14 +13,14 @@ from embeddings.ids import UNKNOWN_ROW
 
 
 @dataclass
-class FreshRows(Pipelineable):
+class ReassignedRows(Pipelineable):
     """Rows of this rank's shards that have a new owner: table to int64 [n, 2] (row, the owner's key)."""
 
     tables: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "FreshRows":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "ReassignedRows":
         """Copies to a device."""
-        return FreshRows(
+        return ReassignedRows(
             {k: v.to(device, non_blocking=non_blocking) for k, v in self.tables.items()}
         )
 
@@ -29,9 +29,9 @@ class FreshRows(Pipelineable):
         for rows in self.tables.values():
             rows.record_stream(stream)
 
-    def pin_memory(self) -> "FreshRows":
+    def pin_memory(self) -> "ReassignedRows":
         """Copies to page-locked host memory."""
-        return FreshRows({k: v.pin_memory() for k, v in self.tables.items()})
+        return ReassignedRows({k: v.pin_memory() for k, v in self.tables.items()})
 
 
 @dataclass
@@ -44,8 +44,8 @@ class _Piece:
     state: list[tuple[int, Tensor]]  # optimizer state and its first row
 
 
-class RowCleaner(nn.Module):
-    """Gives fresh rows their first vector and empty optimizer state, before the lookup of their batch.
+class RowInitializer(nn.Module):
+    """Gives reassigned rows their first vector and empty optimizer state, before the lookup of their batch.
 
     It runs at the beginning of a batch's forward: the updates of all batches before are done by then, and
     no later batch has been looked up, so rows may be given away while earlier batches are in flight.
@@ -100,12 +100,12 @@ class RowCleaner(nn.Module):
         return held
 
     def forward(self, tables: dict[str, Tensor]) -> None:
-        """Cleans rows: table to int64 [n, 2] (row, key), rows being ones that this rank holds."""
+        """Starts rows anew: table to int64 [n, 2] (row, key), rows being ones that this rank holds."""
         with torch.no_grad():
-            for table, given in tables.items():
-                if not len(given):
+            for table, reassigned in tables.items():
+                if not len(reassigned):
                     continue
-                rows, keys = given.unbind(1)
+                rows, keys = reassigned.unbind(1)
                 salt = list(self._rows).index(table) + 1_000_003 * self._seed
                 for piece in self._pieces[table]:
                     width = piece.weight.shape[1]

@@ -87,7 +87,7 @@ def check_clean(run: Run) -> list[str]:
         lengths=torch.ones(3 * len(own), dtype=torch.int64),
     )
     for _ in range(3):  # admission takes two steps
-        remapped, fresh = owners.remap(ids, learn=True)
+        remapped, fresh = owners.remap(ids, assign=True)
         owners(fresh)
     state = whole(run)
     rows_everywhere: list[Any] = [None] * run.runtime.world_size

@@ -29,9 +29,6 @@ from llm_knowledge.errors import InputError
 if TYPE_CHECKING:  # which imports this module
     from trainer.run.session import Run
 
-# Every look at a sharded tensor warns of its successor.
-warnings.filterwarnings("ignore", message="Please use DTensor instead")
-
 FROZEN_PREFIX = "knowledge."
 MODEL_PREFIX = "model."
 ACCUMULATOR_PREFIX = "table_optimizer."

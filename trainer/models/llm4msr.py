@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
-from embeddings.experimental.hash_zch import HashZch
-from embeddings.tables import FrozenTables, SparseFeatures, Table
+from embeddings.tables import FrozenTables, HashZch, SparseFeatures, Table
 from embeddings.zero_collision.remap import ZeroCollisionTables
 from trainer.config.model import MetaConfig, ModelConfig
 from trainer.data.loading.batch import Batch

@@ -18,8 +18,8 @@ from torchrec.distributed.planner.types import PlannerError
 
 from embeddings.optimizer import TableOptimizer, fuse_optimizer
 from embeddings.placement import PlanError, check_placement
-from embeddings.planning.capacity import needed_and_available, remedies, worst
-from embeddings.planning.memory import Memory, limits, plan_memory, shortage
+from embeddings.planning.capacity import least_deficit, needed_and_available, suggestions
+from embeddings.planning.memory import Memory, deficit, limits, plan_memory
 from embeddings.planning.traffic import Traffic, all_reduce, by_link, plan_traffic
 from embeddings.sharding import TablePlan, check_plan, describe_plan, make_planner, sharders
 from embeddings.tables import collections
@@ -76,8 +76,8 @@ def plan_absent(problem: Problem, out: Path | None = None) -> Plan:
     print(text)
     if out is not None:
         write_json(problem, plan, out)
-    if (lacking := shortage(plan.memory, problem.hardware)) > 0:
-        raise InputError(explain_shortage(problem, lacking))
+    if (missing := deficit(plan.memory, problem.hardware)) > 0:
+        raise InputError(explain_shortage(problem, missing))
     return plan
 
 
@@ -87,14 +87,14 @@ def _refuse_what_is_too_much(problem: Problem) -> None:
         problem.tables, problem.placements, problem.optimizer, problem.hardware
     )
     if needed > available:
-        lacking = worst(
+        missing = least_deficit(
             problem.tables,
             problem.placements,
             problem.optimizer,
             problem.batch,
             problem.hardware,
         )
-        raise InputError(explain_shortage(problem, lacking))
+        raise InputError(explain_shortage(problem, missing))
 
 
 def _search(problem: Problem, began: float) -> Plan:
@@ -106,17 +106,17 @@ def _search(problem: Problem, began: float) -> Plan:
         problem.tables, problem.placements, problem.batch, hardware, SEARCH_SECONDS
     )
     try:
-        found = planner.plan(model, sharders())
+        found = planner.plan(model, sharders(model))
     except (
         PlannerError,
         RuntimeError,
         ValueError,
     ) as error:  # the latter two: a table without options
-        lacking = worst(
+        missing = least_deficit(
             problem.tables, problem.placements, problem.optimizer, problem.batch, hardware
         )
         words = f"torchrec's planner finds no plan: {str(error).strip().splitlines()[0]}"
-        raise InputError(f"{words}\n{explain_shortage(problem, lacking)}") from error
+        raise InputError(f"{words}\n{explain_shortage(problem, missing)}") from error
     check_plan(found, problem.tables)
     tables = describe_plan(found, problem.tables, ranks)
     best = planner._best_plan or []
@@ -148,7 +148,7 @@ def _fuse(model: nn.Module, problem: Problem) -> None:
     fuse_optimizer(trained, TableOptimizer(problem.optimizer, 0.1))
 
 
-def explain_shortage(problem: Problem, lacking: float) -> str:
+def explain_shortage(problem: Problem, missing: float) -> str:
     """What is short, by how much, and what would make it fit."""
     hardware = problem.hardware
     needed, available = needed_and_available(
@@ -166,13 +166,13 @@ def explain_shortage(problem: Problem, lacking: float) -> str:
             if needed > available
             else "enough in total"
         ),
-        f"  the worst rank lacks {_size(max(lacking, 0))}, ids and vectors of "
+        f"  the worst rank lacks {_size(max(missing, 0))}, ids and vectors of "
         f"{problem.batch:,} samples per rank included"
-        if lacking > 0
+        if missing > 0
         else "  by size alone every rank could hold its part; the wanted shardings do not",
         "what would make it fit, or how far it gets (by size alone, not searched by the planner):",
     ]
-    for words, rest in remedies(
+    for words, rest in suggestions(
         problem.tables, problem.placements, problem.optimizer, problem.batch, hardware
     ):
         verdict = "fits" if rest <= 0 else f"the worst rank still lacks {_size(rest)}"
@@ -284,7 +284,7 @@ def write_json(problem: Problem, plan: Plan, out: Path) -> None:
         "hardware": asdict(problem.hardware),
         "batch_per_rank": problem.batch,
         "optimizer": problem.optimizer,
-        "fits": shortage(plan.memory, problem.hardware) <= 0,
+        "fits": deficit(plan.memory, problem.hardware) <= 0,
         "memory_bytes_per_rank": {
             field.name: getattr(plan.memory, field.name).tolist() for field in fields(plan.memory)
         }

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from embeddings.placement import Placement
-from embeddings.planning.capacity import sketch
+from embeddings.planning.capacity import greedy_placement
 from embeddings.planning.memory import Memory, moved_bytes, plan_memory
 from embeddings.planning.traffic import Traffic, all_reduce, by_link, plan_traffic
 from embeddings.sharding import Hardware, TablePlan
@@ -227,7 +227,7 @@ def lay_out(description: Description, model: LLM4MSR, gpus: int, pooled: str) ->
     """Places the tables and adds everything up, but for FLOPs (`seconds` lacks "compute")."""
     hardware, tables = description.hardware(gpus), model.tables
     wanted = {one.name: Placement("row_wise" if one.sequence else pooled) for one in tables}
-    plans = sketch(tables, wanted, hardware, "row_wise")
+    plans = greedy_placement(tables, wanted, hardware, "row_wise")
     batch, optimizer = description.batch, description.optimizer
     traffic = plan_traffic(tables, plans, batch, gpus, hardware.hosts)
     parameters = dense_parameters(model)

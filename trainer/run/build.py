@@ -10,7 +10,6 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from embeddings.experimental.replica_groups import ReplicaGroups
 from embeddings.ids import IdMap, SortedKeys
 from embeddings.optimizer import fuse_optimizer
 from embeddings.placement import PlanError
@@ -66,6 +65,8 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     if group_size is None:
         sharded = shard(model, plan, runtime.device)
     else:
+        from embeddings.experimental.replica_groups import ReplicaGroups
+
         sharded = ReplicaGroups(
             model,
             plan,
@@ -73,7 +74,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
             group_size,
             cluster.ranks_per_host,
             "knowledge.",
-            sharders(),
+            sharders(model),
         )
     if owners is not None:
         owners.bind(sharded)
@@ -87,7 +88,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         together(lambda: load_frozen_rows(collection, readers))
     optimizer = _dense_optimizer(sharded, config)
     train_replicated_tables(sharded, plan, table_optimizer(config), optimizer, "knowledge.")
-    if isinstance(sharded, ReplicaGroups):
+    if group_size is not None:
         sharded.average_after(optimizer)
     return Run(
         config=config,

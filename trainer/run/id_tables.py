@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.experimental.hash_zch import HashZch
 from embeddings.ids import UNKNOWN_ROW, HashedIds, HashedKeys, IdMap, Vocabulary
+from embeddings.tables import HashZch
 from embeddings.zero_collision.policy import ZeroCollision
 from embeddings.zero_collision.remap import ZeroCollisionTables
 from llm_knowledge.errors import InputError

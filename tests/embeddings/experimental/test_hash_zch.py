@@ -8,9 +8,8 @@ import torch.distributed as dist
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.experimental.hash_zch import HashZch
 from embeddings.sharding import shard, sharders
-from embeddings.tables import SparseFeatures, Table
+from embeddings.tables import HashZch, SparseFeatures, Table
 from llm_knowledge.errors import InputError
 from tests.helpers.training_data import make_config, make_inputs
 from trainer.distributed.process_group import distributed
@@ -29,7 +28,7 @@ def test_tables_are_sharded_and_looked_up() -> None:
                 table.name: ParameterConstraints(["row_wise"], ["fused"]) for table in tables
             },
         )
-        plan = planner.collective_plan(model, sharders(), dist.group.WORLD)
+        plan = planner.collective_plan(model, sharders(model), dist.group.WORLD)
         sharded = shard(model, plan, runtime.device).eval()
         values = torch.tensor([5, 2**61, 7, 2**40 + 3, 7, 7, 5])
         lengths = torch.tensor([1, 1, 1, 1, 2, 1])

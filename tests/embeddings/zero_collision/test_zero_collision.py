@@ -18,7 +18,7 @@ def keys_of(ids: list[int]) -> np.ndarray:
 def teach(owners: RowOwners, ids: list[int], step: int) -> tuple[np.ndarray, np.ndarray]:
     """Learns one step's ids (repeats allowed); returns their rows and the rows that were given anew."""
     keys, inverse, counts = np.unique(keys_of(ids), return_inverse=True, return_counts=True)
-    rows, fresh, _ = owners.learn(keys, counts, step)
+    rows, fresh, _ = owners.assign(keys, counts, step)
     return rows[inverse], fresh
 
 
@@ -210,7 +210,7 @@ def test_rows_do_not_depend_on_the_number_of_ranks(eviction: str, admission: int
             given: set[tuple[int, int]] = set()
             for rank, part in enumerate(ranks):
                 own = ranks[0].owner(keys, len(ranks)) == rank
-                found[own], rows, fresh = part.learn(keys[own], counts[own], step)
+                found[own], rows, fresh = part.assign(keys[own], counts[own], step)
                 given |= set(zip(rows.tolist(), fresh.tolist(), strict=True))
             answers.append((found.tolist(), given))
         assert answers[0] == answers[1] == answers[2]

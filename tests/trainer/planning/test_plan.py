@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embeddings.placement import Placement
-from embeddings.planning.capacity import enough_hosts, needed_and_available, worst
+from embeddings.planning.capacity import enough_hosts, least_deficit, needed_and_available
 from embeddings.planning.memory import plan_memory
 from embeddings.sharding import Hardware, Piece, TablePlan
 from embeddings.tables import Table
@@ -100,11 +100,11 @@ def test_shortage_and_hosts() -> None:
     needed, available = needed_and_available(tables, {}, "rowwise_adagrad", small)
     assert needed == 4 * 10**8 * (64 * 4 + 4)
     assert available == 80 * GIB
-    lacking = worst(tables, {}, "rowwise_adagrad", 1, small)
-    assert lacking == pytest.approx(needed / 2 - 40 * GIB, rel=1e-6)  # row-wise: an even half
+    missing = least_deficit(tables, {}, "rowwise_adagrad", 1, small)
+    assert missing == pytest.approx(needed / 2 - 40 * GIB, rel=1e-6)  # row-wise: an even half
     hosts = enough_hosts(tables, {}, "rowwise_adagrad", 1, small)
     assert hosts == 2  # 97 GiB on 4 x 40 GiB
-    assert worst(tables, {}, "rowwise_adagrad", 1, replace(small, hosts=hosts)) <= 0
+    assert least_deficit(tables, {}, "rowwise_adagrad", 1, replace(small, hosts=hosts)) <= 0
     packed = {table.name: Placement("table_wise") for table in tables}
     assert enough_hosts(tables, packed, "rowwise_adagrad", 1, small) == 2
     huge = [replace(tables[0], rows=10**10)]
@@ -137,9 +137,9 @@ def test_an_unplaceable_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert plan(write(tmp_path, text)) == 2
     message = capsys.readouterr().err
     assert "enough in total" in message
-    lacking = 4 * 10**8 * (64 * 4 + 4) - 68 * GIB
+    missing = 4 * 10**8 * (64 * 4 + 4) - 68 * GIB
     found = float(message.split("the worst rank lacks ")[1].split(" GiB")[0])
-    assert found == pytest.approx(lacking / GIB, abs=3)  # plus ids, vectors and the other tables
+    assert found == pytest.approx(missing / GIB, abs=3)  # plus ids, vectors and the other tables
     assert "row_wise for 4 tables (id_0, id_1, id_3, …): fits" in message or (
         "row_wise for tables id_0, id_1, id_3: fits" in message
     )

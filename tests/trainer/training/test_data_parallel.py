@@ -154,7 +154,7 @@ def test_the_planner_chooses_replicas_where_they_can_be(
     fuse_optimizer(model.parameters(), TableOptimizer("sgd", 0.1))
     placements = {"t": Placement("planner", replicable=replicable)}
     planner = make_planner([table], placements, 4096, hardware)
-    plan = describe_plan(planner.plan(model, sharders()), [table], hardware.ranks)
+    plan = describe_plan(planner.plan(model, sharders(model)), [table], hardware.ranks)
     assert [one.sharding for one in plan] == [sharding]
     if sharding == "data_parallel":
         assert plan[0].bytes_per_rank == [100 * 16 * 4] * 8
@@ -166,7 +166,7 @@ def test_a_table_smaller_than_the_ranks_is_not_cut_by_rows() -> None:
     hardware = Hardware(1, 4, "cpu", 0, 64 * gib, 3e12, 3e11, 4e11, 5e9, 0.1)
     model = collections(tables)
     fuse_optimizer(model.parameters(), TableOptimizer("sgd", 0.1))
-    plan = make_planner(tables, {}, 16, hardware).plan(model, sharders())
+    plan = make_planner(tables, {}, 16, hardware).plan(model, sharders(model))
     found = {one.table: one.sharding for one in describe_plan(plan, tables, 4)}
     assert found == {"tiny": "table_wise", "large": "row_wise"}
     with pytest.raises(PlanError, match=r"tiny has 3 rows, fewer than 4 ranks.*use table_wise"):

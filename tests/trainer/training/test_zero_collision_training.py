@@ -97,7 +97,7 @@ def test_a_row_that_changes_hands_is_clean(data: Path, tmp_path: Path, optimizer
         ids = type(batch.ids)(
             ["user", "item", "history"], keys.repeat(3), lengths=torch.ones(48).long()
         )
-        remapped, fresh = owners.remap(ids, learn=True)
+        remapped, fresh = owners.remap(ids, assign=True)
         owners(fresh)
         after = whole(run)
         assert (rows != after["row_owners.user.keys"]).sum() >= 7

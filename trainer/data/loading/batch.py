@@ -7,7 +7,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from embeddings.zero_collision.row_reset import FreshRows
+from embeddings.zero_collision.row_reset import ReassignedRows
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Batch(Pipelineable):
     label: Tensor
     weight: Tensor
     extra_labels: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    fresh: FreshRows = field(default_factory=FreshRows)
+    fresh: ReassignedRows = field(default_factory=ReassignedRows)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Copies to a device."""
