@@ -23,7 +23,7 @@ quickstart: setup
 test: setup $(SPARK) lint
 	$(PYTEST)
 
-# What one runs between edits: neither processes that talk to each other, nor what takes ten seconds.
+# What one runs between edits: neither processes that talk to each other, nor what takes seconds.
 test-quick: setup
 	$(PYTEST) -q -m "not (slow or distributed or namespaces or slurm)"
 

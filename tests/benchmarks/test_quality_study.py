@@ -317,6 +317,7 @@ def test_regularisation_needs_trials_of_the_backbones_it_tunes_on_and_of_no_othe
     assert len(seeds) == 5 * (len(TUNED_ON) + 1)
 
 
+@pytest.mark.slow
 def test_every_arm_is_regularised_by_the_same_budget(tmp_path: Path) -> None:
     best = DATASETS["movielens"].trials[1]
     before: dict[str, list[Path]] = {}
@@ -473,6 +474,7 @@ def failing(run: Path, message: str) -> list[str]:
     return ["name=failing", f"output={run}", f"data.path={run.parent / message}"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     runs = [
         (tmp_path / f"run-{n}", failing(tmp_path / f"run-{n}", "no such data")) for n in range(2)
@@ -481,6 +483,7 @@ def test_a_failed_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
         study.train(runs, 2, 1.0)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_trained_again_and_what_was_not_evaluated_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,6 +192,7 @@ def test_component_by_torchxs_own_command(config: Path) -> None:
     assert "--nnodes 2 --nproc-per-node 2" in re.sub(r"'\s+'", "", done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_the_job_does_not_import_torchx(config: Path) -> None:
     """Every stage's modules load in an environment without torchx."""
     program = (

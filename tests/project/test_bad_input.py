@@ -345,6 +345,7 @@ def test_store_of_another_level_or_unfinished(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_vectors_of_another_model_never_enter_a_store(
     own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -456,6 +457,7 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("place", ["below a file", "in /proc"])
 def test_place_that_cannot_be_written(
@@ -492,6 +494,7 @@ def no_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_space(
     own: Path,

@@ -30,6 +30,7 @@ def imported_packages(file: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_point_one_way(package: str) -> None:
     files = list((ROOT / package).rglob("*.py"))

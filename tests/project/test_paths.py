@@ -62,6 +62,7 @@ def evaluated(folder: Path, seed: int = 0) -> tuple[dict[str, Any], Any]:
     return numbers, draw_map(read_run(run), about)
 
 
+@pytest.mark.slow
 @folders
 def test_metrics_and_reports_are_those_of_the_folder(
     tmp_path: Path, name: str, sibling: str

@@ -64,6 +64,7 @@ def test_a_run_is_evaluated_to_its_stored_predictions(stored: Path, ids: str) ->
         assert again[metric] == pytest.approx(overall[metric], abs=1e-6), metric
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", KINDS_OF_IDS)
 def test_a_run_goes_on_from_its_stored_checkpoint_with_the_stored_losses(
     stored: Path, ids: str

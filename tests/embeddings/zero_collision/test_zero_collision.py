@@ -194,6 +194,7 @@ def test_ids_of_one_occurrence_do_not_pile_up_into_an_admission() -> None:
     assert owners.tally[:, ADMISSIONS].sum() < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", ["lfu", "lru", "distance_lfu", "ttl"])
 @pytest.mark.parametrize("admission", [1, 2])
 def test_rows_do_not_depend_on_the_number_of_ranks(eviction: str, admission: int) -> None:

@@ -46,6 +46,7 @@ def expected(path, text, layer=-1):
     return tokens, first, last, tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [-1, 1])
 @pytest.mark.parametrize("reuse", ["auto", "off"])
 def test_answers_and_states_equal_those_of_transformers(qwen, reuse, layer):

@@ -52,6 +52,7 @@ def test_shared_length():
     assert shared_length([[2], [1]]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pooling", "layer"), [("last", -1), ("mean", -1), ("last", 1), ("mean", 1)]
 )

@@ -42,6 +42,7 @@ def models(tmp_path_factory):
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen", "llama", "gemma", "gpt2", "bert"])
 @pytest.mark.parametrize(("pooling", "layer"), [("last", -1), ("mean", -1), ("last", 1)])
 def test_packed_equals_padded(models, family, pooling, layer):
@@ -92,6 +93,7 @@ def test_the_model_itself_stays_as_it_was(models):
     np.testing.assert_allclose(found[3], after[0, -1].numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_batches_are_padded(models):
     with pytest.raises(InputError, match="packed batches cannot be compiled"):
         Encoder(models["qwen"], device="cpu", attention="packed", compilation="default")

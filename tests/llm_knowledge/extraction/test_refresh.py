@@ -61,6 +61,7 @@ def same(one, two):
     assert ((x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).min() > 1 - 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id_type", ["int64", "string"])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_equals_a_full_extraction(bert, tmp_path, id_type, dtype, monkeypatch):
@@ -179,6 +180,7 @@ def refresh_that_dies(*arguments, waiting, **options):
     refresh(*arguments, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_refresh_goes_on_where_it_was(bert, tmp_path, monkeypatch):
     data = random_dataset(tmp_path / "data", users=150)
     old = full(data, tmp_path / "old", bert, chunk=20)

@@ -104,6 +104,7 @@ def test_spark_and_duckdb_give_the_same_profiles(logs, one_session, tmp_path: Pa
         assert one == other, (name, level, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_buckets_of_users_change_nothing(logs, tmp_path: Path, monkeypatch, threads: int) -> None:
     for data in logs.values():

@@ -92,6 +92,7 @@ def test_a_write_holds_the_values_of_its_call_though_training_goes_on(
             assert (restored[name] == value).all(), name
 
 
+@pytest.mark.slow
 def test_asynchronous_runs_end_as_synchronous_ones(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_asynchronous_runs_end_as_synchronous_ones(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_failed_write_is_told_and_leaves_the_one_before(
     inputs: tuple[Path, Path],
@@ -214,6 +216,7 @@ def lose_the_description(checkpoint: Path) -> str:
     return r"checkpoint\.json is missing or damaged"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut_short, lose_a_file, lose_the_description])
 def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(
     inputs: tuple[Path, Path],
@@ -248,6 +251,7 @@ def test_only_damaged_checkpoints_are_refused(
         train(config, resume=True)
 
 
+@pytest.mark.slow
 def test_a_lost_best_checkpoint_is_told_and_found_anew(
     inputs: tuple[Path, Path],
     tmp_path: Path,
@@ -262,6 +266,7 @@ def test_a_lost_best_checkpoint_is_told_and_found_anew(
     assert json.loads((tmp_path / "run/summary.json").read_text())["best_step"] > 5
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_other_shardings_and_not_with_another_rate(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +283,7 @@ def test_a_run_is_resumed_with_other_shardings_and_not_with_another_rate(
     assert "column_wise" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_other_knowledge_is_refused(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

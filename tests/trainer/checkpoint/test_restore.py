@@ -72,6 +72,7 @@ def test_a_run_continues_on_another_number_of_ranks(
     assert [loss for _, loss in second] == pytest.approx([loss for _, loss in first], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = train(make_config(*inputs, tmp_path / "run", train__epochs=1))
     with pytest.raises(
@@ -82,6 +83,7 @@ def test_checkpoint_of_another_model_is_refused(inputs: tuple[Path, Path], tmp_p
         predict(run, "test", ["model.backbone=shared_bottom"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["table_wise", "column_wise", "planner"])
 def test_shardings_train(inputs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     sharding = f"{{user: {kind}, item: {kind}, user_knowledge: {kind}, item_knowledge: row_wise}}"

@@ -55,6 +55,7 @@ def saved_state(config: RunConfig) -> dict[str, Any]:
     return states(copy, Path(config.output))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
 def test_rows_and_accumulators_follow_their_ids(
     days: tuple[Path, Path, Path], tmp_path: Path, optimizer: str
@@ -90,6 +91,7 @@ def saved_state_after(config: RunConfig) -> dict[str, Any]:
     return saved_state(config)
 
 
+@pytest.mark.slow
 def test_knowledge_that_comes_and_goes_is_named(
     days: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

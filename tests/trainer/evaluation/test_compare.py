@@ -104,6 +104,7 @@ def test_identical_predictions_do_not_differ(tmp_path, data):
         assert row["verdict"] == "no significant difference"
 
 
+@pytest.mark.slow
 def test_a_truly_better_arm_is_better_and_the_reverse_is_worse(tmp_path, data):
     noisy, sharp = arm(tmp_path, data, "noisy", 3.0), arm(tmp_path, data, "sharp", 0.1, offset=50)
     result = compare([("noisy", noisy), ("sharp", sharp)], samples=300)

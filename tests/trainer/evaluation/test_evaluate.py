@@ -54,6 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_dataset_that_has_moved_is_evaluated_where_it_is(
     trained: tuple[Path, Path], run: Path, tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_dataset_that_has_moved_is_evaluated_where_it_is(
         hidden.rename(trained[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 1_000])
 def test_how_many_are_scored_at_once_changes_nothing(run: Path, size: int) -> None:
     assert evaluate(run) == 0

@@ -277,6 +277,7 @@ def test_missing_and_truncated_files(tmp_path):
         write_evaluation(run)
 
 
+@pytest.mark.slow
 def test_a_small_memory_limit_gives_the_same_numbers(tmp_path):
     rng = np.random.default_rng(0)
     n = 200_000

@@ -158,6 +158,7 @@ def test_scenario_number_chooses_own_parts(name: str) -> None:
     assert not torch.allclose(net(x, scenario), net(x, scenario.flip(0)))
 
 
+@pytest.mark.slow
 @every_backbone
 def test_overfits_a_handful_of_samples(name: str) -> None:
     net, (x, scenario) = BACKBONES[name](IN, S, [16, 8], 0.0, 2).train(), samples()

@@ -64,6 +64,7 @@ def rows_of(at: list[int]) -> tuple[KeyedTensor, dict[str, JaggedTensor], KeyedT
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["kind"])
 @pytest.mark.parametrize("fusion", ["sum", "concat", "gate"])
 @pytest.mark.parametrize("form", ["residual", "linear"])

@@ -133,6 +133,7 @@ def test_every_option_of_the_residual_form_starts_as_the_plain_backbone(options:
     torch.testing.assert_close(logits(lifted), logits(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["residual", "linear"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_meta_parameter_learns(form: str, options: dict) -> None:
@@ -149,6 +150,7 @@ def test_every_meta_parameter_learns(form: str, options: dict) -> None:
     assert still == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "fusion"),
     [*((name, "sum") for name in BACKBONES), ("star", "concat"), ("star", "gate")],
@@ -355,6 +357,7 @@ def test_scaled_logits_of_the_gate_stay_between_nothing_and_double() -> None:
     assert ratio.std() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_overfits_a_handful_of_samples(backbone: str) -> None:
     dense = model(backbone, noise=0.0, dropout=0.0).train()

@@ -48,6 +48,7 @@ def test_a_damaged_table_is_found_before_it_is_saved(
     assert checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-00000008"
 
 
+@pytest.mark.slow
 def test_a_damaged_table_is_rolled_back(
     data: Path, tmp_path: Path, before_batch: Callable[..., None]
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_damaged_table_is_rolled_back(
     assert losses(run) == losses(whole)  # nothing is left out: the batch was not to blame
 
 
+@pytest.mark.slow
 def test_a_spike_is_reported_or_left_out(
     data: Path, tmp_path: Path, before_batch: Callable[..., None]
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_traces_on_demand(data: Path, tmp_path: Path) -> None:
     """By a signal, and by a file in the run's folder; the run is as it would have been."""
     at_batch(2, lambda run, batch: os.kill(os.getpid(), signal.SIGUSR1))
@@ -152,6 +153,7 @@ def test_traces_on_demand(data: Path, tmp_path: Path) -> None:
     assert losses(run) == losses(plain)
 
 
+@pytest.mark.slow
 def test_one_rank_told_to_end_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
     at_batch(6, lambda run, batch: os.kill(os.getpid(), signal.SIGTERM))
     config = make_config(data, None, tmp_path / "run", train__eval_every=10)

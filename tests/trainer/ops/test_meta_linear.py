@@ -124,6 +124,7 @@ def test_fused_activation_equals_the_function_applied_after(activation: str, str
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_and_opcheck(activation: str) -> None:
     inputs = tensors(5, 2, 3, 4)
@@ -222,6 +223,7 @@ def test_non_contiguous_input(strategy: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["reference", "grouped", "auto"])
 def test_compiles_without_a_graph_break_for_any_batch_size(strategy: str) -> None:
     _, *weights = (
@@ -254,6 +256,7 @@ def test_autocast_gives_bfloat16_and_float32_gradients(strategy: str) -> None:
     torch.testing.assert_close(y.float(), oracle(h, g[group], weight, bias), rtol=0.05, atol=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["core", "gate"])
 def test_cheap_forms_compile_without_a_graph_break_and_take_autocast(form: str) -> None:
     _, g, core, bias = (t.detach().float() for t in tensors(9, 3, 4, 4, knowledge_rows=2))
@@ -303,6 +306,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["reference", "grouped", "core", "gate"])
 @pytest.mark.usefixtures("two_threads")
 def test_gradients_are_the_same_bits_every_time(form: str) -> None:
@@ -513,6 +517,7 @@ def test_refuses_what_does_not_fit(change: dict, message: str) -> None:
         meta_linear(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("wrong", "held"), [(3, "from 0 to 3"), (-1, "from -1 to 2")])
 def test_a_group_outside_the_knowledge_rows_is_refused(
@@ -708,6 +713,7 @@ def test_diagonals_in_bfloat16_are_summed_in_float32() -> None:
     torch.testing.assert_close(y, torch.full((3, 2), 64 + 100 / 64).bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["reference", "grouped"])
 def test_diagonals_take_autocast_and_compile(strategy: str) -> None:
     h, g, _, bias = (t.detach().float() for t in tensors(16, 3, 8, 4, knowledge_rows=2))
@@ -854,6 +860,7 @@ def test_candidate_tiles_are_what_the_table_would_give_out(
         assert triton_tiles.choose_tile(kernel, 2, width, depth) == (line[-1], line[3] is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distinct", [None, 2])
 def test_profile_names_the_strategy_and_its_share_of_the_peak(distinct: int | None) -> None:
     report = profile_meta_layer(256, 4, 64, 64, distinct, rounds=2)
@@ -864,6 +871,7 @@ def test_profile_names_the_strategy_and_its_share_of_the_peak(distinct: int | No
     assert report["explanation"] in text_of(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "distinct"), [("core", None), ("core", 2), ("gate", 2), ("gate", None)]
 )

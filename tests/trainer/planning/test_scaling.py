@@ -19,6 +19,7 @@ from trainer.planning.scaling import Decoder, Description, extraction_flops, flo
 HEADER_BYTES = 2048  # of a tensor's piece in a checkpoint: the format's own
 
 
+@pytest.mark.slow
 def test_the_page_is_what_formulas_and_results_give() -> None:
     text = PAGE.read_text()
     assert filled(text, page_tables()) == text, "run python -m benchmarks.scaling"
@@ -61,6 +62,7 @@ def test_memory_moves_the_bytes_of_ids_vectors_and_rows(counts: dict[str, Any]) 
         assert cell["counted"] == cell["predicted"], cell["cell"]
 
 
+@pytest.mark.slow
 def test_prompts_take_the_tokens_and_flops_that_are_counted(tmp_path: Path) -> None:
     from transformers import AutoModel, DynamicCache
 

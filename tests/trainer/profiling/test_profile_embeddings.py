@@ -142,6 +142,7 @@ def test_sweep_is_every_combination():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_configured_model(tmp_path, capsys):
     make_inputs(tmp_path / "inputs")
     config = make_config(tmp_path / "inputs/data", tmp_path / "inputs/knowledge", tmp_path / "run")

@@ -64,6 +64,7 @@ def numbers(html):
     return json.loads(found.group(1))
 
 
+@pytest.mark.slow
 def test_full_report(world):
     root, _, runs = world
     result = compare([("star", runs[:2]), ("star+llm4msr", runs[2:])], samples=100)
@@ -93,6 +94,7 @@ def test_full_report(world):
     assert f"star+llm4msr is better than star: AUC {row['value']:.4f}" in html
 
 
+@pytest.mark.slow
 def test_insignificant_difference_is_said_plainly(world):
     root, data, runs = world
     same = [
@@ -154,6 +156,7 @@ def test_missing_store_is_said(world):
     assert "Largest improvement" in html
 
 
+@pytest.mark.slow
 def test_damaged_store_is_an_input_error_and_the_old_report_stays(world):
     root, _, runs = world
     old = write_report(runs, root / "report.html").read_text()

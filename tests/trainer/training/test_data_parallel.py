@@ -44,6 +44,7 @@ def test_sharded_and_replicated_tables_learn_the_same(
         assert moved > 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_with_replicated_tables(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     sharding = "{user: data_parallel, user_knowledge: data_parallel, item_knowledge: row_wise}"
     config = make_config(*inputs, tmp_path / "run", tables__sharding=sharding, train__epochs=1)

@@ -86,6 +86,7 @@ class Watch:
         self.pending = options["indices"].long(), gradient[rows].clone()
 
 
+@pytest.mark.slow
 def test_the_fused_table_moves_by_the_scheduled_rate_also_after_a_resume(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_options_have_the_kernels_names() -> None:
         TableOptimizer("adagrad", 0.1, weight_decay=0.2).check("cuda")
 
 
+@pytest.mark.slow
 def test_inputs_and_match_move_by_their_own_step_size(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

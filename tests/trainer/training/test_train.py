@@ -56,6 +56,7 @@ def command_line(config: Path, processes: int, *words: str) -> list[str]:
     return [*command, "--processes", str(processes), *words]
 
 
+@pytest.mark.slow
 def test_one_process_writes_a_whole_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     config = make_config(*inputs, tmp_path / "run")
     run = train(config)
@@ -74,6 +75,7 @@ def test_one_process_writes_a_whole_run(inputs: tuple[Path, Path], tmp_path: Pat
     assert summary["valid_auc"] == max(line["valid_auc"] for line in lines(run, "valid"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "reference"])
 def test_the_strategy_of_each_meta_layer_is_printed_and_kept(
     inputs: tuple[Path, Path],
@@ -114,6 +116,7 @@ def test_a_strategy_that_the_device_has_not_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_scoring_again_gives_the_same_predictions(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -123,6 +126,7 @@ def test_scoring_again_gives_the_same_predictions(
     assert len(pq.read_table(predict(run, "valid"))) == 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["shared_bottom", "star"])
 def test_llm4msr_starts_where_its_backbone_starts(
     inputs: tuple[Path, Path], tmp_path: Path, backbone: str
@@ -141,6 +145,7 @@ def test_llm4msr_starts_where_its_backbone_starts(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_other_seed_other_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     runs = [
         train(make_config(*inputs, tmp_path / name, train__seed=seed))
@@ -236,6 +241,7 @@ def test_killed_and_resumed_run_has_the_losses_of_an_undisturbed_one(
     np.testing.assert_allclose(*(table["prediction"].to_numpy() for table in tables), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     config = make_config(*inputs, tmp_path / "run")
     before = pq.read_table(train(config) / "predictions/test")

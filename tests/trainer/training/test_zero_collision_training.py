@@ -46,6 +46,7 @@ def fresh_run(data: Path, folder: Path, **options: object) -> Run:
         return build(config, runtime, folder, open_inputs(config, runtime))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
 def test_evictions_do_not_reach_batches_in_flight(
     data: Path, tmp_path: Path, optimizer: str
@@ -112,6 +113,7 @@ def test_a_row_that_changes_hands_is_clean(data: Path, tmp_path: Path, optimizer
             assert not used[table].reshape(len(after[name]), -1)[given].any()
 
 
+@pytest.mark.slow
 def test_reports_and_unknown_ids(data: Path, tmp_path: Path) -> None:
     rows = "{user_rows: 16, item_rows: 512, eviction_interval: 1}"
     options = SMALL | {"tables__zero_collision": rows, "train__epochs": 1}
@@ -142,6 +144,7 @@ def test_collisions_of_a_hash_are_counted(data: Path, tmp_path: Path) -> None:
     assert found["user_collision_rate"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_rows(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +202,7 @@ def test_every_number_of_ranks_restores_every_other_exactly(tmp_path: Path) -> N
     assert json.loads(done.stdout) == {"cells": 16, "wrong": []}
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_with_the_rows_of_another(data: Path, tmp_path: Path) -> None:
     options = SMALL | {"train__epochs": 1}
     first = train(make_config(data, None, tmp_path / "first", **options))
@@ -212,6 +216,7 @@ def test_a_new_run_starts_with_the_rows_of_another(data: Path, tmp_path: Path) -
         train(make_config(data, None, tmp_path / "third", **options))
 
 
+@pytest.mark.slow
 def test_the_profilers_measure_rows_and_not_keys(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs")
     config = write_config(make_config(*inputs, tmp_path / "run", **SMALL), tmp_path / "run.yaml")

@@ -140,6 +140,7 @@ def test_what_cannot_be_appended(
     validate_dataset(one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("days", [False], indirect=True, ids=[""])
 def test_a_run_goes_on_with_the_rows_it_has_not_seen(
     days: tuple[Path, Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +178,7 @@ def test_a_run_goes_on_with_the_rows_it_has_not_seen(
     assert read_state(checkpoints(run / "checkpoints")[-1]).step == -(-len(wanted) // 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("days", [False], indirect=True, ids=[""])
 def test_a_run_is_not_resumed_on_other_data(
     days: tuple[Path, Path, Path, Path], tmp_path: Path

@@ -64,6 +64,7 @@ def test_prepared_events_hold_every_label(data: Path) -> None:
         assert np.array_equal(rows["label_viewed"].to_numpy() == 1, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["aitm", "mmoe"])
 def test_every_label_is_learned_and_measured(data: Path, tmp_path: Path, backbone: str) -> None:
     run = train(config(data, tmp_path / "run", model__backbone=backbone))

@@ -36,6 +36,7 @@ def brute_history(log: dict) -> dict[tuple, list]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strings", [False, True])
 @pytest.mark.parametrize("rule", ["per_user_time", "global_time"])
 def test_history_rows_and_order_match_brute_force(tmp_path, monkeypatch, strings, rule):
