@@ -290,13 +290,24 @@ def test_a_small_memory_limit_gives_the_same_numbers(tmp_path):
         assert tight[name] == (pytest.approx(value, rel=1e-12) if value != {} else {})
 
 
-@pytest.mark.parametrize("facts", ["[]", "3", "null", "{}", '{"rows": {}}', '{"scenarios": []}'])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"format_version": 1, "rows": {}}',
+        '{"format_version": 1, "rows": {}, "scenarios": {}}',
+        '{"format_version": 1, "scenarios": []}',
+    ],
+)
 def test_a_dataset_json_without_its_fields_is_refused(tmp_path, facts):
     data = make_dataset(tmp_path / "data")
     run = make_run(tmp_path / "run", data, noisy_truth(data, 0.1, 0))
     (data / "dataset.json").write_text(facts)
     with pytest.raises(
-        InputError, match=r"dataset.json.*(rows|scenarios).*Prepare the dataset again"
+        InputError, match=r"dataset.json.*(format_version|rows|scenarios).*prepare the data again"
     ):
         write_evaluation(run)
     assert not (run / "evaluation.json").exists()
