@@ -211,11 +211,14 @@ def _check_values(
 
     nulls = " + ".join(f"({name} IS NULL)::INT" for name in columns.values())
     label, prediction = columns["label"], columns["prediction"]
+    # Writers leave NaN out of a column's minimum and maximum. A comparison alone would be answered from
+    # those, and a file with NaN pass; isnan() cannot be.
+    in_range = f"NOT isnan({prediction}) AND {prediction} BETWEEN 0 AND 1"
     try:
         bad = con.execute(
             f"""SELECT filename, file_row_number, {label}, {prediction}, {nulls} AS nulls
                 FROM {parquet_sql(files, filename=True, file_row_number=True)}
-                WHERE nulls > 0 OR {label} NOT IN (0, 1) OR {prediction} NOT BETWEEN 0 AND 1
+                WHERE nulls > 0 OR {label} NOT IN (0, 1) OR NOT ({in_range})
                 ORDER BY filename, file_row_number LIMIT 1"""
         ).fetchone()
     except duckdb.Error as error:

@@ -96,6 +96,7 @@ def write_predictions(run: Run, split: str) -> Path:
     rows = events.stop - events.start
     chances, known = (torch.cat(parts)[:rows] for parts in zip(*scored, strict=True))
     names = ["prediction", *(f"prediction_{name}" for name in run.config.data.labels)]
+    together(lambda: _check_finite(chances, names, split, run))
     target = run.folder / "predictions" / split
     partial = target.with_name(f"{split}.partial")
     if run.runtime.is_main:
@@ -119,6 +120,22 @@ def write_predictions(run: Run, split: str) -> Path:
         os.rename(partial, target)
     dist.barrier()
     return target
+
+
+def _check_finite(chances: Tensor, names: list[str], split: str, run: Run) -> None:
+    """Refuses predictions [rows, labels] that are no numbers, before the old ones are replaced.
+
+    Raises:
+        InputError: names the run, the rank, the column and the number of rows.
+    """
+    rows = (~chances.isfinite()).sum(dim=0).tolist()
+    for name, count in zip(names, rows, strict=True):
+        if count:
+            raise InputError(
+                f"{run.folder}: rank {run.runtime.rank}: {count} of {len(chances)} values of {name} for "
+                f"{split} are NaN or infinite: the checkpoint holds such weights; nothing was written; train "
+                "again with a lower learning rate, or score an earlier checkpoint"
+            )
 
 
 class _PartWriter:

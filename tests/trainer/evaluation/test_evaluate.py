@@ -71,6 +71,25 @@ def test_a_dataset_that_has_moved_is_evaluated_where_it_is(
         hidden.rename(trained[0])
 
 
+def test_predictions_that_are_no_numbers_never_replace_good_ones(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, score = contents(run), scoring.score
+
+    def spoiled(live: Run, events: EventStream) -> Iterator[Predictions]:
+        for number, predictions in enumerate(score(live, events)):
+            if number == 1:
+                predictions.logits[3] = float("nan")
+            yield predictions
+
+    monkeypatch.setattr(scoring, "score", spoiled)
+    assert evaluate(run) == 2
+    said = capsys.readouterr().err
+    assert "rank 0: 1 of " in said
+    assert "values of prediction for test are NaN or infinite" in said
+    assert contents(run) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 1_000])
 def test_how_many_are_scored_at_once_changes_nothing(run: Path, size: int) -> None:

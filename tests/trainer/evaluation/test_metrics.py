@@ -257,6 +257,30 @@ def test_bad_predictions_are_named_and_nothing_is_written(tmp_path, change, mess
     assert not list(run.glob(".*"))
 
 
+@pytest.mark.parametrize("label", [None, "bought"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_statistics_do_not_show_are_found(tmp_path, label, value):
+    """One part with statistics: its minimum and maximum leave NaN out."""
+    name = "prediction" if label is None else f"prediction_{label}"
+    rows = {
+        column: values.to_pylist() if hasattr(values, "to_pylist") else list(values)
+        for column, values in rows_of([1, 1, 2, 2], [0, 1, 0, 1], [0.1, 0.2, 0.3, 0.4]).items()
+    }
+    rows |= {"label_bought": rows["label"], "prediction_bought": list(rows["prediction"])}
+    rows[name][2] = value
+    table = pa.table(rows)
+    for column in ("prediction", "prediction_bought"):
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, pa.array(rows[column], pa.float32()))
+    file = tmp_path / "part-00000.parquet"
+    pq.write_table(table, file, write_statistics=True)
+    with (
+        database() as con,
+        pytest.raises(InputError, match=r"row 2 .*must be a number in \[0, 1\]"),
+    ):
+        load_predictions(con, [file], None, label)
+
+
 def test_missing_and_truncated_files(tmp_path):
     data = make_dataset(tmp_path / "data")
     run = make_run(tmp_path / "run", data, noisy_truth(data, 0.1, 0))

@@ -175,7 +175,8 @@ def _load(con, source: Path) -> None:  # type: ignore[no-untyped-def]
 def _check(con, source: Path) -> None:  # type: ignore[no-untyped-def]
     bad = con.execute(
         "SELECT userId, movieId, rating, timestamp FROM ratings WHERE userId IS NULL OR "
-        "movieId IS NULL OR timestamp IS NULL OR rating IS NULL OR NOT rating BETWEEN 0.5 AND 5"
+        "movieId IS NULL OR timestamp IS NULL OR rating IS NULL OR isnan(rating) "
+        "OR NOT rating BETWEEN 0.5 AND 5"
     ).fetchone()
     if bad:
         raise InputError(
