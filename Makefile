@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed-$(PROFILE)
 
 SPARK := $(if $(shell command -v java),$(VENV)/.installed-spark)
 
-.PHONY: quickstart test test-quick lint setup clean
+.PHONY: quickstart test test-quick lint docs setup clean
 
 # Two workers, each with whole files (tests/conftest.py says which tests stay together).
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
@@ -32,6 +32,10 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The pages, and the API from docstrings, as a site in build/site; needs no network once it is set up.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+
 setup: $(INSTALLED)
 
 $(INSTALLED): requirements/common.txt requirements/$(PROFILE).txt requirements/no-deps.txt setup.py pyproject.toml
@@ -47,6 +51,10 @@ $(INSTALLED): requirements/common.txt requirements/$(PROFILE).txt requirements/n
 
 $(VENV)/.installed-spark: requirements/spark.txt $(INSTALLED)
 	$(PIP) -r requirements/spark.txt
+	@touch $@
+
+$(VENV)/.installed-docs: requirements/docs.txt $(INSTALLED)
+	$(PIP) -r requirements/docs.txt
 	@touch $@
 
 clean:

@@ -19,9 +19,10 @@ setup(
         ]
     ),
     package_data={
-        "launch": ["configs/*.yaml", "Dockerfile"],
-        "llm_knowledge": ["templates/*.yaml"],
-        "trainer": ["report/*.j2"],
+        "embeddings": ["py.typed"],
+        "launch": ["configs/*.yaml", "Dockerfile", "py.typed"],
+        "llm_knowledge": ["templates/*.yaml", "py.typed"],
+        "trainer": ["report/*.j2", "py.typed"],
     },
     # torch, fbgemm and torchrec move in lockstep and torchrec's own metadata names the CUDA build of
     # fbgemm, so the triple is installed from requirements/ and checked when `embeddings` is imported.
@@ -44,6 +45,7 @@ setup(
         # Newer clients need an urllib3 that torchx does not take.
         "kubernetes": ["torchx==0.7.0", "kubernetes<32"],
         "spark": ["pyspark>=4.0"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "dev": [
             "mypy",
             "pre-commit",

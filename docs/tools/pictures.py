@@ -175,6 +175,124 @@ def overview() -> Picture:
     return p
 
 
+def model() -> Picture:
+    """The additions to a backbone, and what generates them."""
+    p = Picture(
+        900, 430, "A backbone with user-level layers before it, a scenario branch and a match."
+    )
+    p.box(20, 20, 250, 58, "user's vector", "~centred, length 1", kind="frozen")
+    p.box(20, 120, 250, 58, "scenario's vector", kind="frozen")
+    p.box(20, 220, 250, 58, "item's vector", kind="frozen")
+    p.box(
+        330,
+        330,
+        250,
+        72,
+        "bottom input x",
+        "~user, item, scenario, history,",
+        "~two products",
+        kind="train",
+    )
+    p.box(330, 220, 250, 58, "user-level meta layers", "~h + W(z) h + b(z)", kind="train")
+    p.box(330, 120, 250, 58, "backbone", "~knows nothing of knowledge", kind="train")
+    p.box(630, 220, 250, 58, "scenario-level layers", "~a generated stack over x", kind="train")
+    p.box(630, 20, 250, 58, "match", "~of user and item vector", kind="train")
+    p.box(630, 120, 250, 58, "logit", "~sum, or another fusion")
+    p.arrow((455, 330), (455, 278))
+    p.arrow((455, 220), (455, 178))
+    p.arrow((580, 149), (630, 149))
+    p.arrow((580, 366), (755, 366), (755, 278))
+    p.arrow((755, 220), (755, 178))
+    p.arrow((755, 78), (755, 120))
+    p.arrow((270, 40), (630, 40))
+    p.arrow((310, 40), (310, 240), (330, 240))
+    p.words(318, 214, "z", "note", "start")
+    p.arrow((270, 149), (298, 149), (298, 300), (605, 300), (605, 258), (630, 258))
+    p.words(588, 292, "z", "note")
+    p.arrow((270, 232), (285, 232), (285, 62), (630, 62))
+    p.arrow((145, 278), (145, 366), (330, 366))
+    p.words(155, 330, "projected, added", "note", "start")
+    return p
+
+
+def as_of() -> Picture:
+    """Three vectors of one user on the axis of time, and which event meets which."""
+    p = Picture(900, 230, "Events on the axis of time, and the vector that each may meet.")
+    p.arrow((20, 120), (880, 120))
+    p.words(876, 142, "time", "note", "end")
+    for x, words in ((300, "cut-off of vector 1"), (590, "cut-off of vector 2")):
+        p.segment(x, 48, 150, "cut")
+        p.words(x, 40, words, "note")
+    for x in (60, 130, 190, 250, 300, 370, 470, 530, 590, 680, 790):
+        p.dot(x, 120, x not in (370, 470, 530, 680, 790))
+    p.words(160, 100, "profile events: in the prompt", "note")
+    p.words(450, 100, "meet vector 1", "note")
+    p.words(735, 100, "meet vector 2", "note")
+    p.box(40, 168, 250, 44, "no vector", "~the learned default")
+    p.box(325, 168, 240, 44, "vector 1", "~of events up to its cut-off", kind="frozen")
+    p.box(610, 168, 250, 44, "vector 2", "~newer, of a later store", kind="frozen")
+    p.arrow((445, 168), (445, 130))
+    p.arrow((735, 168), (735, 130))
+    p.arrow((160, 168), (160, 130))
+    return p
+
+
+def streams() -> Picture:
+    """Ten rows in four streams over two ranks, two steps of four samples and one of padding."""
+    p = Picture(
+        900,
+        250,
+        "Ten rows in four streams: the shorter streams are padded, and all ranks take three steps.",
+    )
+    for step in range(3):
+        p.words(330 + 190 * step, 30, f"step {step + 1}", "head")
+    bounds = [10 * k // 4 for k in range(5)]
+    for k in range(4):
+        y = 44 + 46 * k
+        p.words(20, y + 24, f"stream {k}", "head", "start")
+        p.words(120, y + 24, f"rank {k // 2}", "note", "start")
+        rows = list(range(bounds[k], bounds[k + 1]))
+        for step in range(3):
+            row = f"row {rows[step]}" if step < len(rows) else "~padding: weight 0"
+            kind = "train" if step < len(rows) else "room"
+            p.box(250 + 190 * step, y, 160, 36, row, kind=kind)
+    p.words(
+        20,
+        240,
+        "Longest stream: 3 rows, 1 sample of it per step, so 3 steps everywhere.",
+        "note",
+        "start",
+    )
+    return p
+
+
+def zero_collision() -> Picture:
+    """The way of an id to its row."""
+    p = Picture(900, 290, "From an id to its row: hash, owners, sketch, admission, eviction.")
+    p.box(20, 40, 130, 50, "id", "~integer or text")
+    p.box(190, 40, 150, 50, "64-bit key", "~bijection, or digest")
+    p.box(380, 40, 180, 50, "owners", "~key to its row", kind="text")
+    p.box(700, 40, 180, 50, "its row", "~vector, optimizer state", kind="train")
+    p.arrow((150, 65), (190, 65))
+    p.arrow((340, 65), (380, 65))
+    p.arrow((560, 65), (700, 65))
+    p.words(630, 57, "has a row", "note")
+    p.box(380, 140, 180, 50, "count-min sketch", "~counts until admission", kind="text")
+    p.arrow((470, 90), (470, 140))
+    p.words(480, 120, "has none", "note", "start")
+    p.box(700, 140, 180, 50, "row 0", "~shared by unknown ids", kind="train")
+    p.arrow((560, 165), (700, 165))
+    p.words(630, 157, "this time", "note")
+    p.box(380, 226, 180, 50, "eviction", "~takes and gives rows", kind="text")
+    p.arrow((470, 190), (470, 226))
+    p.words(480, 213, "seen often enough", "note", "start")
+    p.arrow((380, 251), (360, 251), (360, 80), (380, 80))
+    p.words(350, 180, "a new owner", "note", "end")
+    p.arrow((560, 251), (895, 251), (895, 65), (880, 65))
+    p.words(730, 243, "the row starts clean", "note")
+    return p
+
+
 def strips(title: str, rows: list[tuple[str, str, str, str]]) -> Picture:
     """Differences of the study: a strip per row, a dot per backbone, a bar at the mean.
 
@@ -216,6 +334,10 @@ def strips(title: str, rows: list[tuple[str, str, str, str]]) -> Picture:
 
 PICTURES = {
     "overview": overview,
+    "model": model,
+    "as_of": as_of,
+    "streams": streams,
+    "zero_collision": zero_collision,
     "results_knowledge": partial(
         strips,
         "LLM4MSR minus the backbone, and minus its control with wrong users: differences in test AUC",
