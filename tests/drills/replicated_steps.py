@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
 from tests.helpers.training_data import make_config
-from trainer.checkpoint.directory import LoopState
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.run import RunConfig

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
 from tests.helpers.training_data import make_config, make_inputs
-from trainer.checkpoint.directory import LoopState
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.checkpoint.state import local_parts
 from trainer.checkpoint.writer import CheckpointWriter

@@ -20,7 +20,7 @@ from embeddings.sharding import Hardware, TablePlan
 from tests.drills.traffic_count import make_batch
 from tests.helpers.ranks import Ranks
 from tests.helpers.training_data import make_config, make_inputs
-from trainer.checkpoint.directory import LoopState
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.state import live_state, local_parts, saved_tensors
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.distributed.process_group import distributed

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 from llm_knowledge.errors import InputError
 from tests.helpers.ranks import Ranks
 from tests.helpers.training_data import make_config, make_inputs
-from trainer.checkpoint.directory import LoopState, checkpoints, problem_of
+from trainer.checkpoint.directory import checkpoints, problem_of
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.distributed.process_group import distributed
 from trainer.run.build import build

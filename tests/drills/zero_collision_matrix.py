@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.zero_collision.policy import EVICTIONS
 from tests.helpers.ranks import Ranks
 from tests.helpers.training_data import make_config, make_inputs
-from trainer.checkpoint.directory import LoopState
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.distributed.process_group import distributed
@@ -70,7 +70,7 @@ def train_steps(run: Run, count: int, skip: int) -> None:
     """Trains on the batches after the first `skip` of the epoch."""
     run.model.train()
     stream = run.stream(["train"], shuffle=True).batches(skip=skip)
-    batches = run.give_rows(itertools.islice(stream, count), learn=True)
+    batches = run.remap_ids(itertools.islice(stream, count), assign=True)
     for _ in range(count):
         run.pipeline.progress(batches)
 

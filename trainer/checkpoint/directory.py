@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
+from trainer.checkpoint.loop_state import LoopState
 
 if TYPE_CHECKING:  # which imports this module
     pass
@@ -24,33 +25,6 @@ DESCRIPTION = "checkpoint.json"
 
 
 FORMAT_VERSION = 2
-
-
-@dataclass
-class LoopState:
-    """Where the loop stands; everything else is derived from the configuration.
-
-    Attributes:
-        step: Updates done.
-        epoch: Passes done.
-        auc: AUC on the valid split at this step; None where it was not measured.
-        best_auc: The best AUC so far.
-        best_step: Its step; 0 before the first evaluation.
-        evaluations_without_gain: Evaluations since then.
-        finished: Whether training is over.
-        table_updates: What `embeddings.optimizer.update_count` gives.
-        left_out: Steps, from 0, whose batches a rollback has left out.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    auc: float | None = None
-    best_auc: float | None = None
-    best_step: int = 0
-    evaluations_without_gain: int = 0
-    finished: bool = False
-    table_updates: int = 0
-    left_out: list[int] = field(default_factory=list)
 
 
 def finish(partial: Path, target: Path, description: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,19 @@ from embeddings.optimizer import set_update_count
 from llm_knowledge.errors import InputError
 from trainer.checkpoint.state import load_state
 from trainer.config.run import differences
-from trainer.distributed.process_group import tell
 
 if TYPE_CHECKING:  # which imports this module
     from trainer.run.session import Run
 from trainer.checkpoint.directory import (
-    LoopState,
     best_of,
     checkpoints,
     problem_of,
     read_description,
     read_state,
 )
+from trainer.checkpoint.loop_state import LoopState
+
+logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
@@ -81,8 +83,8 @@ def restore_newest(run: Run, folder: Path) -> LoopState | None:
     best = best_of(folder, state)
     if state.best_step and dict(found).get(best, "missing") is not None:
         skipped.append(f"{best}: the best checkpoint is not whole; the next evaluation is the best")
-        state.best_step, state.best_auc = 0, None
+        state.forget_best()
     if run.runtime.is_main:
         for line in [*(f"skipped {line}" for line in skipped), f"resumed from {path}"]:
-            tell(line)
+            logger.info(line)
     return state

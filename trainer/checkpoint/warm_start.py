@@ -6,6 +6,7 @@ are added, so rows are carried over by id, with their optimizer state.
 """
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ from trainer.checkpoint.state import (
     routes,
     saved_tensors,
 )
-from trainer.distributed.process_group import tell
 from trainer.run.session import Run
+
+logger = logging.getLogger(__name__)
 
 TABLES_PREFIX = f"{MODEL_PREFIX}sparse."
 
@@ -131,7 +133,7 @@ def warm_start(run: Run, source: Path) -> Carried:
     carried.left += sorted(saved.keys() - names_on_all_ranks(live))
     if run.runtime.is_main:
         for line in carried.lines():
-            tell(line)
+            logger.info(line)
         (run.folder / "start_from.json").write_text(json.dumps(carried.__dict__, indent=1))
     return carried
 

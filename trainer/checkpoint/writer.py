@@ -20,9 +20,10 @@ from torchrec.distributed.types import ShardedTensor
 from embeddings.optimizer import update_count
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
-from trainer.checkpoint.directory import FORMAT_VERSION, LoopState, finish, prune
+from trainer.checkpoint.directory import FORMAT_VERSION, finish, prune
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.state import live_state
-from trainer.distributed.process_group import together
+from trainer.distributed.process_group import on_all_ranks
 from trainer.run.session import Run
 
 GRACE_SECONDS = 10.0  # for a write that is under way when training fails
@@ -119,7 +120,7 @@ class CheckpointWriter:
             except OSError as error:
                 raise InputError(_failure(target, 0, error)) from error
 
-        together(attempt, self._group)
+        on_all_ranks(attempt, self._group)
 
     def __enter__(self) -> "CheckpointWriter":
         return self

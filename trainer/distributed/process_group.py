@@ -4,8 +4,6 @@ import ctypes
 import os
 import signal
 import socket
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,13 +110,6 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def tell(text: str) -> None:
-    """Prints a line for the user: time, rank of all ranks, text."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    now = time.strftime("%Y-%m-%dT%H:%M:%S")
-    print(f"{now} [{rank}/{world}] {text}", file=sys.stderr, flush=True)
-
-
 def seed_step(seed: int, rank: int, step: int) -> None:
     """Seeds dropout and noise of one step, so that a resumed run draws what the first one drew.
 
@@ -131,7 +122,7 @@ def seed_step(seed: int, rank: int, step: int) -> None:
         torch.cuda.manual_seed(number)
 
 
-def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `action` on every rank; bad input found by any is raised on all of them.
 
     Without this the rank that finds it leaves and the others wait until their timeout.

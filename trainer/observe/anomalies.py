@@ -5,8 +5,9 @@ Every step adds its numbers on the device; they are looked at when the log is fl
 """
 
 import json
+import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torchrec.distributed.types import ShardedTensor
 from embeddings.tables import local_pieces
 from llm_knowledge.errors import InputError
 from trainer.checkpoint.state import live_state
-from trainer.distributed.process_group import tell
 from trainer.observe.metrics_log import Window
 from trainer.run.session import Run
+
+logger = logging.getLogger(__name__)
 
 SETTLING_STEPS = 20  # before losses are compared with their mean
 MEMORY = 0.95  # of the running mean, per step
@@ -56,7 +58,6 @@ class Guard:
     rollbacks: int = 0
     _mean: float = 0.0
     _seen: int = 0
-    _undo: list[Any] = field(default_factory=list)
 
     @property
     def may_roll_back(self) -> bool:
@@ -64,24 +65,17 @@ class Guard:
         options = self.run.config.train.guard
         return "rollback" in (options.non_finite, options.on_spike, options.damage)
 
-    def __enter__(self) -> "Guard":
-        optimizer, options = self.run.optimizer, self.run.config.train.guard
-        self._undo = [optimizer.register_step_pre_hook(self._before_update)]
-        if options.non_finite == "skip":
-            dense = self.run.model.module.dense
-            self._undo.append(dense.register_forward_pre_hook(_keep_from_tables))
-        return self
+    @property
+    def skips(self) -> bool:
+        """Whether updates by gradients that are not finite are left out."""
+        return self.run.config.train.guard.non_finite == "skip"
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._undo:
-            handle.remove()
-
-    def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Notes the norm of the dense gradient; where it is not finite, and is to be skipped, zeros it."""
         groups = optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if self.run.config.train.guard.non_finite == "skip":
+        if self.skips:
             fine = torch.isfinite(self.norm)
             for gradient in gradients:
                 gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(fine)
@@ -93,7 +87,7 @@ class Guard:
             total += parameter.detach().float().view(torch.int32).sum(dtype=torch.int64)
         return total % 2**52
 
-    def look(self, window: Window) -> Fault | None:
+    def check(self, window: Window) -> Fault | None:
         """Finds the worst of a window; reports it, and what may go on goes on.
 
         Returns:
@@ -102,12 +96,12 @@ class Guard:
         Raises:
             InputError: On all ranks, if the policy is to stop.
         """
-        for fault in (self._not_finite(window), self._apart(window), self._spike(window)):
-            if fault is not None and self.act(fault, window.last):
+        for fault in (self._not_finite(window), self._ranks_diverged(window), self._spike(window)):
+            if fault is not None and self.handle(fault, window.last):
                 return fault
         return None
 
-    def act(self, fault: Fault, step: int) -> bool:
+    def handle(self, fault: Fault, step: int) -> bool:
         """Reports a fault, in `incidents.jsonl` too; returns whether to roll back.
 
         Raises:
@@ -122,7 +116,7 @@ class Guard:
             with (self.run.folder / "incidents.jsonl").open("a") as file:
                 file.write(json.dumps(line | {"steps": fault.steps}) + "\n")
             if policy != "stop":
-                tell(f"{fault.text}: {policy}")
+                logger.warning("%s: %s", fault.text, policy)
         if policy == "stop":
             raise InputError(
                 f"{self.run.folder}: {fault.text}; no checkpoint holds it: {fault.advice}",
@@ -158,7 +152,7 @@ class Guard:
             return None
         text = f"step {step}: not finite: {'; '.join(found)}"
         fault = Fault(text, self.run.config.train.guard.damage)
-        return fault if self.act(fault, step) else None
+        return fault if self.handle(fault, step) else None
 
     # ------------------------------------------------------------ what may be wrong
 
@@ -180,7 +174,7 @@ class Guard:
         steps = tuple(int(window.steps["number"][0, at]) for at in hits)
         return Fault(f"step {steps[0] + 1}: {what}", policy, steps)
 
-    def _apart(self, window: Window) -> Fault | None:
+    def _ranks_diverged(self, window: Window) -> Fault | None:
         sums = window.ranks["checksum"]
         values, counts = np.unique(sums, return_counts=True)
         if len(values) == 1:
@@ -218,7 +212,7 @@ class Guard:
         return found
 
 
-def _keep_from_tables(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+def keep_from_tables(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
     """Zeros what this rank's batch sends back to the tables, if any of it is not finite.
 
     Tables are updated within the backward pass: afterwards there is nothing left to skip.

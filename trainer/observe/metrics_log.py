@@ -14,11 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.prefetch import BatchFeed
-from trainer.distributed.process_group import together
 from trainer.models.llm4msr import Predictions
 from trainer.observe.trackers import Tracker, open_trackers
 from trainer.observe.watchdog import Watch, memory_gib
@@ -31,22 +29,28 @@ STRAGGLES = 1.25  # times the median of what ranks need for themselves
 
 @dataclass(frozen=True)
 class Window:
-    """The steps since the last flush, the same on every rank.
+    """What ranks exchanged about the steps since the last time; the same on every rank.
 
     Attributes:
         last: The number of the last of them, from 1.
         steps: By name in `STEP`: [ranks, steps]. Numbers are from 0; loss and samples are sums; gradient
             is the norm over the dense parameters.
         ranks: By name in `RANK`: [ranks].
+        seconds: How long they took on this rank, by the clock.
     """
 
     last: int
     steps: Mapping[str, np.ndarray]
     ranks: Mapping[str, np.ndarray]
+    seconds: float
+
+    def any_rank(self, signal: str) -> bool:
+        """Whether any rank has set a signal: a name in `RANK`."""
+        return bool(self.ranks[signal].any())
 
 
 class RunLog:
-    """Collects a step's numbers on the device; reads and gathers them only when flushed.
+    """Collects a step's numbers on the device; reads and gathers them only in `exchange`.
 
     Lines of steps after `step` (left by a run that died beyond its last checkpoint) are dropped, so
     that every step stands in the file once.
@@ -56,7 +60,7 @@ class RunLog:
         runtime, folder, every = run.runtime, run.folder, run.config.train.log_every
         self._runtime, self._since = runtime, time.perf_counter()
         self._of_steps = torch.zeros(every, len(STEP), dtype=torch.float64, device=runtime.device)
-        self._count, self.window = 0, Window(step, {}, {})
+        self._count = 0
         self._busy, self._input = time.thread_time(), 0.0
         self._file = self._ranks_file = None
         self._trackers: list[Tracker] = []
@@ -81,88 +85,84 @@ class RunLog:
 
     @property
     def pending(self) -> int:
-        """Steps since the last flush."""
+        """Steps since the last exchange."""
         return self._count
 
     @property
     def full(self) -> bool:
-        """Whether a flush must come before the next step."""
+        """Whether an exchange must come before the next step."""
         return self._count == len(self._of_steps)
 
-    def flush(
+    def exchange(
         self,
         step: int,
-        epoch: int,
-        rates: dict[str, float],
-        bar: tqdm,
         feed: BatchFeed[Batch],
         watch: Watch | None = None,
         checksum: torch.Tensor | None = None,
-    ) -> None:
-        """Gathers from all ranks into `window`; writes a line of kind "train", learning rates by name.
+    ) -> Window:
+        """Gathers the numbers of the steps since the last time from all ranks: the loop's only collective.
 
-        Raises:
-            InputError: On all ranks, if the input of any has failed since the last line.
+        Args:
+            step: Updates done.
+            feed: Where this rank's batches come from.
+            watch: What this rank was told from outside.
+            checksum: Over what all ranks must have alike, float64-exact; None: not compared.
         """
         seconds = time.perf_counter() - self._since
         busy, waited = time.thread_time() - self._busy, feed.waited - self._input
-        flags = (watch.told_to_end, watch.trace_wanted) if watch else (False, False)
-        self.window = window = self._gather(
+        signals = (watch.told_to_end, watch.trace_wanted) if watch else (False, False)
+        memory = memory_gib(self._runtime.device)
+        of_rank = torch.tensor(
+            [feed.problem is not None, *signals, 0.0, busy, waited, memory], dtype=torch.float64
+        ).to(self._runtime.device)
+        if checksum is not None:
+            of_rank[RANK.index("checksum")] = checksum.double()
+        sent = torch.cat([self._of_steps.flatten(), of_rank])
+        received = sent.new_empty(self._runtime.world_size * len(sent))
+        dist.all_gather_into_tensor(received, sent)
+        numbers = received.view(self._runtime.world_size, -1).cpu().numpy()
+        steps = numbers[:, : -len(RANK)].reshape(len(numbers), -1, len(STEP))[:, : self._count]
+        self._count, self._input = 0, feed.waited
+        return Window(
             step,
-            [feed.problem is not None, *flags, 0.0, busy, waited, memory_gib(self._runtime.device)],
-            checksum,
+            {name: steps[:, :, column] for column, name in enumerate(STEP)},
+            {name: numbers[:, column - len(RANK)] for column, name in enumerate(RANK)},
+            seconds,
         )
-        if window.ranks["no_input"].any():
-            together(feed.check)
+
+    def write_window(self, window: Window, epoch: int, rates: dict[str, float]) -> dict[str, float]:
+        """Writes a line of kind "train" about a window, and one about its ranks; returns its numbers."""
         samples = window.steps["samples"].sum()
         numbers = {
             "loss": float(window.steps["loss"].sum() / max(samples, 1)),
-            "samples_per_second": float(samples / seconds),
+            "samples_per_second": float(samples / window.seconds),
             "knowledge_coverage": float(window.steps["known"].sum() / max(samples, 1)),
             **rates,
-            **self._compare_ranks(window, step, seconds),
+            **self._compare_ranks(window),
         }
-        self.write("train", step, epoch, **numbers)
-        bar.set_postfix(
-            loss=f"{numbers['loss']:.4f}", samples_s=f"{numbers['samples_per_second']:.0f}"
-        )
-        self._count, self._input = 0, feed.waited
+        self.write("train", window.last, epoch, **numbers)
+        return numbers
 
-    def _gather(self, step: int, own: list[float], checksum: torch.Tensor | None) -> Window:
-        last = torch.tensor(own, dtype=torch.float64).to(self._runtime.device)
-        if checksum is not None:
-            last[RANK.index("checksum")] = checksum.double()
-        mine = torch.cat([self._of_steps.flatten(), last])
-        every = mine.new_empty(self._runtime.world_size * len(mine))
-        dist.all_gather_into_tensor(every, mine)
-        found = every.view(self._runtime.world_size, -1).cpu().numpy()
-        steps = found[:, : -len(RANK)].reshape(len(found), -1, len(STEP))[:, : self._count]
-        return Window(
-            step,
-            {name: steps[:, :, at] for at, name in enumerate(STEP)},
-            {name: found[:, at - len(RANK)] for at, name in enumerate(RANK)},
-        )
-
-    def _compare_ranks(self, window: Window, step: int, seconds: float) -> dict[str, float]:
+    def _compare_ranks(self, window: Window) -> dict[str, float]:
         """What ranks need for themselves, and who needs most; the rest is waiting for each other."""
-        input_seconds = window.ranks["input"]
-        own = window.ranks["busy"] + input_seconds
-        samples = window.steps["samples"].sum(1)
+        seconds, input_seconds = window.seconds, window.ranks["input"]
+        needed = window.ranks["busy"] + input_seconds
         if self._ranks_file is not None:
             lists = {
-                "samples_per_second": samples / seconds,
+                "samples_per_second": window.steps["samples"].sum(1) / seconds,
                 "busy_share": window.ranks["busy"] / seconds,
                 "input_share": input_seconds / seconds,
                 "memory_gib": window.ranks["memory_gib"],
             }
-            line = {name: [round(float(x), 4) for x in found] for name, found in lists.items()}
-            slowest, median = int(own.argmax()), statistics.median(own)
-            straggler = slowest if own[slowest] > STRAGGLES * median and len(own) > 1 else None
-            text = json.dumps({"step": step, **line, "straggler": straggler})
+            line = {name: [round(float(x), 4) for x in values] for name, values in lists.items()}
+            slowest, median = int(needed.argmax()), statistics.median(needed)
+            straggles = needed[slowest] > STRAGGLES * median and len(needed) > 1
+            straggler = slowest if straggles else None
+            text = json.dumps({"step": window.last, **line, "straggler": straggler})
             self._ranks_file.write(text + "\n")
         return {
             "input_share": float(input_seconds.max() / seconds),
-            "waiting_share": float(max(0.0, 1 - own.mean() / seconds)),
+            "waiting_share": float(max(0.0, 1 - needed.mean() / seconds)),
             "memory_gib": float(window.ranks["memory_gib"].max()),
         }
 
@@ -192,9 +192,9 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for one in (self._file, self._ranks_file, *self._trackers):
-            if one is not None:
-                one.close()
+        for output in (self._file, self._ranks_file, *self._trackers):
+            if output is not None:
+                output.close()
 
 
 def _reopen(path: Path, step: int) -> Any:

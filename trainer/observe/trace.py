@@ -1,12 +1,14 @@
 """Chrome traces of a few steps and snapshots of GPU memory, on demand while a run goes on."""
 
+import logging
 import pickle
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.distributed.process_group import tell
 from trainer.run.session import Run
+
+logger = logging.getLogger(__name__)
 
 STEPS = 5
 
@@ -53,4 +55,4 @@ class Tracer:
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profile = None
         if self._runtime.is_main:
-            tell(f"trace of {STEPS - self._left} steps: {path}")
+            logger.info(f"trace of {STEPS - self._left} steps: {path}")

@@ -1,7 +1,7 @@
 """Where the numbers of a run are shown besides metrics.jsonl; imported only where asked for."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +21,13 @@ class Tracker(Protocol):
         """Sends what is left."""
 
 
-def check_trackers(config: RunConfig) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Refuses trackers that are not installed.
 
     Raises:
         InputError: Names the package.
     """
-    for name in config.train.trackers:
+    for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise InputError(
                 f"train.trackers: {name} is not installed here: pip install {PACKAGES[name]}, or remove it"

@@ -8,6 +8,7 @@ Times of different hosts are never compared: a rank answers if its line changes.
 import faulthandler
 import functools
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,9 +21,11 @@ from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 import torch
-from torch import nn
 
-from trainer.distributed.process_group import Runtime, tell
+from trainer.config.run import TrainConfig
+from trainer.distributed.process_group import Runtime
+
+logger = logging.getLogger(__name__)
 
 TERMINATED = 143  # 128 + SIGTERM: what a shell reports of a process that was told to end
 MISSED_BEATS = 4  # before a rank counts as silent
@@ -52,24 +55,17 @@ class Watch:
     Args:
         folder: The run.
         runtime: This rank.
-        hang_seconds: Without progress for so long, the loop stands still.
-        grace_seconds: A rank that was told to end and has not, ends itself after so long.
-        give_up_seconds: Without progress for so long, a rank ends itself, to be started again: alone it
-            has no collective that would fail.
+        options: `hang_seconds` without progress, and the loop stands still. A rank that was told to end
+            and has not, ends itself after `grace_seconds`. Without progress for twice `timeout_seconds`,
+            a rank ends itself, to be started again: alone it has no collective that would fail.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        runtime: Runtime,
-        hang_seconds: float,
-        grace_seconds: float,
-        give_up_seconds: float,
-    ) -> None:
+    def __init__(self, folder: Path, runtime: Runtime, options: TrainConfig) -> None:
         self.told_to_end = self.trace_wanted = False
         self._folder, self._runtime = folder, runtime
-        self._hang, self._grace, self._give_up = hang_seconds, grace_seconds, give_up_seconds
-        self._interval = min(5.0, hang_seconds / 10)
+        self._hang = options.hang_seconds or options.timeout_seconds / 2
+        self._grace, self._give_up = options.grace_seconds, 2 * options.timeout_seconds
+        self._interval = min(5.0, self._hang / 10)
         self._batches, self._since = 0, time.monotonic()
         self._told_at = float("inf")
         self._main = threading.main_thread().ident or 0
@@ -77,10 +73,6 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._undo: list[Callable[[], object]] = []
         self._stacks: TextIO | None = None
-
-    def follow(self, model: nn.Module) -> None:
-        """Takes every batch that goes into `model`, trained or scored, for progress."""
-        self._undo.append(model.register_forward_pre_hook(self.progress).remove)
 
     def progress(self, *_: object) -> None:
         """Notes that the loop goes on."""
@@ -137,7 +129,7 @@ class Watch:
                 elif late_beats == 1 + MISSED_BEATS:
                     self._report(seen, self._others())
             except OSError as error:  # slow or full storage must not end the watch
-                print(f"watch: {error}", file=sys.stderr)
+                logger.warning("watch: %s", error)
 
     def _age(self) -> float:
         return time.monotonic() - self._since
@@ -145,10 +137,12 @@ class Watch:
     def _tick(self, beat: int) -> None:
         overdue = time.monotonic() - self._told_at
         if overdue > self._grace:
-            tell(f"was told to end {overdue:.0f} s ago and could not: ends without a checkpoint")
+            logger.error(
+                f"was told to end {overdue:.0f} s ago and could not: ends without a checkpoint"
+            )
             os._exit(TERMINATED)
         if self._age() > self._give_up:
-            tell(f"no progress for {self._age():.0f} s: ends, to be started again")
+            logger.error(f"no progress for {self._age():.0f} s: ends, to be started again")
             os._exit(1)
         # Should the interpreter itself be held up, this timer fires without it.
         faulthandler.dump_traceback_later(self._hang + 5, file=self._stacks or sys.stderr)
@@ -229,7 +223,7 @@ class Watch:
         with (self._folder / "hang" / "report.txt").open("a") as file:
             file.write("\n".join(lines) + "\n")
         for text in lines:
-            tell(text)
+            logger.error(text)
 
 
 def _process_state(line: dict[str, Any]) -> str:

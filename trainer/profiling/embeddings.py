@@ -171,11 +171,11 @@ def scratch_run(config: Any, runtime: Any) -> Iterator[Any]:
     """Builds a run in a directory that is removed afterwards."""
     import torch.distributed as dist
 
-    from trainer.distributed.process_group import together
+    from trainer.distributed.process_group import on_all_ranks
     from trainer.run.build import build
     from trainer.run.inputs import open_inputs
 
-    inputs = together(lambda: open_inputs(config, runtime))
+    inputs = on_all_ranks(lambda: open_inputs(config, runtime))
     places = [tempfile.TemporaryDirectory() if runtime.is_main else None]
     names = [places[0].name if places[0] else None]
     dist.broadcast_object_list(names)
@@ -204,7 +204,7 @@ def configured_subjects(run: Any) -> list[Any]:
         for name, module in modules.items()
     ]
     events = run.stream(list(run.config.data.train_splits), shuffle=True)
-    batches = run.give_rows(events.batches(), learn=True)
+    batches = run.remap_ids(events.batches(), assign=True)
     run.model.eval()
     with torch.no_grad():
         for batch in itertools.islice(batches, BATCHES):

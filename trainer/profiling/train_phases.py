@@ -55,7 +55,7 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
     clock = Clock(device)
     run.model.train()
     with events.feed(0, needed) as source:
-        feed = run.give_rows(source, learn=True)
+        feed = run.remap_ids(source, assign=True)
         own: list[dict[str, float]] = []
         for at in range(warmup + rounds):
             timings = SerialStep(run, clock)(feed)

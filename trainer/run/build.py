@@ -21,7 +21,7 @@ from llm_knowledge.store.dated import DatedStores
 from trainer.config.run import RunConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
-from trainer.distributed.process_group import Runtime, together
+from trainer.distributed.process_group import Runtime, on_all_ranks
 from trainer.models.llm4msr import LLM4MSR, Shapes
 from trainer.models.meta import standardise
 from trainer.run.hardware import this_cluster
@@ -85,7 +85,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
             for level in ("user", "item")
             if level in stores
         }
-        together(lambda: load_frozen_rows(collection, readers))
+        on_all_ranks(lambda: load_frozen_rows(collection, readers))
     optimizer = _dense_optimizer(sharded, config)
     train_replicated_tables(sharded, plan, table_optimizer(config), optimizer, "knowledge.")
     if group_size is not None:

@@ -16,7 +16,7 @@ from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
 from trainer.config.run import RunConfig
 from trainer.data.dataset import split_files
-from trainer.distributed.process_group import Runtime, together
+from trainer.distributed.process_group import Runtime, on_all_ranks
 
 FEATURES = {"user": ("user",), "item": ("item", "history")}  # of a batch, by the table they read
 
@@ -47,7 +47,7 @@ def id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMa
                 except OSError as error:
                     raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
-    together(write)
+    on_all_ranks(write)
     return {level: Vocabulary.load(path) for level, path in paths.items()}
 
 

@@ -1,7 +1,7 @@
 """The live objects of a run on one rank."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from trainer.data.dataset import DatasetInfo, split_files
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.loader import EventStream
 from trainer.data.loading.row_encoder import RowEncoder
-from trainer.distributed.process_group import Runtime, together
+from trainer.distributed.process_group import Runtime, on_all_ranks
+from trainer.models.llm4msr import Predictions
 from trainer.run.id_tables import IdUse
 
 
@@ -53,7 +54,7 @@ class Run:
     id_use: IdUse = field(default_factory=IdUse)
 
     def stream(
-        self, splits: list[str], shuffle: bool, since: Continuation | None = None
+        self, splits: Sequence[str], shuffle: bool, since: Continuation | None = None
     ) -> EventStream:
         """This rank's share of some splits; unshuffled ones keep the order of the files.
 
@@ -92,14 +93,14 @@ class Run:
                 )
             return stream
 
-        return together(opened)
+        return on_all_ranks(opened)
 
-    def give_rows(self, batches: Iterator[Batch], learn: bool) -> Iterator[Batch]:
+    def remap_ids(self, batches: Iterator[Batch], assign: bool) -> Iterator[Batch]:
         """Gives ids their rows on a batch's way to the pipeline; all ranks together.
 
         Args:
             batches: What is to be fed, and no more: rows are given to the ids of a batch when it is read.
-            learn: Whether ids are counted, admitted and evicted: in training.
+            assign: Whether ids are counted, admitted and evicted: in training.
         """
         owners = self.model.module.row_owners
         for batch in batches:
@@ -107,10 +108,17 @@ class Run:
                 self.id_use.count(batch.ids)
                 yield batch
                 continue
-            ids, fresh = owners.remap(batch.ids, learn)
+            ids, fresh = owners.remap(batch.ids, assign)
             if self.runtime.device.type == "cuda":  # from page-locked memory copies overlap
                 ids, fresh = ids.pin_memory(), fresh.pin_memory()
             yield replace(batch, ids=ids, fresh=fresh)
+
+    def train_step(self, batches: Iterator[Batch]) -> Predictions | None:
+        """Trains the next batch; returns its predictions, or None where there is no further one."""
+        try:
+            return self.pipeline.progress(batches)
+        except StopIteration:
+            return None
 
     def report_ids(self, scored: bool) -> dict[str, float]:
         """Numbers of the id tables since the last report; all ranks together, on the host."""

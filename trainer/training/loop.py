@@ -1,16 +1,19 @@
-"""Training, top to bottom: build, loop, evaluate, save. One process or a thousand."""
+"""Training, top to bottom: set up, the loop, the best model's predictions. One process or a thousand."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from trainer.checkpoint.directory import LoopState, best_of, checkpoints
+from trainer.checkpoint.directory import best_of, checkpoints
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint, restore_newest
 from trainer.checkpoint.warm_start import find_start, warm_start
 from trainer.checkpoint.writer import CheckpointWriter
@@ -19,8 +22,8 @@ from trainer.data.loading.batch import Batch
 from trainer.data.loading.loader import EventStream
 from trainer.data.loading.prefetch import BatchFeed
 from trainer.distributed.host_check import check_hosts
-from trainer.distributed.process_group import distributed, seed_step, tell, together
-from trainer.observe.anomalies import Fault, Guard
+from trainer.distributed.process_group import Runtime, distributed, on_all_ranks, seed_step
+from trainer.observe.anomalies import Fault, Guard, keep_from_tables
 from trainer.observe.metrics_log import RunLog
 from trainer.observe.trace import Tracer
 from trainer.observe.trackers import check_trackers
@@ -33,6 +36,8 @@ from trainer.training.resume import find_continuation
 from trainer.training.run_folder import prepare_folder, write_plan
 from trainer.training.schedule import set_learning_rates
 from trainer.training.scoring import measure, write_predictions
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
@@ -50,198 +55,232 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     """
     began = time.perf_counter()
     with distributed(config.train.timeout_seconds) as runtime:
-        check_hosts(Path(config.output), config.model_dump())
-        together(lambda: check_trackers(config))
-        inputs = together(lambda: open_inputs(config, runtime))
-        since = together(lambda: find_continuation(config, inputs.dataset))
-        start = config.train.start_from
-        if start is not None and not checkpoints(Path(config.output) / "checkpoints"):
-            together(lambda: find_start(Path(start)))
-        folder = together(lambda: prepare_folder(config, runtime, resume))
-        run = build(config, runtime, folder, inputs)
-        if runtime.is_main:
-            write_plan(run)
-            print(run.plan, file=sys.stderr)
+        run, since = _set_up(config, runtime, resume)
         state = fit(run, since)
-        load_checkpoint(best_of(folder / "checkpoints", state), run)
+        load_checkpoint(best_of(run.folder / "checkpoints", state), run)
         write_predictions(run, "test")
-        ids = run.report_ids(scored=False) | run.report_ids(scored=True)
-        if runtime.is_main:
-            summary = {
-                "steps": state.step,
-                "best_step": state.best_step,
-                "valid_auc": state.best_auc,
-                "wall_seconds": round(time.perf_counter() - began, 2),
-                "world_size": runtime.world_size,
-                "ids": ids | collision_rates(config),
-            }
-            (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        _write_summary(run, state, began)
         dist.barrier()
-    return folder
+    return run.folder
 
 
 def fit(run: Run, since: Continuation | None = None) -> LoopState:
-    """Runs the loop until the last epoch or until the valid split stops improving.
+    """Trains until the last epoch, or until the valid split stops improving; rolls back where it must.
 
     Raises:
         Preempted: The job was told to end, and a checkpoint of its last step is written.
     """
     options, folder = run.config.train, run.folder / "checkpoints"
-    events = run.stream(list(run.config.data.train_splits), shuffle=True, since=since)
+    events = run.stream(run.config.data.train_splits, shuffle=True, since=since)
     valid = run.stream(["valid"], shuffle=False)
     total = options.epochs * events.steps
-    found = restore_newest(run, folder)
-    if found is None and since is not None:
+    resumed = restore_newest(run, folder)
+    if resumed is None and since is not None:
         load_checkpoint(since.checkpoint, run)
-    elif found is None and options.start_from is not None:
+    elif resumed is None and options.start_from is not None:
         warm_start(run, Path(options.start_from))
-    state = found or LoopState()
-
-    bar = tqdm(
-        total=total, initial=state.step, unit="step", desc=run.config.name, leave=False,
-        disable=not run.runtime.is_main or not sys.stderr.isatty(),
-    )  # fmt: skip
-    timeout, grace = options.timeout_seconds, options.grace_seconds
-    hang = options.hang_seconds or timeout / 2
+    state = resumed or LoopState()
     with (
-        Watch(run.folder, run.runtime, hang, grace, give_up_seconds=2 * timeout) as watch,
-        Guard(run) as guard,
-        bar,
+        Watch(run.folder, run.runtime, options) as watch,
+        _progress_bar(run, state.step, total) as bar,
         CheckpointWriter(run, folder) as writer,
     ):
-        watch.follow(run.model)
-        if found is None and guard.may_roll_back:
+        guard = Guard(run)
+        if resumed is None and guard.may_roll_back:
             writer.save(state)
-        while not state.finished:
-            with (
-                RunLog(run, state.step) as log,
-                events.feed(state.step, total) as feed,
-            ):
-                loop = Loop(run, feed, log, bar, watch, guard, total, Tracer(run))
-                fault = _go_on(loop, valid, state, writer)
-            if fault is not None:
-                writer.wait()
-                before, state = state, restore_newest(run, folder) or LoopState()
-                state.left_out = sorted({*before.left_out, *state.left_out, *fault.steps})
-                bar.update(state.step - bar.n)
+        with _hooks(run, watch, guard):
+            while not state.finished:
+                with RunLog(run, state.step) as log, events.feed(state.step, total) as feed:
+                    loop = Loop(run, feed, valid, total, log, bar, watch, guard, writer)
+                    fault = loop.train(state)
+                if fault is not None:
+                    writer.wait()
+                    earlier = restore_newest(run, folder) or LoopState()
+                    earlier.leave_out((*state.left_out, *fault.steps))
+                    state = earlier
+                    bar.update(state.step - bar.n)
     return state
 
 
-def _go_on(
-    loop: "Loop", valid: EventStream, state: LoopState, writer: CheckpointWriter
-) -> Fault | None:
-    """Trains, evaluates and saves until the run is finished, or a fault is to be rolled back."""
-    options, total = loop.run.config.train, loop.total
-    per_epoch = total // options.epochs
-    while not state.finished:
-        # The pipeline reads ahead, so it is drained before anything else may happen.
-        stop = min(
-            _next(state.step, options.eval_every),
-            _next(state.step, options.checkpoint_every),
-            total,
-        )
-        loop.train(state, stop)
-        if fault := loop.fault or loop.guard.check_state(state.step):
-            return fault
-        improved = False
-        if state.step % options.eval_every == 0 or state.step == total:
-            improved = _evaluate(loop.run, valid, state, loop.log, state.step // per_epoch)
-            patient = state.evaluations_without_gain < options.patience
-            state.finished = state.step == total or not patient
-        due = improved or state.finished or state.step % options.checkpoint_every == 0
-        if due or loop.ended:
-            writer.save(state)
-        if loop.ended and not state.finished:
-            writer.wait()
-            if loop.run.runtime.is_main:
-                tell(f"told to end: step {state.step} is saved; --resume goes on from there")
-            raise Preempted
-    return None
+@contextmanager
+def _hooks(run: Run, watch: Watch, guard: Guard) -> Iterator[None]:
+    """Everything that runs within a step without being called by the loop, in one list.
 
-
-def _evaluate(run: Run, valid: EventStream, state: LoopState, log: RunLog, epoch: int) -> bool:
-    """Measures the valid split; returns whether it is the best so far."""
-    auc, logloss = measure(run, valid)
-    ids = run.report_ids(scored=True)
-    log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss, **ids)
-    state.auc = auc
-    if run.runtime.is_main and not sys.stderr.isatty():  # no bar: a log gets lines
-        shown = "undefined" if auc is None else f"{auc:.4f}"
-        tell(
-            f"{run.config.name}: step {state.step}, epoch {epoch}: valid AUC {shown}, "
-            f"logloss {logloss:.4f}"
-        )
-    improved = auc is not None and (state.best_auc is None or auc > state.best_auc)
-    state.evaluations_without_gain = 0 if improved else state.evaluations_without_gain + 1
-    if improved or state.best_step == 0:
-        state.best_auc, state.best_step = auc, state.step
-    return improved
+    What belongs to the model itself is registered where it is built: the step of replicated tables and
+    the average over groups of ranks follow every step of the dense optimizer.
+    """
+    handles = [
+        run.model.register_forward_pre_hook(watch.progress),  # every batch, trained or scored
+        run.optimizer.register_step_pre_hook(guard.before_update),
+    ]
+    if guard.skips:
+        handles.append(run.model.module.dense.register_forward_pre_hook(keep_from_tables))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
 class Loop:
-    """What training steps need; `ended` once a rank was told to end, `fault` once one is rolled back."""
+    """The steps of a run and what is done once in a while between them."""
 
     run: Run
     feed: BatchFeed[Batch]
+    valid: EventStream
+    total: int
     log: RunLog
     bar: tqdm
     watch: Watch
     guard: Guard
-    total: int
-    tracer: Tracer
-    ended: bool = False
-    fault: Fault | None = None
+    writer: CheckpointWriter
+    told_to_end: bool = False  # by one rank, known to all since they exchanged their numbers
+    fault: Fault | None = None  # to be rolled back, likewise
 
-    def train(self, state: LoopState, stop: int) -> None:
-        """Trains until step `stop`, or until all ranks agree to break off; no batch is then under way."""
-        run, train = self.run, self.run.config.train
-        run.model.train()
-        per_epoch = self.total // train.epochs
-        begin = state.step
-        steps = [step for step in range(begin, stop) if step not in state.left_out]
+    def train(self, state: LoopState) -> Fault | None:
+        """Trains from `state` on until the run is finished.
 
-        def read() -> Iterator[Batch]:
-            for step, batch in zip(range(begin, stop), self.feed, strict=False):
-                if step in state.left_out:
-                    continue
-                yield batch
-                if self.ended or self.fault:  # what was read ahead is still trained
-                    return
+        Returns:
+            A fault, if the run is to be rolled back; None if it is finished.
 
-        batches, rates = run.give_rows(read(), learn=True), {}
-        for step in steps:
-            seed_step(train.seed, run.runtime.rank, step)
-            rates = set_learning_rates(run, step, self.total)
-            try:
-                predictions = run.pipeline.progress(batches)
-            except StopIteration:
-                break
-            state.step = step + 1
-            state.epoch, state.auc = state.step // per_epoch, None
-            self.tracer.step()
-            self.log.add(step, predictions, self.guard.norm)
-            self.bar.update()
-            if state.step % train.log_every == 0 or step == steps[-1] or self.log.full:
-                self._flush(state, rates)
-        else:
-            state.step = stop  # steps left out at the end are done, too
-        self.tracer.end()  # evaluations are not part of it
-        if self.log.pending:
-            self._flush(state, rates)
+        Raises:
+            InputError: On all ranks, if the input of any failed, or the guard's policy is to stop.
+            Preempted: The job was told to end; its last step is saved.
+        """
+        run, options, log, guard = self.run, self.run.config.train, self.log, self.guard
+        steps_per_epoch, tracer = self.total // options.epochs, Tracer(run)
+        while not state.finished:
+            # The pipeline reads ahead, so it is fed up to the next evaluation or checkpoint only: no
+            # batch is under way there.
+            stop = min(
+                _next(state.step, options.eval_every),
+                _next(state.step, options.checkpoint_every),
+                self.total,
+            )
+            steps = [step for step in range(state.step, stop) if step not in state.left_out]
+            batches = run.remap_ids(self._batches(state, stop), assign=True)
+            run.model.train()
+            for step in steps:
+                seed_step(options.seed, run.runtime.rank, step)
+                rates = set_learning_rates(run, step, self.total)
+                # Forward, backward with the tables' updates, `_hooks`, the dense optimizer's update;
+                # the next batches are read and their ids travel meanwhile.
+                predictions = run.train_step(batches)
+                if predictions is None:  # broken off: what was read ahead is trained
+                    break
+                state.count_step(step, steps_per_epoch)
+                tracer.step()
+                log.add(step, predictions, guard.norm)
+                self.bar.update()
+                if state.step % options.log_every == 0 or step == steps[-1] or log.full:
+                    self._exchange(state, rates, tracer)
+            else:
+                state.step = stop  # steps left out at the end are done, too
+            tracer.end()  # evaluations are not part of it
+            if log.pending:
+                self._exchange(state, rates, tracer)
 
-    def _flush(self, state: LoopState, rates: dict[str, float]) -> None:
-        """Exchanges numbers with the other ranks, and looks at them."""
-        rates = rates | self.run.report_ids(scored=False)
-        self.log.flush(
-            state.step, state.epoch, rates, self.bar, self.feed, self.watch, self.guard.checksum()
+            if fault := self.fault or guard.check_state(state.step):
+                return fault
+            improved = False
+            if state.step % options.eval_every == 0 or state.step == self.total:
+                improved = self._evaluate(state, state.step // steps_per_epoch)
+                state.finish_if_done(self.total, options.patience)
+            due = improved or state.finished or state.step % options.checkpoint_every == 0
+            if due or self.told_to_end:
+                self.writer.save(state)
+            if self.told_to_end and not state.finished:
+                self.writer.wait()
+                logger.info(
+                    "told to end: step %d is saved; --resume goes on from there", state.step
+                )
+                raise Preempted
+        return None
+
+    def _batches(self, state: LoopState, stop: int) -> Iterator[Batch]:
+        """The batches of the steps up to `stop`, without those left out; ends early to break off."""
+        for step, batch in zip(range(state.step, stop), self.feed, strict=False):
+            if step in state.left_out:
+                continue
+            yield batch
+            if self.told_to_end or self.fault:  # what was read ahead is still trained
+                return
+
+    def _exchange(self, state: LoopState, rates: dict[str, float], tracer: Tracer) -> None:
+        """Exchanges the numbers of the steps since the last time with all ranks, and acts on them."""
+        ids = self.run.report_ids(scored=False)
+        window = self.log.exchange(state.step, self.feed, self.watch, self.guard.checksum())
+        if window.any_rank("no_input"):
+            on_all_ranks(self.feed.check)
+        numbers = self.log.write_window(window, state.epoch, rates | ids)
+        self.bar.set_postfix(
+            loss=f"{numbers['loss']:.4f}", samples_s=f"{numbers['samples_per_second']:.0f}"
         )
-        window = self.log.window
-        if window.ranks["trace"].any():
+        if window.any_rank("trace"):
             self.watch.trace_wanted = False
-            self.tracer.begin(state.step)
-        self.ended |= bool(window.ranks["told_to_end"].any())
-        self.fault = self.fault or self.guard.look(window)
+            tracer.begin(state.step)
+        self.told_to_end |= window.any_rank("told_to_end")
+        self.fault = self.fault or self.guard.check(window)
+
+    def _evaluate(self, state: LoopState, epoch: int) -> bool:
+        """Measures the valid split; returns whether it is the best so far."""
+        auc, logloss = measure(self.run, self.valid)
+        ids = self.run.report_ids(scored=True)
+        self.log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss, **ids)
+        if self.bar.disable:  # no bar: a log gets lines
+            shown = "undefined" if auc is None else f"{auc:.4f}"
+            logger.info(
+                "%s: step %d, epoch %d: valid AUC %s, logloss %.4f",
+                self.run.config.name,
+                state.step,
+                epoch,
+                shown,
+                logloss,
+            )
+        return state.record_evaluation(auc)
+
+
+def _set_up(config: RunConfig, runtime: Runtime, resume: bool) -> tuple[Run, Continuation | None]:
+    """Checks what can be checked before anything is written, then builds the run."""
+    check_hosts(Path(config.output), config.model_dump())
+    on_all_ranks(lambda: check_trackers(config.train.trackers))
+    inputs = on_all_ranks(lambda: open_inputs(config, runtime))
+    since = on_all_ranks(lambda: find_continuation(config, inputs.dataset))
+    start = config.train.start_from
+    if start is not None and not checkpoints(Path(config.output) / "checkpoints"):
+        on_all_ranks(lambda: find_start(Path(start)))
+    folder = on_all_ranks(lambda: prepare_folder(config, runtime, resume))
+    run = build(config, runtime, folder, inputs)
+    if runtime.is_main:
+        write_plan(run)
+    return run, since
+
+
+def _write_summary(run: Run, state: LoopState, began: float) -> None:
+    """Writes what became of a run; with this file it is complete."""
+    ids = run.report_ids(scored=False) | run.report_ids(scored=True)
+    if run.runtime.is_main:
+        summary = {
+            "steps": state.step,
+            "best_step": state.best_step,
+            "valid_auc": state.best_auc,
+            "wall_seconds": round(time.perf_counter() - began, 2),
+            "world_size": run.runtime.world_size,
+            "ids": ids | collision_rates(run.config),
+        }
+        (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def _progress_bar(run: Run, step: int, total: int) -> tqdm:
+    return tqdm(
+        total=total,
+        initial=step,
+        unit="step",
+        desc=run.config.name,
+        leave=False,
+        disable=not run.runtime.is_main or not sys.stderr.isatty(),
+    )
 
 
 def _next(step: int, every: int) -> int:

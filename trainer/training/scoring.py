@@ -17,7 +17,7 @@ from trainer.checkpoint.directory import best_of, checkpoints, problem_of, read_
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.config.run import load_config
 from trainer.data.loading.loader import EventStream
-from trainer.distributed.process_group import distributed, together
+from trainer.distributed.process_group import distributed, on_all_ranks
 from trainer.models.llm4msr import Predictions
 from trainer.run.build import build
 from trainer.run.inputs import open_inputs
@@ -38,10 +38,10 @@ def score(run: Run, events: EventStream) -> Iterator[Predictions]:
     """
     run.model.eval()
     with torch.no_grad(), events.feed(0, events.steps) as feed:
-        batches = run.give_rows(feed, learn=False)
+        batches = run.remap_ids(feed, assign=False)
         for _ in range(events.steps):
             yield run.pipeline.progress(batches)
-        together(feed.check)
+        on_all_ranks(feed.check)
 
 
 def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
@@ -114,7 +114,7 @@ def write_predictions(run: Run, split: str) -> Path:
                 writer.write(table.append_column("has_knowledge", pa.array(known[piece].numpy())))
                 at += len(table)
 
-    together(write)
+    on_all_ranks(write)
     if run.runtime.is_main:
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
@@ -167,7 +167,7 @@ def predict(folder: Path, split: str, overrides: list[str] | None = None) -> Pat
     config = load_config(folder / "config.yaml", overrides)
     with distributed(config.train.timeout_seconds) as runtime:
         inputs = open_inputs(config, runtime)
-        together(lambda: check_data(config, folder))  # before good predictions are replaced
+        on_all_ranks(lambda: check_data(config, folder))  # before good predictions are replaced
         run = build(config, runtime, folder, inputs)
         saved = folder / "checkpoints"
         whole = [path for path in checkpoints(saved) if problem_of(path) is None]

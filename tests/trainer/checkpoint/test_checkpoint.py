@@ -20,11 +20,12 @@ from tests.drills.restore_matrix import whole_state
 from tests.helpers.training_data import make_config, make_inputs, write_stores
 from tests.trainer.training.test_train import ENVIRONMENT, ROOT, lines
 from trainer.checkpoint import writer as checkpoint_writer
-from trainer.checkpoint.directory import LoopState, checkpoints, problem_of, prune
+from trainer.checkpoint.directory import checkpoints, problem_of, prune
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.distributed.process_group import distributed
-from trainer.observe.metrics_log import RunLog
+from trainer.observe.metrics_log import RunLog, Window
 from trainer.run.build import build
 from trainer.run.inputs import open_inputs
 from trainer.training.loop import train
@@ -42,15 +43,15 @@ def names(run: Path) -> list[str]:
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
     """Trains until a step and dies there."""
-    flush = RunLog.flush
+    exchange = RunLog.exchange
 
-    def cut(self: RunLog, at: int, *rest: Any) -> None:
+    def cut(self: RunLog, at: int, *rest: Any) -> Window:
         if at == step:
             raise KeyboardInterrupt
-        flush(self, at, *rest)
+        return exchange(self, at, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "flush", cut)
+        patched.setattr(RunLog, "exchange", cut)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 

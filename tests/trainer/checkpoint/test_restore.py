@@ -11,7 +11,7 @@ import pytest
 from llm_knowledge.errors import InputError
 from tests.helpers.training_data import make_config, make_inputs, write_config
 from tests.trainer.training.test_train import ENVIRONMENT, ROOT, command_line, lines
-from trainer.observe.metrics_log import RunLog
+from trainer.observe.metrics_log import RunLog, Window
 from trainer.training.loop import train
 from trainer.training.scoring import predict
 
@@ -46,16 +46,16 @@ def test_a_run_continues_on_another_number_of_ranks(
     class PowerCutError(Exception):
         pass
 
-    flush = RunLog.flush
+    exchange = RunLog.exchange
 
-    def cut(self: RunLog, step: int, *rest: object) -> None:
+    def cut(self: RunLog, step: int, *rest: object) -> Window:
         if step == 23:  # in the second epoch, three steps after a checkpoint
             raise PowerCutError
-        flush(self, step, *rest)  # type: ignore[arg-type]
+        return exchange(self, step, *rest)  # type: ignore[arg-type]
 
     config = make_config(*inputs, tmp_path / "broken", **options)
     with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "flush", cut)
+        patched.setattr(RunLog, "exchange", cut)
         with pytest.raises(PowerCutError):
             train(config)
     file = write_config(config, tmp_path / "broken.yaml")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tests.helpers.paths import ROOT
 from tests.helpers.training_data import make_config, make_inputs
 from tests.trainer.models.test_model import DIM, SCENARIOS, inputs, logits, shapes
-from trainer.checkpoint.directory import LoopState
+from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.model import MetaConfig, ModelConfig

@@ -17,6 +17,7 @@ import trainer.training.loop
 from llm_knowledge.errors import InputError
 from tests.drills.fault_drill import at_batch, losses
 from tests.helpers.training_data import make_config, make_inputs
+from trainer.config.run import TrainConfig
 from trainer.distributed.process_group import Runtime
 from trainer.observe.metrics_log import RANK, STEP, RunLog
 from trainer.observe.watchdog import TERMINATED, Preempted, Watch
@@ -56,13 +57,13 @@ def test_the_straggler_is_the_rank_that_needs_most_for_itself(
     seen: list[Any] = []
     compare = RunLog._compare_ranks
 
-    def three(self: RunLog, window: Window, step: int, seconds: float) -> dict[str, float]:
+    def three(self: RunLog, window: Window) -> dict[str, float]:
         ranks = {name: values.repeat(3) for name, values in window.ranks.items()}
         ranks["busy"], ranks["input"] = ranks["busy"] * 0 + 1.0, ranks["input"] * 0
         ranks["input"][1] = 2.0
         steps = {name: values.repeat(3, axis=0) for name, values in window.steps.items()}
         seen.append((set(window.ranks), set(window.steps)))
-        return compare(self, Window(step, steps, ranks), step, 4.0)
+        return compare(self, Window(window.last, steps, ranks, 4.0))
 
     monkeypatch.setattr(RunLog, "_compare_ranks", three)
     run = train(make_config(data, None, tmp_path / "run", train__epochs=1))
@@ -171,7 +172,8 @@ def test_one_rank_told_to_end_saves_and_goes_on(data: Path, tmp_path: Path) -> N
 
 def stuck(folder: Path, told: bool) -> None:
     runtime = Runtime(0, 1, 1, torch.device("cpu"))
-    with Watch(folder, runtime, hang_seconds=0.3, grace_seconds=0.3, give_up_seconds=2.0):
+    options = TrainConfig(hang_seconds=0.3, grace_seconds=0.3, timeout_seconds=1)
+    with Watch(folder, runtime, options):
         if told:
             os.kill(os.getpid(), signal.SIGTERM)
         end = time.monotonic() + 20

@@ -14,7 +14,7 @@ from llm_knowledge.errors import InputError
 from tests.helpers.training_data import make_config, make_inputs
 from tests.trainer.training.test_train import lines
 from trainer.config.tables import ScheduleConfig
-from trainer.observe.metrics_log import RunLog
+from trainer.observe.metrics_log import RunLog, Window
 from trainer.run.build import build
 from trainer.run.session import Run
 from trainer.training.loop import train
@@ -99,12 +99,12 @@ def test_the_fused_table_moves_by_the_scheduled_rate_also_after_a_resume(
     }
     schedule = ScheduleConfig(shape="cosine", warmup_steps=3, final=0.25)
     expected = [8.0 * share_of_peak(schedule, step, 20) for step in range(20)]
-    flush = RunLog.flush
+    exchange = RunLog.exchange
 
-    def cut(self: RunLog, step: int, *rest: Any) -> None:
+    def cut(self: RunLog, step: int, *rest: Any) -> Window:
         if step == 13:
             raise KeyboardInterrupt
-        flush(self, step, *rest)
+        return exchange(self, step, *rest)
 
     tables = []
     for name in ("whole", "broken"):
@@ -112,10 +112,10 @@ def test_the_fused_table_moves_by_the_scheduled_rate_also_after_a_resume(
         monkeypatch.setattr("trainer.training.loop.build", watch.build)
         config = make_config(*inputs, tmp_path / name, **options)
         if name == "broken":
-            monkeypatch.setattr(RunLog, "flush", cut)
+            monkeypatch.setattr(RunLog, "exchange", cut)
             with pytest.raises(KeyboardInterrupt):
                 train(config)
-            monkeypatch.setattr(RunLog, "flush", flush)
+            monkeypatch.setattr(RunLog, "exchange", exchange)
             watch.rates = watch.rates[:10]  # what the checkpoint at step 10 knows
         train(config, resume=True)
         assert watch.rates == pytest.approx(expected, rel=1e-3)

@@ -18,7 +18,7 @@ from tests.helpers.training_data import make_config, make_inputs, write_config
 from tests.trainer.training.test_train import ENVIRONMENT, ROOT, lines
 from trainer.data.loading.batch import Batch
 from trainer.distributed.process_group import distributed
-from trainer.observe.metrics_log import RunLog
+from trainer.observe.metrics_log import RunLog, Window
 from trainer.run.build import build
 from trainer.run.inputs import open_inputs
 from trainer.run.session import Run
@@ -58,7 +58,7 @@ def test_evictions_do_not_reach_batches_in_flight(
             run = fresh_run(data, tmp_path / name, tables__optimizer=optimizer)
             run.model.train()
             stream = run.stream(["train"], shuffle=True)
-            batches = run.give_rows(iter(stream.batches()), learn=True)
+            batches = run.remap_ids(iter(stream.batches()), assign=True)
             for step in range(stream.steps):
                 if name == "pipelined":
                     run.pipeline.progress(batches)
@@ -83,7 +83,7 @@ def test_a_row_that_changes_hands_is_clean(data: Path, tmp_path: Path, optimizer
         run = fresh_run(data, tmp_path / "run", tables__optimizer=optimizer)
         owners = run.model.module.row_owners
         run.model.train()
-        batches = run.give_rows(iter(run.stream(["train"], shuffle=True).batches()), learn=True)
+        batches = run.remap_ids(iter(run.stream(["train"], shuffle=True).batches()), assign=True)
         for _ in range(10):
             run.pipeline.progress(batches)
         rows = whole(run)["row_owners.user.keys"]
@@ -154,16 +154,16 @@ def test_a_killed_run_goes_on_with_the_same_rows(
     class PowerCutError(Exception):
         pass
 
-    flush = RunLog.flush
+    exchange = RunLog.exchange
 
-    def cut(self: RunLog, step: int, *rest: object) -> None:
+    def cut(self: RunLog, step: int, *rest: object) -> Window:
         if step == 18:
             raise PowerCutError
-        flush(self, step, *rest)  # type: ignore[arg-type]
+        return exchange(self, step, *rest)  # type: ignore[arg-type]
 
     config = make_config(data, None, tmp_path / "broken", **options)
     with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "flush", cut)
+        patched.setattr(RunLog, "exchange", cut)
         with pytest.raises(PowerCutError):
             train(config)
     train(config, resume=True)

@@ -16,7 +16,7 @@ class Batch(Pipelineable):
 
     Attributes:
         ids: Table rows of the features user, item (one each) and history (up to H), B samples; keys, before
-            `Run.give_rows` gave them rows, where `tables.ids` is zero_collision.
+            `Run.remap_ids` gave them rows, where `tables.ids` is zero_collision.
         knowledge: Store rows of the features user and item, empty where the join found nothing.
         scenario: Position of the scenario in the dataset's list, int64 [B].
         scenario_knowledge: Row of the scenario's vector, -1 without one, int64 [B].
