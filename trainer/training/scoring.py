@@ -96,7 +96,7 @@ def write_predictions(run: Run, split: str) -> Path:
     rows = events.stop - events.start
     chances, known = (torch.cat(parts)[:rows] for parts in zip(*scored, strict=True))
     names = ["prediction", *(f"prediction_{name}" for name in run.config.data.labels)]
-    together(lambda: _check_finite(chances, names, split, run))
+    on_all_ranks(lambda: _check_finite(chances, names, split, run))
     target = run.folder / "predictions" / split
     partial = target.with_name(f"{split}.partial")
     if run.runtime.is_main:
