@@ -34,12 +34,20 @@ def write_source(path: Path, rows: int) -> None:
     directions = rng.normal(size=(RANK, DIM)).astype(np.float32) / DIM**0.5
     directions *= (1 + np.arange(RANK, dtype=np.float32))[:, None] ** -0.5
     wanted = Manifest(
-        level="user", complete=False,
+        level="user",
+        complete=False,
         model=ModelInfo(name="random", weights_hash="none", max_tokens=1),
-        template=TemplateInfo(name="none", version=1, hash="none"), pooling="last", layer=-1,
-        dim=DIM, dtype="float16", key_type="int64", rows=rows, cutoff=Cutoff(kind="per_key"),
-        input_fingerprint="benchmark", normalized=False,
-    )  # fmt: skip
+        template=TemplateInfo(name="none", version=1, hash="none"),
+        pooling="last",
+        layer=-1,
+        dim=DIM,
+        dtype="float16",
+        key_type="int64",
+        rows=rows,
+        cutoff=Cutoff(kind="per_key"),
+        input_fingerprint="benchmark",
+        normalized=False,
+    )
     with new_directory(path) as building:
         parts = []
         for index, start in enumerate(range(0, rows, ROWS_PER_PART)):
@@ -73,8 +81,13 @@ def run_step(step: str, folder: Path, rows: int) -> dict[str, Any]:
         facts["mib"] = round(sum(file.stat().st_size for file in out.glob("part-*")) / 2**20)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step": step, "seconds": round(seconds, 1), "rows_per_second": round(rows / seconds),
-            "resident_peak_mib": round(peak), **facts}  # fmt: skip
+    return {
+        "step": step,
+        "seconds": round(seconds, 1),
+        "rows_per_second": round(rows / seconds),
+        "resident_peak_mib": round(peak),
+        **facts,
+    }
 
 
 def main() -> None:
@@ -97,15 +110,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for step in steps:
-            command = [sys.executable, "-m", "benchmarks.compress", "--step", step, "--folder",
-                       str(folder), "--rows", str(options.rows)]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.compress",
+                "--step",
+                step,
+                "--folder",
+                str(folder),
+                "--rows",
+                str(options.rows),
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found.append(json.loads(done.stdout))
             print(found[-1], flush=True)
-    about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-             "load": [round(value, 1) for value in os.getloadavg()], "numpy": np.__version__,
-             "python": platform.python_version(), "rows": options.rows, "dim": DIM,
-             "threads": os.environ.get("OMP_NUM_THREADS", "all")}  # fmt: skip
+    about = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "rows": options.rows,
+        "dim": DIM,
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"about": about, "steps": found}, indent=1) + "\n")
 

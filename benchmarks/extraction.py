@@ -46,11 +46,18 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         data, name = dataset(options.raw, Path(scratch) / "data")
-        about = {"data": name, "processor": processor(), "cores": os.cpu_count(),
-                 "threads": torch.get_num_threads(), "load_at_start": os.getloadavg()[0],
-                 "python": platform.python_version(), "torch": torch.__version__,
-                 "transformers": transformers.__version__, "prompts": options.prompts,
-                 "rounds": options.rounds}  # fmt: skip
+        about = {
+            "data": name,
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_at_start": os.getloadavg()[0],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "prompts": options.prompts,
+            "rounds": options.rounds,
+        }
         print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
         models = {"decoder": decoder(Path(scratch) / "decoder"), "minilm": None}
         found: dict[str, Any] = {"about": about}
@@ -84,9 +91,16 @@ def decoder(path: Path) -> Path:
     from llm_knowledge.encoding.encoder import default_model_path
 
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=30_522, hidden_size=512, intermediate_size=1536,
-                         num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-                         head_dim=64, max_position_embeddings=2048)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=30_522,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+    )
     Qwen3ForCausalLM(config).save_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(default_model_path())
     tokenizer.model_max_length = 2048
@@ -101,8 +115,14 @@ def prompts(data: Path, kind: str, count: int, encoder: object) -> list[str]:
 
     about = Dataset.open(data)
     template = load_template(default_template("user", kind), "user")
-    renderer = Renderer(template, about.scenarios, about.positive_name, about.negative_name,
-                        encoder.count_tokens, encoder.max_tokens)  # type: ignore[attr-defined] # fmt: skip
+    renderer = Renderer(
+        template,
+        about.scenarios,
+        about.positive_name,
+        about.negative_name,
+        encoder.count_tokens,
+        encoder.max_tokens,
+    )  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as scratch:
         batches = profile_batches(about, "user", ProfileOptions(), 1024, Path(scratch))
         rows = [row for batch in batches for row in batch["data"].to_pylist()]
@@ -126,8 +146,13 @@ def plain_loop(path: Path, kind: str, max_tokens: int, logits: bool) -> Encode:
     def encode(texts: list[str]) -> np.ndarray:
         out = []
         for at in range(0, len(texts), PLAIN_BATCH):
-            batch = tokenizer(texts[at : at + PLAIN_BATCH], padding=True, truncation=True,
-                              max_length=max_tokens, return_tensors="pt")  # fmt: skip
+            batch = tokenizer(
+                texts[at : at + PLAIN_BATCH],
+                padding=True,
+                truncation=True,
+                max_length=max_tokens,
+                return_tensors="pt",
+            )
             batch.pop("token_type_ids", None) if kind == "decoder" else None
             said = model(**batch, output_hidden_states=logits)
             hidden = said.hidden_states[-1] if logits else said.last_hidden_state
@@ -148,8 +173,13 @@ def variants(path: Path | None) -> tuple[dict[str, Encode], Any]:
     from llm_knowledge.encoding.encoder import Encoder
 
     def encoder(attention: str, reuse: str, prunes: bool, dtype: str) -> Any:
-        made = Encoder(path, device="cpu", attention=attention, prefix_reuse=reuse,  # type: ignore[arg-type]
-                       dtype=dtype)  # type: ignore[arg-type] # fmt: skip
+        made = Encoder(
+            path,
+            device="cpu",
+            attention=attention,
+            prefix_reuse=reuse,  # type: ignore[arg-type]
+            dtype=dtype,
+        )  # type: ignore[arg-type]
         if made._reader.packing is not None:
             made._reader.packing.prunes &= prunes
         return made
@@ -185,26 +215,41 @@ def measure(name: str, path: Path | None, data: Path, count: int, rounds: int) -
             begun = time.perf_counter(), time.process_time()
             vectors[label] = arms[label](texts)
             taken[label].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-        print(f"round {number + 1}: " + ", ".join(f"{own[-1][1]:.1f}" for own in taken.values()),
-              "s of processor time", flush=True)  # fmt: skip
+        print(
+            f"round {number + 1}: " + ", ".join(f"{own[-1][1]:.1f}" for own in taken.values()),
+            "s of processor time",
+            flush=True,
+        )
     batches = [tokens[at : at + PLAIN_BATCH] for at in range(0, len(tokens), PLAIN_BATCH)]
     plain = sum(max(batch) * len(batch) for batch in batches)
-    print(f"\n{name}: {np.mean(tokens):.0f} tokens per prompt; the plain loop computes "
-          f"{plain / len(texts):.0f} positions per prompt\n")  # fmt: skip
-    print("| variant | users/s | over the plain loop | on the processor | over the row above, on the "
-          "processor | worst cosine | largest difference |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        f"\n{name}: {np.mean(tokens):.0f} tokens per prompt; the plain loop computes "
+        f"{plain / len(texts):.0f} positions per prompt\n"
+    )
+    print(
+        "| variant | users/s | over the plain loop | on the processor | over the row above, on the "
+        "processor | worst cosine | largest difference |\n|---|---|---|---|---|---|---|"
+    )
     before = ""
     for label, own in taken.items():
-        cells = [gain(taken[PLAIN], own, 0), gain(taken[PLAIN], own, 1),
-                 gain(taken[before], own, 1) if before else "–"]  # fmt: skip
+        cells = [
+            gain(taken[PLAIN], own, 0),
+            gain(taken[PLAIN], own, 1),
+            gain(taken[before], own, 1) if before else "–",
+        ]
         rate = len(texts) / statistics.median(clock for clock, _ in own)
         cosine, difference = compare(vectors[label], vectors[PLAIN])
-        print(f"| {label} | {rate:.1f} | {' | '.join(cells)} | {cosine:.6f} | {difference:.1e} |",
-              flush=True)  # fmt: skip
+        print(
+            f"| {label} | {rate:.1f} | {' | '.join(cells)} | {cosine:.6f} | {difference:.1e} |",
+            flush=True,
+        )
         before = label
-    return {"tokens": int(sum(tokens)), "plain_positions": plain, "seconds": taken,
-            "accuracy": {label: compare(found, vectors[PLAIN]) for label, found in vectors.items()},
-            }  # fmt: skip
+    return {
+        "tokens": int(sum(tokens)),
+        "plain_positions": plain,
+        "seconds": taken,
+        "accuracy": {label: compare(found, vectors[PLAIN]) for label, found in vectors.items()},
+    }
 
 
 def gain(base: list[tuple[float, float]], own: list[tuple[float, float]], which: int) -> str:

@@ -74,8 +74,10 @@ def main() -> None:
     print("| dim | layer, ms | kernel, ms | layer / kernel (quartiles) |\n|---|---|---|---|")
     for dim, row in found.items():
         low, middle, high = row["layer / kernel"]
-        print(f"| {dim} | {row['layer'][1]:.2f} | {row['kernel'][1]:.2f} | {middle:.3f} "
-              f"({low:.3f} to {high:.3f}) |")  # fmt: skip
+        print(
+            f"| {dim} | {row['layer'][1]:.2f} | {row['kernel'][1]:.2f} | {middle:.3f} "
+            f"({low:.3f} to {high:.3f}) |"
+        )
     if options.out:
         about = {"machine": machine(), "rounds": options.rounds, "dims": found}
         options.out.write_text(json.dumps(about, indent=1) + "\n")

@@ -74,13 +74,17 @@ def measure(data: Path, memory_limit: str, threads: int, prompts: bool) -> dict[
     stretch = max(1, len(samples) // 10)
     peaks = [round(max(samples[at : at + stretch])) for at in range(0, len(samples), stretch)]
     return {
-        "users": users, "profile_events": dataset.raw["rows"]["profile"], "prompts": prompts,
-        "seconds": round(seconds, 1), "seconds_to_first_batch": round(first or 0, 1),
+        "users": users,
+        "profile_events": dataset.raw["rows"]["profile"],
+        "prompts": prompts,
+        "seconds": round(seconds, 1),
+        "seconds_to_first_batch": round(first or 0, 1),
         "users_per_second": round(users / seconds),
         "characters_per_prompt": round(characters / users) if prompts else None,
-        "resident_before_mib": round(base), "resident_peak_mib": round(max(samples, default=base)),
+        "resident_before_mib": round(base),
+        "resident_peak_mib": round(max(samples, default=base)),
         "peaks_over_time_mib": peaks,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -103,8 +107,13 @@ def main() -> None:
     parser.add_argument("--without-prompts", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.memory_limit, options.threads,
-                                 not options.without_prompts)))  # fmt: skip
+        print(
+            json.dumps(
+                measure(
+                    options.one, options.memory_limit, options.threads, not options.without_prompts
+                )
+            )
+        )
         return
     found = []
     for users in options.sizes:
@@ -115,8 +124,18 @@ def main() -> None:
             # More users than asked for are drawn, since some have no event in the profile window.
             simulate(data, users, ITEMS, SCENARIOS, users * EVENTS_PER_USER, seed=0)
         for extra in (["--without-prompts"], []):
-            command = [sys.executable, "-m", "benchmarks.profiles", "--one", str(data), *extra,
-                       "--memory-limit", options.memory_limit, "--threads", str(options.threads)]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.profiles",
+                "--one",
+                str(data),
+                *extra,
+                "--memory-limit",
+                options.memory_limit,
+                "--threads",
+                str(options.threads),
+            ]
             result = json.loads(
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout
             )
@@ -124,10 +143,15 @@ def main() -> None:
             found.append(result)
     import duckdb
 
-    about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-             "load": [round(value, 1) for value in os.getloadavg()], "python": platform.python_version(),
-             "duckdb": duckdb.__version__, "memory_limit": options.memory_limit,
-             "threads": options.threads}  # fmt: skip
+    about = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "duckdb": duckdb.__version__,
+        "memory_limit": options.memory_limit,
+        "threads": options.threads,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"about": about, "runs": found}, indent=1) + "\n")
 

@@ -46,9 +46,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     """Seconds of processor time of the extraction and of the refresh."""
     model = {"model": str(decoder(scratch / "model"))} if options.model == "decoder" else {}
     config = ExtractConfig(
-        data=options.data, out=scratch / "full", level="user", progress=False,
-        min_interactions=options.min_interactions, **model,
-    )  # fmt: skip
+        data=options.data,
+        out=scratch / "full",
+        level="user",
+        progress=False,
+        min_interactions=options.min_interactions,
+        **model,
+    )
     began = time.process_time()
     extract(config)
     full = time.process_time() - began

@@ -55,14 +55,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(options, Path(scratch))
     print(f"{found['hardware']}; {found['versions']}; load {found['load']}")
-    print(f"backbone {options.backbone} {' '.join(options.set)}, batch {options.batch}, "
-          f"{options.rounds} rounds of {options.steps} steps each, after one round of warm-up")  # fmt: skip
+    print(
+        f"backbone {options.backbone} {' '.join(options.set)}, batch {options.batch}, "
+        f"{options.rounds} rounds of {options.steps} steps each, after one round of warm-up"
+    )
     print("\n| arm | ms a step | to the backbone, wall | to the backbone, processor | operators |")
     print("|---|---|---|---|---|")
     for name, arm in found["arms"].items():
         wall, busy = arm["wall_ratio"], arm["processor_ratio"]
-        print(f"| {name} | {arm['milliseconds']:.1f} | {wall[1]:.2f} ({wall[0]:.2f} to {wall[2]:.2f}) "
-              f"| {busy[1]:.2f} ({busy[0]:.2f} to {busy[2]:.2f}) | {arm['operators']} |")  # fmt: skip
+        print(
+            f"| {name} | {arm['milliseconds']:.1f} | {wall[1]:.2f} ({wall[0]:.2f} to {wall[2]:.2f}) "
+            f"| {busy[1]:.2f} ({busy[0]:.2f} to {busy[2]:.2f}) | {arm['operators']} |"
+        )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -139,9 +143,12 @@ def _arm(options: argparse.Namespace, name: str, scratch: Path, runtime):  # typ
     from trainer.training.run_folder import prepare_folder
 
     changes = {
-        "name": "step", "output": str(scratch / name), "data.path": str(options.data),
-        "model.backbone": options.backbone, "train.global_batch_size": options.batch,
-    }  # fmt: skip
+        "name": "step",
+        "output": str(scratch / name),
+        "data.path": str(options.data),
+        "model.backbone": options.backbone,
+        "train.global_batch_size": options.batch,
+    }
     if name == "backbone":
         changes |= ARMS[name]
     else:

@@ -34,10 +34,14 @@ class DataSet:
 def _trials(*steps: tuple[float, float, float]) -> list[dict[str, Any]]:
     """From step sizes of dense parameters, meta networks and tables."""
     return [
-        {"train.learning_rate": dense, "train.meta_learning_rate": meta, "tables.learning_rate": table,
-         "model.dropout": 0.3}
+        {
+            "train.learning_rate": dense,
+            "train.meta_learning_rate": meta,
+            "tables.learning_rate": table,
+            "model.dropout": 0.3,
+        }
         for dense, meta, table in steps
-    ]  # fmt: skip
+    ]
 
 
 # A model that knows the ids of all training users learns little from their texts.
@@ -60,15 +64,26 @@ DATASETS = {
         _trials((2e-3, 1e-2, 0.02), (5e-3, 1e-2, 0.1)),
     ),
     "simulated": DataSet(
-        ("simulate", "--users", "2000", "--items", "1000", "--scenarios", "3", "--events", "100000",
-         "--seed", "1"),
+        (
+            "simulate",
+            "--users",
+            "2000",
+            "--items",
+            "1000",
+            "--scenarios",
+            "3",
+            "--events",
+            "100000",
+            "--seed",
+            "1",
+        ),
         # By ids alone the AUC stands still for some evaluations before it rises: less patience, or the
         # smaller steps that the other logs need, would end the backbone's training there.
         _ALWAYS | {"train.eval_every": 40, "train.patience": 10, "train.epochs": 25},
         _trials((5e-3, 5e-3, 0.05), (2e-3, 1e-2, 0.05)),
         held_out_users=0.2,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,12 @@ def rows(work: Path, name: str, backbone: str) -> list[dict[str, Any]]:
         evaluation = json.loads(file.read_text())
         blocks = {"auc": evaluation["overall"], "new_user_auc": evaluation["segments"]["new_user"]}
         head = {
-            "dataset": name, "backbone": backbone, "form": form,
+            "dataset": name,
+            "backbone": backbone,
+            "form": form,
             "meta_learning_rate": float(rate) if rate else None,
             "seed": int(run.name.removeprefix("seed-")),
-        }  # fmt: skip
+        }
         found.append(head | {key: block["auc"] for key, block in blocks.items()})
     return found
 

@@ -64,10 +64,8 @@ def _prepare_again(log: Path, data: Path, held_out_users: float) -> None:
         "negative_name": info["negative_name"],
     }
     (log / "schema.yaml").write_text(yaml.safe_dump(schema))
-    command(
-        "prepare", "parquet", "--raw", str(events), "--schema", str(log / "schema.yaml"),
-        "--out", str(data),
-    )  # fmt: skip
+    inputs = ["--raw", str(events), "--schema", str(log / "schema.yaml")]
+    command("prepare", "parquet", *inputs, "--out", str(data))
 
 
 def truth(work: Path, name: str) -> dict[str, Any]:
@@ -136,10 +134,8 @@ def _leak(data: Path, stores: Path, out: Path) -> None:
             os.link(part, copy / "profile" / f"part-{number:05d}.parquet")
             number += 1
     if not (stores / "leaking" / "manifest.json").exists():
-        command(
-            "knowledge", "extract", "--data", str(copy), "--level", "user",
-            "--out", str(stores / "leaking"),
-        )  # fmt: skip
+        target = ["--level", "user", "--out", str(stores / "leaking")]
+        command("knowledge", "extract", "--data", str(copy), *target)
     found = KnowledgeStore.open(stores / "leaking")
     rows = found.manifest.rows
     text = found.read_text(np.arange(rows))

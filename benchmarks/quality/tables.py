@@ -127,12 +127,15 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
     found = json.loads((run / "evaluation.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     head = {
-        "dataset": name, "backbone": backbone, "arm": arm, "seed": study.seed_of(run),
+        "dataset": name,
+        "backbone": backbone,
+        "arm": arm,
+        "seed": study.seed_of(run),
         "learning_rate": config["train"]["learning_rate"],
         "meta_learning_rate": config["train"]["meta_learning_rate"],
         "table_learning_rate": config["tables"]["learning_rate"],
         "dropout": config["model"]["dropout"],
-    }  # fmt: skip
+    }
     return [head | _metrics(*block) for block in _sections(found)]
 
 
@@ -189,9 +192,12 @@ def _differences(
                 lines.append(
                     {"base": row["base"], "arm": row["arm"], "seeds": len(found[one])}
                     | {key: row[key] for key in ("section", "key", "metric", "rows", "users")}
-                    | {key: _short(row[key]) for key in ("base_value", "value", "difference", "low", "high")}
+                    | {
+                        key: _short(row[key])
+                        for key in ("base_value", "value", "difference", "low", "high")
+                    }
                     | {"verdict": row["verdict"]}
-                )  # fmt: skip
+                )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"key": key, "lines": lines}))
     return lines
@@ -201,10 +207,15 @@ def _turned(row: dict[str, Any], arm: str) -> dict[str, Any]:
     """A line of `compare` seen from the other side: how `arm`, its base, differs from its group."""
     words = {"better": "worse", "worse": "better"}
     return row | {
-        "base": row["group"], "arm": arm, "base_value": row["value"], "value": row["base_value"],
-        "difference": 0.0 - row["difference"], "low": 0.0 - row["high"], "high": 0.0 - row["low"],
+        "base": row["group"],
+        "arm": arm,
+        "base_value": row["value"],
+        "value": row["base_value"],
+        "difference": 0.0 - row["difference"],
+        "low": 0.0 - row["high"],
+        "high": 0.0 - row["low"],
         "verdict": words.get(row["verdict"], row["verdict"]),
-    }  # fmt: skip
+    }
 
 
 def _short(value: float | None) -> str:

@@ -38,8 +38,13 @@ from embeddings.tables import Table, pooled_collection, sequence_collection
 from embeddings.versions import versions
 
 SHARDINGS = (
-    "row_wise", "table_wise", "column_wise", "table_row_wise", "grid_shard", "data_parallel"
-)  # fmt: skip
+    "row_wise",
+    "table_wise",
+    "column_wise",
+    "table_row_wise",
+    "grid_shard",
+    "data_parallel",
+)
 COLLECTIONS = ("pooled", "sequence")
 BATCHES = 8  # distinct batches, so that a batch's rows have left the cache when it comes again
 
@@ -110,8 +115,11 @@ def sweep(**axes: Iterable[Any]) -> list[Cell]:
         Cell(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
     allowed = {
-        "sharding": SHARDINGS, "kernel": KERNELS, "collection": COLLECTIONS, "optimizer": RULES
-    }  # fmt: skip
+        "sharding": SHARDINGS,
+        "kernel": KERNELS,
+        "collection": COLLECTIONS,
+        "optimizer": RULES,
+    }
     for cell in cells:
         for name, value in asdict(cell).items():
             if name in allowed and value not in allowed[name]:
@@ -146,11 +154,15 @@ def build(cell: Cell, hardware: Hardware, device: torch.device) -> Subject:
     sequence = cell.collection == "sequence"
     tables = [
         Table(
-            f"table_{at}", cell.rows, cell.dim, (f"feature_{at}",),
-            sequence=sequence, ids_per_sample=(float(cell.pooling),),
+            f"table_{at}",
+            cell.rows,
+            cell.dim,
+            (f"feature_{at}",),
+            sequence=sequence,
+            ids_per_sample=(float(cell.pooling),),
         )
         for at in range(cell.tables)
-    ]  # fmt: skip
+    ]
     placement = Placement(cell.sharding, cell.kernel)
     check_placement(tables[0].name, sequence, placement, device.type)
     model = nn.Module()
@@ -164,9 +176,14 @@ def build(cell: Cell, hardware: Hardware, device: torch.device) -> Subject:
     ticker = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
     train_replicated_tables(sharded, plan, rule, ticker, frozen="-")
     return Subject(
-        cell.name, tables, sharded.module.collection, random_ids(cell, device),
-        cell.optimizer, rate, update=ticker.step,
-    )  # fmt: skip
+        cell.name,
+        tables,
+        sharded.module.collection,
+        random_ids(cell, device),
+        cell.optimizer,
+        rate,
+        update=ticker.step,
+    )
 
 
 def profile_cells(

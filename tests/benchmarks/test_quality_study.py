@@ -155,8 +155,9 @@ def test_settings_that_one_seed_cannot_tell_apart_are_told_apart_by_three(
     assert study.best_setting(*cell) == (best, tried[best])
     found = study.seeds(*cell, 5)
     assert [run for run, _ in found][:3] == [
-        runs[best][0], *(run for run, _ in further if run.name.startswith(f"trial-{best}"))
-    ]  # fmt: skip
+        runs[best][0],
+        *(run for run, _ in further if run.name.startswith(f"trial-{best}")),
+    ]
     assert tables._complete(*cell[:3]) == {"alone": [run for run, _ in found][:3]}
 
 
@@ -247,8 +248,10 @@ def test_the_record_keeps_what_another_folder_has_run(tmp_path: Path) -> None:
     assert tables.changed_cells(again, tables._read(runs)) == set()
     found = tables._save(runs, again, tables.CELL)
     names = [(row["backbone"], row["arm"]) for row in found]
-    assert names == [("shared_bottom", "alone"),
-                     *(("star", arm) for arm in ("llm4msr", "shuffled", "random", "truth"))]  # fmt: skip
+    assert names == [
+        ("shared_bottom", "alone"),
+        *(("star", arm) for arm in ("llm4msr", "shuffled", "random", "truth")),
+    ]
     assert found == tables._read(runs)
 
     # Other results of one arm: its differences of before are none any more, those of others stay.
@@ -464,8 +467,10 @@ def test_the_best_possible_auc_is_that_of_the_simulators_probabilities(tmp_path:
     assert found["overall"]["auc"] == pytest.approx(info.truth.bayes_auc["overall"], abs=0.02)
     assert found["segments"]["new_user"]["auc"] > 0.6
     assert study.truth(tmp_path, "movielens") == {}
-    rows = [{"backbone": "", "arm": "truth", "seed": 0} | tables._metrics(*block)
-            for block in tables._sections(found)]  # fmt: skip
+    rows = [
+        {"backbone": "", "arm": "truth", "seed": 0} | tables._metrics(*block)
+        for block in tables._sections(found)
+    ]
     assert f"by the truth of the log: {found['overall']['auc']:.4f}." in page.means(rows)
 
 
@@ -511,8 +516,15 @@ def test_what_is_there_is_not_trained_again_and_what_was_not_evaluated_is(
 
 
 def test_a_turned_difference_is_that_of_the_other_side() -> None:
-    row = {"group": "shuffled", "base_value": 0.7, "value": 0.6, "difference": -0.1, "low": -0.2,
-           "high": 0.05, "verdict": "worse"}  # fmt: skip
+    row = {
+        "group": "shuffled",
+        "base_value": 0.7,
+        "value": 0.6,
+        "difference": -0.1,
+        "low": -0.2,
+        "high": 0.05,
+        "verdict": "worse",
+    }
     turned = tables._turned(row, "llm4msr")
     assert (turned["base"], turned["arm"], turned["verdict"]) == ("shuffled", "llm4msr", "better")
     assert (turned["base_value"], turned["value"]) == (0.6, 0.7)
@@ -521,12 +533,25 @@ def test_a_turned_difference_is_that_of_the_other_side() -> None:
 
 def test_the_summary_counts_intervals_beside_zero() -> None:
     def row(backbone: str, metric: str, low: float, value: float, high: float) -> dict[str, str]:
-        return {"dataset": "movielens", "backbone": backbone, "arm": "llm4msr", "base": "alone",
-                "section": "overall", "key": "overall", "metric": metric, "low": f"{low}",
-                "difference": f"{value}", "high": f"{high}"}  # fmt: skip
+        return {
+            "dataset": "movielens",
+            "backbone": backbone,
+            "arm": "llm4msr",
+            "base": "alone",
+            "section": "overall",
+            "key": "overall",
+            "metric": metric,
+            "low": f"{low}",
+            "difference": f"{value}",
+            "high": f"{high}",
+        }
 
-    rows = [row("star", "auc", 0.01, 0.02, 0.03), row("mmoe", "auc", -0.01, 0.04, 0.09),
-            row("star", "gauc", -0.03, -0.02, -0.01), row("mmoe", "gauc", 0.1, 0.2, 0.3)]  # fmt: skip
+    rows = [
+        row("star", "auc", 0.01, 0.02, 0.03),
+        row("mmoe", "auc", -0.01, 0.04, 0.09),
+        row("star", "gauc", -0.03, -0.02, -0.01),
+        row("mmoe", "gauc", 0.1, 0.2, 0.3),
+    ]
     rows += [row | {"section": "segment", "key": "new_user"} for row in rows]
     cells = page.summary(rows).splitlines()[2].split(" | ")
     assert cells[:3] == ["| movielens", "llm4msr - alone", "2"]

@@ -131,11 +131,17 @@ class Drill:
         if not (root / "data").exists():
             dataset(root / "data", rows=ROWS)
         self.changes: dict[str, object] = {
-            "data__train_splits": ["train"], "data__streams": 4, "data__shuffle_buffer": 40,
-            "data__workers": 2, "data__prefetch_batches": 2, "train__global_batch_size": BATCH,
-            "train__epochs": EPOCHS, "train__eval_every": 10, "train__checkpoint_every": 3,
+            "data__train_splits": ["train"],
+            "data__streams": 4,
+            "data__shuffle_buffer": 40,
+            "data__workers": 2,
+            "data__prefetch_batches": 2,
+            "train__global_batch_size": BATCH,
+            "train__epochs": EPOCHS,
+            "train__eval_every": 10,
+            "train__checkpoint_every": 3,
             "train__timeout_seconds": 30,
-        } | changes  # fmt: skip
+        } | changes
         self.name = f"whole-{ranks}-{len(changes)}"
         whole = Life(self.config(self.name), f"{self.name}-life", ranks)
         whole.end(0)
@@ -191,9 +197,13 @@ def random_kills(drill: Drill, seed: int) -> dict[str, Any]:
     last = Life(drill.config("killed"), "killed-last")
     last.end(0)
     return {
-        "seed": seed, "kills": KILLS, "began_at": began_at, "seconds_to_first_step": recovery,
-        "seconds_until_survivors_end": survivors, "wrong": drill.wrong("killed", [*lives, last]),
-    }  # fmt: skip
+        "seed": seed,
+        "kills": KILLS,
+        "began_at": began_at,
+        "seconds_to_first_step": recovery,
+        "seconds_until_survivors_end": survivors,
+        "wrong": drill.wrong("killed", [*lives, last]),
+    }
 
 
 def told_to_end(drill: Drill) -> dict[str, Any]:
@@ -209,9 +219,12 @@ def told_to_end(drill: Drill) -> dict[str, Any]:
     again = Life(config, "told-2")
     again.end(0)
     return {
-        "seconds": seconds, "saved": saved, "trained": trained, "went_on": min(again.steps()),
+        "seconds": seconds,
+        "saved": saved,
+        "trained": trained,
+        "went_on": min(again.steps()),
         "wrong": drill.wrong("told", [life, again]),
-    }  # fmt: skip
+    }
 
 
 def shrinks_and_grows(root: Path) -> dict[str, Any]:
@@ -246,10 +259,12 @@ def stopped_rank(drill: Drill) -> dict[str, Any]:
     life.end(0)
     stacks = (drill.root / "stopped/hang/rank-0.txt").read_text()
     return {
-        "seconds": seconds, "report": report.read_text(), "stacks": stacks,
+        "seconds": seconds,
+        "report": report.read_text(),
+        "stacks": stacks,
         "collectives": (drill.root / "stopped/hang/rank-0-fr_trace_json.json").stat().st_size,
         "wrong": drill.wrong("stopped", [life]),
-    }  # fmt: skip
+    }
 
 
 def starved_rank(drill: Drill) -> dict[str, Any]:
@@ -300,9 +315,11 @@ def bad_storage(drill: Drill) -> dict[str, Any]:
     again = Life(config, "storage-2")
     again.end(0)
     return {
-        "report": report, "refused": refused, "went_on": min(again.steps()),
+        "report": report,
+        "refused": refused,
+        "went_on": min(again.steps()),
         "wrong": drill.wrong("storage", [life, again]),
-    }  # fmt: skip
+    }
 
 
 def poisoned(drill: Drill) -> dict[str, Any]:
@@ -361,10 +378,14 @@ def main(root: Path, seed: int) -> None:
     found, seconds = {}, {}
     chosen = sys.argv[3:]
     for name, act in {
-        "told": told_to_end, "stopped": stopped_rank, "starved": starved_rank,
-        "storage": bad_storage, "guard": poisoned, "kills": lambda drill: random_kills(drill, seed),
+        "told": told_to_end,
+        "stopped": stopped_rank,
+        "starved": starved_rank,
+        "storage": bad_storage,
+        "guard": poisoned,
+        "kills": lambda drill: random_kills(drill, seed),
         "elastic": lambda drill: shrinks_and_grows(drill.root),
-    }.items():  # fmt: skip
+    }.items():
         if chosen and name not in chosen:
             continue
         began = time.monotonic()

@@ -35,11 +35,14 @@ def dataset(path: Path, rows: int) -> Path:
     pairs = np.random.default_rng(0).permutation(rows)
     events = [
         {
-            "user_id": int(pair) // 20, "item_id": int(pair) % 20, "timestamp": 1_000_000 + at,
-            "scenario_id": ("food", "kitchen")[at % 2], "label": int(at % 3 == 0),
+            "user_id": int(pair) // 20,
+            "item_id": int(pair) % 20,
+            "timestamp": 1_000_000 + at,
+            "scenario_id": ("food", "kitchen")[at % 2],
+            "label": int(at % 3 == 0),
         }
         for at, pair in enumerate(pairs)
-    ]  # fmt: skip
+    ]
     items = [{"item_id": item, "title": f"Thing {item}", "categories": []} for item in range(20)]
     few = events[:12]
     splits = {"profile": few, "train": events, "valid": few, "test": few}

@@ -143,9 +143,11 @@ def restore(run: Run, root: Path, name: str, optimizer: str) -> list[str]:
 def run_layouts(layouts: list[tuple[int, str]], root: Path, task: str) -> list[str]:
     """Runs some layouts at once and waits for all of them; what rank 0 of each found wrong."""
     groups = [
-        Ranks(layout[0], rank_main, layout, root, task, per_host=2 if layout[1] in TWO_HOSTS else None)
+        Ranks(
+            layout[0], rank_main, layout, root, task, per_host=2 if layout[1] in TWO_HOSTS else None
+        )
         for layout in layouts
-    ]  # fmt: skip
+    ]
     return [line for group in groups for line in group.join(90)[0]]
 
 

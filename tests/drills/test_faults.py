@@ -26,8 +26,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     print(f"seed of the kill points: {seed}")  # shown where a test fails
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.drills.fault_drill", str(folder), str(seed)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     drills = json.loads(done.stdout.splitlines()[-1])
     print(f"seconds: {drills['seconds']}")
@@ -121,12 +125,29 @@ class Job:
         self.run, self.mark = run, str(config)
         self.agent = subprocess.Popen(
             [
-                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts",
-                str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-                "-m", "launch", "train", "--resume", "--config", str(config),
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                "--max-restarts",
+                str(restarts),
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                "localhost:0",
+                "-m",
+                "launch",
+                "train",
+                "--resume",
+                "--config",
+                str(config),
             ],
-            cwd=ROOT, env=ENVIRONMENT | OF_COMPONENT, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=ENVIRONMENT | OF_COMPONENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def ranks(self) -> list[int]:
         """Processes of the ranks, wherever they hang now."""

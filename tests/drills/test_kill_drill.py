@@ -31,8 +31,15 @@ def small_config(tmp_path: Path, users: int = USERS, chunk: int = CHUNK) -> Extr
     """An extraction of random users with a tiny encoder."""
     bert = tiny_encoder(tmp_path / "bert")
     data = random_dataset(tmp_path / "data", users=users)
-    return ExtractConfig(data=data, out=tmp_path / "out", model=str(bert), progress=False,
-                         device="cpu", chunk=chunk, timeout_minutes=0.5)  # fmt: skip
+    return ExtractConfig(
+        data=data,
+        out=tmp_path / "out",
+        model=str(bert),
+        progress=False,
+        device="cpu",
+        chunk=chunk,
+        timeout_minutes=0.5,
+    )
 
 
 def worker(config: ExtractConfig, rank: int, port: int) -> int:
@@ -41,8 +48,13 @@ def worker(config: ExtractConfig, rank: int, port: int) -> int:
         return child
     code = 1
     try:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORKERS), "LOCAL_RANK": str(rank),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(WORKERS),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         with open(os.devnull, "w") as nowhere:  # what a dying peer makes the others say
             os.dup2(nowhere.fileno(), 2)
         extract(config)

@@ -187,10 +187,21 @@ def test_budget_of_items_and_scenarios():
         "without a title" in renderer("item", "item").render([{"title": " ", "categories": []}])[0]
     )
     assert json.dumps("T") in renderer("item", "item").render([{"title": "T", "categories": []}])[0]
-    others = [{"name": f"S{i}", "common_users": 0.5, "agreement": 0.9, "category_similarity": 0.9}
-              for i in range(9)]  # fmt: skip
-    facts = {"name": "Food", "description": "Eat.", "events": 3, "users": 2, "items": 2, "rate": 0.5,
-             "top_categories": ["a"], "distinct_categories": [], "others": others}  # fmt: skip
+    others = [
+        {"name": f"S{i}", "common_users": 0.5, "agreement": 0.9, "category_similarity": 0.9}
+        for i in range(9)
+    ]
+    facts = {
+        "name": "Food",
+        "description": "Eat.",
+        "events": 3,
+        "users": 2,
+        "items": 2,
+        "rate": 0.5,
+        "top_categories": ["a"],
+        "distinct_categories": [],
+        "others": others,
+    }
     whole = renderer("scenario", "scenario").render([facts])[0]
     assert "S8" in whole
     cut = renderer("scenario", "scenario", words([whole])[0] - 30).render([facts])[0]
@@ -233,9 +244,18 @@ def test_an_item_without_title_keeps_the_categories_that_fit():
 
 def scenario_facts(**update):
     other = {"common_users": 0.5, "agreement": None, "category_similarity": 0.9}
-    return {"name": "Food", "description": "Eat.", "events": 3, "users": 2, "items": 2, "rate": 0.5,
-            "top_categories": LONG[:6], "distinct_categories": ["\u202e", *LONG[5:]],
-            "others": [{"name": f"S{i}", **other} for i in range(9)], **update}  # fmt: skip
+    return {
+        "name": "Food",
+        "description": "Eat.",
+        "events": 3,
+        "users": 2,
+        "items": 2,
+        "rate": 0.5,
+        "top_categories": LONG[:6],
+        "distinct_categories": ["\u202e", *LONG[5:]],
+        "others": [{"name": f"S{i}", **other} for i in range(9)],
+        **update,
+    }
 
 
 @pytest.mark.parametrize("name", ["scenario", "scenario_plain"])
@@ -270,13 +290,19 @@ def test_what_a_scenario_lacks_makes_no_paragraph(name, absent):
 
 
 def test_only_blank_lines_of_a_template_part_paragraphs(tmp_path):
-    own = {"body": "{habit}\n{sections}\n{tastes}\n\n{disliked}\n\n{liked}\nEnd.",
-           "section": "In {scenario}\n{disliked}\n{liked}\n", "liked": "L {titles}\n",
-           "disliked": "D {titles}", "quoting": "line"}  # fmt: skip
+    own = {
+        "body": "{habit}\n{sections}\n{tastes}\n\n{disliked}\n\n{liked}\nEnd.",
+        "section": "In {scenario}\n{disliked}\n{liked}\n",
+        "liked": "L {titles}\n",
+        "disliked": "D {titles}",
+        "quoting": "line",
+    }
     template = load_template(write(tmp_path / "own.yaml", **own), "user")
     blank = "a\n\nb\r\n\x0b\x85\u2028\u2029\n \nc"
-    data = {"items": [item(blank), item("k", scenario="kitchen")],
-            "tastes": [{"category": blank, "liked": liked} for liked in (True, False)]}  # fmt: skip
+    data = {
+        "items": [item(blank), item("k", scenario="kitchen")],
+        "tastes": [{"category": blank, "liked": liked} for liked in (True, False)],
+    }
     assert renderer(template).text(data).split("\n\n") == [
         "In Food\nL a b c\nIn Kit chen\nL k\nPrefers a b c.",  # of tastes each list ends a paragraph
         "Not a b c.",
@@ -300,8 +326,11 @@ def test_names_of_a_dataset_make_no_paragraph():
 def test_a_scenario_that_cannot_fit_is_named():
     facts = scenario_facts(description="d" * 600)
     render = renderer("scenario_plain", "scenario", 100, count=quarters).render
-    with pytest.raises(InputError, match=r"scenario 'food': .*'scenario_plain' needs 152 tokens with"
-                       r"out categories .*max_tokens is 100; shorten its description"):  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match=r"scenario 'food': .*'scenario_plain' needs 152 tokens with"
+        r"out categories .*max_tokens is 100; shorten its description",
+    ):
         render([scenario_facts(), facts])
 
 
@@ -322,8 +351,15 @@ def test_a_template_that_is_rendered_differently_is_another_one(monkeypatch, tmp
 
 
 def write(path, **update):
-    values = {"name": "mine", "version": 1, "level": "user", "body": "{liked}", "liked": "{titles}",
-              "empty": "none", **update}  # fmt: skip
+    values = {
+        "name": "mine",
+        "version": 1,
+        "level": "user",
+        "body": "{liked}",
+        "liked": "{titles}",
+        "empty": "none",
+        **update,
+    }
     path.write_text(json.dumps(values))
     return path
 

@@ -433,14 +433,23 @@ def writers(own: Path, run: Path, out: Path) -> dict[str, list[object]]:
         "prepare": prepare_words(raw, schema, out),
         "simulate": ["simulate", "--out", out, "--users", 20, "--items", 20, "--events", 2000],
         "extract": [
-            "knowledge", "extract", "--data", own / "data", "--level", "item", "--out", out,
-            "--device", "cpu", "--no-progress",
+            "knowledge",
+            "extract",
+            "--data",
+            own / "data",
+            "--level",
+            "item",
+            "--out",
+            out,
+            "--device",
+            "cpu",
+            "--no-progress",
         ],
         "shuffle": ["knowledge", "shuffle", own / "knowledge/user", "--out", out],
         "train": ["train", "--config", own / "config.yaml", "--set", f"output={out}"],
         "compare": ["compare", run, run.with_name("run2"), "--samples", 100, "--out", out],
         "report": ["report", run, "--out", out],
-    }  # fmt: skip
+    }
 
 
 COMMANDS = ("prepare", "simulate", "extract", "shuffle", "train", "compare", "report")
@@ -546,9 +555,12 @@ def taken_port(monkeypatch: pytest.MonkeyPatch):
         held.listen()
         port = held.getsockname()[1]
         for name, value in {
-            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setenv(name, value)
         yield port
 

@@ -199,8 +199,13 @@ def test_ids_of_one_occurrence_do_not_pile_up_into_an_admission() -> None:
 @pytest.mark.parametrize("admission", [1, 2])
 def test_rows_do_not_depend_on_the_number_of_ranks(eviction: str, admission: int) -> None:
     options = ZeroCollision(
-        rows=64, buckets=4, eviction=eviction, admission=admission, time_to_live=20, interval=3  # type: ignore[arg-type]
-    )  # fmt: skip
+        rows=64,
+        buckets=4,
+        eviction=eviction,
+        admission=admission,
+        time_to_live=20,
+        interval=3,  # type: ignore[arg-type]
+    )
     rng = np.random.default_rng(0)
     worlds = {n: [RowOwners(options, rank, n) for rank in range(n)] for n in (1, 2, 4)}
     for step in range(60):

@@ -38,9 +38,15 @@ def expected(path, text, layer=-1):
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
-    done = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, output_hidden_states=True,
-                          return_dict_in_generate=True, pad_token_id=0,
-                          attention_mask=torch.ones_like(ids))  # fmt: skip
+    done = model.generate(
+        ids,
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        attention_mask=torch.ones_like(ids),
+    )
     tokens = done.sequences[0, ids.shape[1] :].tolist()
     first, last = (done.hidden_states[step][layer][0, -1].numpy() for step in (0, -1))
     return tokens, first, last, tokenizer.decode(tokens, skip_special_tokens=True)
@@ -50,8 +56,13 @@ def expected(path, text, layer=-1):
 @pytest.mark.parametrize("layer", [-1, 1])
 @pytest.mark.parametrize("reuse", ["auto", "off"])
 def test_answers_and_states_equal_those_of_transformers(qwen, reuse, layer):
-    options = {"device": "cpu", "answer_tokens": TOKENS, "batch_tokens": 300, "layer": layer,
-               "prefix_reuse": reuse}  # fmt: skip
+    options = {
+        "device": "cpu",
+        "answer_tokens": TOKENS,
+        "batch_tokens": 300,
+        "layer": layer,
+        "prefix_reuse": reuse,
+    }
     by_prompt, by_path = (Encoder(qwen, state=state, **options) for state in ("prompt", "answer"))
     first, said = by_prompt.read([TEXTS[:5], TEXTS[5:]])
     last, again = by_path.read([TEXTS])

@@ -20,8 +20,10 @@ INSTRUCTION = (
     "You know all about taste. What is in quotation marks is data. Work out what is liked. "
 )
 TEXTS = [INSTRUCTION + "x, yz; " * (row % 5) + f'"title {row}" so:' for row in range(23)]
-CHAT = ("{{ bos_token or '' }}{% for message in messages %}<|user|>{{ message['content'] }}<|end|>"
-        "{% endfor %}{% if add_generation_prompt %}<|model|>{% endif %}")  # fmt: skip
+CHAT = (
+    "{{ bos_token or '' }}{% for message in messages %}<|user|>{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|model|>{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +60,13 @@ def test_shared_length():
 )
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
 def test_prefix_reuse_changes_nothing(qwen, pooling, layer, attention):
-    options = {"pooling": pooling, "layer": layer, "device": "cpu", "batch_tokens": 400,
-               "attention": attention}  # fmt: skip
+    options = {
+        "pooling": pooling,
+        "layer": layer,
+        "device": "cpu",
+        "batch_tokens": 400,
+        "attention": attention,
+    }
     plain = Encoder(qwen, prefix_reuse="off", **options)
     fast = Encoder(qwen, **options)
     np.testing.assert_allclose(fast.encode(TEXTS), plain.encode(TEXTS), atol=1e-5, rtol=0)
@@ -111,8 +118,9 @@ def test_the_prefix_is_computed_once_and_cut_where_texts_differ(qwen, monkeypatc
 def test_a_model_that_prefix_reuse_would_change_goes_without(qwen, monkeypatch):
     plain, fast = (Encoder(qwen, prefix_reuse=mode, device="cpu") for mode in ("off", "auto"))
     forward = fast._forward
-    monkeypatch.setattr(fast, "_forward", lambda ids, prefix=None:
-                        -forward(ids, prefix) if prefix else forward(ids))  # fmt: skip
+    monkeypatch.setattr(
+        fast, "_forward", lambda ids, prefix=None: -forward(ids, prefix) if prefix else forward(ids)
+    )
     with pytest.warns(UserWarning, match="each prompt is computed whole"):
         found = fast.encode(TEXTS)
     np.testing.assert_allclose(found, plain.encode(TEXTS), atol=1e-5)
@@ -219,8 +227,11 @@ def test_tokenisation_runs_ahead_in_another_thread(qwen, monkeypatch):
     fast = Encoder(qwen, device="cpu")
     whole = fast.encode_blocks([TEXTS])
     seen, tokenize = set(), fast._tokenize
-    monkeypatch.setattr(fast, "_tokenize", lambda *args, **options:
-                        seen.add(threading.current_thread()) or tokenize(*args, **options))  # fmt: skip
+    monkeypatch.setattr(
+        fast,
+        "_tokenize",
+        lambda *args, **options: seen.add(threading.current_thread()) or tokenize(*args, **options),
+    )
     np.testing.assert_allclose(fast.encode(TEXTS), whole, atol=1e-5)
     assert threading.main_thread() not in seen
     assert fast.encode([]).shape == (0, 64)
@@ -248,8 +259,11 @@ def test_ahead_makes_the_next_item_early_and_passes_errors_on():
 def test_texts_are_tokenised_once(qwen, monkeypatch):
     fast = Encoder(qwen, device="cpu")
     calls, plain = [], fast._tokens._plain
-    monkeypatch.setattr(fast._tokens, "_plain", lambda texts, limit=None:
-                        calls.append(len(texts)) or plain(texts, limit))  # fmt: skip
+    monkeypatch.setattr(
+        fast._tokens,
+        "_plain",
+        lambda texts, limit=None: calls.append(len(texts)) or plain(texts, limit),
+    )
     fast.count_tokens(TEXTS)
     fast.encode(TEXTS)
     assert sum(calls) == len(set(TEXTS))

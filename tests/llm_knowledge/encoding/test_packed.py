@@ -8,8 +8,14 @@ from llm_knowledge.errors import InputError
 from tests.helpers.knowledge_data import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 TEXTS = ["You know all about taste. " + "x, yz; " * (row % 5) + f"so {row}:" for row in range(13)]
-SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 96, "max_position_embeddings": 512}  # fmt: skip
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture(scope="session")
@@ -18,13 +24,22 @@ def models(tmp_path_factory):
     import transformers
 
     make = {
-        "qwen": None, "bert": None,
+        "qwen": None,
+        "bert": None,
         "llama": ("Llama", "ForCausalLM", {"num_key_value_heads": 1}),
         "gemma": ("Gemma", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
-        "mistral_window": ("Mistral", "ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 9}),
-        "gpt2": ("GPT2", "LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+        "mistral_window": (
+            "Mistral",
+            "ForCausalLM",
+            {"num_key_value_heads": 2, "sliding_window": 9},
+        ),
+        "gpt2": (
+            "GPT2",
+            "LMHeadModel",
+            {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+        ),
         "roberta": ("Roberta", "Model", {}),
-    }  # fmt: skip
+    }
     paths = {}
     for name, how in make.items():
         path = paths[name] = tmp_path_factory.mktemp(name)
@@ -62,8 +77,9 @@ def test_packed_equals_padded(models, family, pooling, layer):
 
 def test_what_packing_would_change_is_padded(models):
     for family in ("roberta", "mistral_window"):
-        packed, padded = (Encoder(models[family], device="cpu", attention=name)
-                          for name in ("auto", "sdpa"))  # fmt: skip
+        packed, padded = (
+            Encoder(models[family], device="cpu", attention=name) for name in ("auto", "sdpa")
+        )
         np.testing.assert_array_equal(packed.encode(TEXTS), padded.encode(TEXTS))
         assert packed._reader.packing is None
     with pytest.raises(InputError, match="attention of its own"):
@@ -76,7 +92,8 @@ def test_only_last_tokens_go_through_the_last_layer(models):
     rows: dict[int, list[int]] = {0: [], 1: []}
     for number, layer in enumerate(encoder.model.layers):
         layer.mlp.register_forward_hook(
-            lambda _, inputs, out, own=rows[number]: own.append(inputs[0].shape[1]))  # fmt: skip
+            lambda _, inputs, out, own=rows[number]: own.append(inputs[0].shape[1])
+        )
     encoder.encode(TEXTS)
     assert rows == {0: [sum(encoder.count_tokens(TEXTS))], 1: [len(TEXTS)]}
 

@@ -39,17 +39,34 @@ class LLM:
 
     made: ClassVar[list] = []
 
-    def __init__(self, model, runner, convert, dtype, max_model_len, pooler_config,
-                 enable_prefix_caching, trust_remote_code):  # fmt: skip
-        self.options = {"runner": runner, "convert": convert, "dtype": dtype, "pool": pooler_config,
-                        "length": max_model_len, "prefix": enable_prefix_caching}  # fmt: skip
+    def __init__(
+        self,
+        model,
+        runner,
+        convert,
+        dtype,
+        max_model_len,
+        pooler_config,
+        enable_prefix_caching,
+        trust_remote_code,
+    ):
+        self.options = {
+            "runner": runner,
+            "convert": convert,
+            "dtype": dtype,
+            "pool": pooler_config,
+            "length": max_model_len,
+            "prefix": enable_prefix_caching,
+        }
         LLM.made.append(self)
         self.encoder = Encoder(model, device="cpu", dtype="float32", normalize=False)
 
     def embed(self, prompts, use_tqdm):
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
-        return [types.SimpleNamespace(outputs=types.SimpleNamespace(embedding=row.tolist()))
-                for row in self.encoder._encode_ids(ids)]  # fmt: skip
+        return [
+            types.SimpleNamespace(outputs=types.SimpleNamespace(embedding=row.tolist()))
+            for row in self.encoder._encode_ids(ids)
+        ]
 
 
 def install(monkeypatch, pooler):
@@ -74,8 +91,13 @@ def test_the_same_store_comes_out(qwen, tmp_path, monkeypatch, pooler):
     assert a.read_text(range(30)) == b.read_text(range(30))
     np.testing.assert_allclose(a.read_vectors(0, 30), b.read_vectors(0, 30), atol=2e-3)
     assert LLM.made[0].options == {
-        "runner": "pooling", "convert": "embed", "dtype": "float32", "length": 512, "prefix": True,
-        "pool": pooler("LAST", False)}  # fmt: skip
+        "runner": "pooling",
+        "convert": "embed",
+        "dtype": "float32",
+        "length": 512,
+        "prefix": True,
+        "pool": pooler("LAST", False),
+    }
     scaled = Encoder(qwen, backend="vllm", normalize=True, pooling="mean")
     assert (scaled.dtype_name, LLM.made[-1].options["prefix"]) == ("bfloat16", False)
     np.testing.assert_allclose(np.linalg.norm(scaled.encode(["a b", "c"]), axis=1), 1, atol=1e-6)

@@ -41,16 +41,40 @@ def config(data, out, bert, **update):
 def command(data, out, bert, *more, torchrun=0):
     start = [sys.executable, "-m"]
     if torchrun:
-        start += ["torch.distributed.run", "--nproc-per-node", str(torchrun), "--master-port", "0",
-                  "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"]  # fmt: skip
-    return [*start, "llm_knowledge.extraction", "--data", str(data), "--out", str(out), "--model", str(bert),
-            "--device", "cpu", "--timeout-minutes", "1", *more]  # fmt: skip
+        start += [
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(torchrun),
+            "--master-port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            "-m",
+        ]
+    return [
+        *start,
+        "llm_knowledge.extraction",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--model",
+        str(bert),
+        "--device",
+        "cpu",
+        "--timeout-minutes",
+        "1",
+        *more,
+    ]
 
 
 def start(args):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def same(one, two):
@@ -225,7 +249,11 @@ def test_all_levels_in_one_process(bert, tmp_path):
     prompts = [row["prompt"] for row in user.read_text(range(12))]
     np.testing.assert_allclose(user.read_vectors(0, 12), encoder.encode(prompts), atol=1e-3)
     assert sorted(os.listdir(out / "user")) == [
-        "manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]  # fmt: skip
+        "manifest.json",
+        "part-00000.parquet",
+        "part-00001.parquet",
+        "part-00002.parquet",
+    ]
 
 
 def test_a_template_that_names_tastes_gets_them(bert, tmp_path):
@@ -260,8 +288,12 @@ def test_another_job_or_strange_directory_is_refused(bert, qwen, tmp_path):
     data = random_dataset(tmp_path / "data")
     out = extract(config(data, tmp_path / "out", bert))
     other = random_dataset(tmp_path / "other", seed=1)
-    for change, field in (({"model": str(qwen)}, "model"), ({"template": "user"}, "template"),
-                          ({"data": other}, "input_fingerprint"), ({"level": "item"}, "level")):  # fmt: skip
+    for change, field in (
+        ({"model": str(qwen)}, "model"),
+        ({"template": "user"}, "template"),
+        ({"data": other}, "input_fingerprint"),
+        ({"level": "item"}, "level"),
+    ):
         with pytest.raises(InputError, match=f"another job .*{field}"):
             extract(config(**{"data": data, "out": out, "bert": bert, **change}))
     verify(out)
@@ -309,8 +341,10 @@ def test_two_runs_on_one_directory(tmp_path, bert):
 
 
 def test_a_dead_owner_does_not_block(tmp_path):
-    code = ("import os,sys; from pathlib import Path; from llm_knowledge.locks import directory_lock;"
-            "lock = directory_lock(Path(sys.argv[1])); lock.__enter__(); os._exit(9)")  # fmt: skip
+    code = (
+        "import os,sys; from pathlib import Path; from llm_knowledge.locks import directory_lock;"
+        "lock = directory_lock(Path(sys.argv[1])); lock.__enter__(); os._exit(9)"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False, timeout=30)
     assert (tmp_path / ".lock").exists()
     with directory_lock(tmp_path):
@@ -328,10 +362,12 @@ def test_module_says_one_line_and_returns_two(tmp_path, capsys, monkeypatch):
 
 
 def test_help_needs_nothing_heavy():
-    code = ("import sys; from llm_knowledge.extraction.__main__ import build_parser;"
-            "build_parser().format_help();"
-            "heavy = {'torch', 'transformers', 'duckdb', 'pyarrow', 'numpy'};"
-            "print(sorted(heavy & set(sys.modules)))")  # fmt: skip
+    code = (
+        "import sys; from llm_knowledge.extraction.__main__ import build_parser;"
+        "build_parser().format_help();"
+        "heavy = {'torch', 'transformers', 'duckdb', 'pyarrow', 'numpy'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30
     )

@@ -21,8 +21,19 @@ def pair():
 
 
 def share(**update):
-    return {"texts": 30, "tokens": 3000, "reused": 600, "computed": 2500, "padding": 100, "seconds": 4,
-            "rows": 30, "chunk": 0, "clock": 10.0, "at": time.time(), **update}  # fmt: skip
+    return {
+        "texts": 30,
+        "tokens": 3000,
+        "reused": 600,
+        "computed": 2500,
+        "padding": 100,
+        "seconds": 4,
+        "rows": 30,
+        "chunk": 0,
+        "clock": 10.0,
+        "at": time.time(),
+        **update,
+    }
 
 
 def test_notes_are_those_of_all_who_left_one():
@@ -43,10 +54,13 @@ def test_a_line_for_every_worker_and_one_for_all():
     shares = {1: share(chunk=12, at=time.time() - 1), 0: share(rows=60, tokens=9000, reused=0)}
     said = lines(shares, "user", left=180)
     assert said[0] == "worker 0: 60 users, 6.0 users/s, 900 tokens/s, padding 4%, reused 0%"
-    assert said[1] == ("worker 1: 30 users, 3.0 users/s, 300 tokens/s, padding 4%, reused 20%; its "
-                       "chunk of 12 ends in about 3 s")  # fmt: skip
-    assert said[2] == ("all: 90 users, 9.0 users/s, 1,200 tokens/s, padding 4%, reused 5%; 180 to go, "
-                       "about 20 s")  # fmt: skip
+    assert said[1] == (
+        "worker 1: 30 users, 3.0 users/s, 300 tokens/s, padding 4%, reused 20%; its "
+        "chunk of 12 ends in about 3 s"
+    )
+    assert said[2] == (
+        "all: 90 users, 9.0 users/s, 1,200 tokens/s, padding 4%, reused 5%; 180 to go, about 20 s"
+    )
     assert lines({0: share(rows=0, tokens=0, reused=0, clock=0)}, "user", 9)[1].endswith(
         "reused 0%"
     )  # no rate

@@ -40,8 +40,17 @@ def go_on(data, users, drop=()):
     table = pq.read_table(file)
     string = pa.types.is_string(table.schema.field("user_id").type)
     name = (lambda i: f"key-{i:03d}") if string else int
-    more = [{"user_id": name(user), "item_id": name(7), "scenario_id": "food", "timestamp": NEW_TIME,
-             "label": 1, "history": []} for user in users]  # fmt: skip
+    more = [
+        {
+            "user_id": name(user),
+            "item_id": name(7),
+            "scenario_id": "food",
+            "timestamp": NEW_TIME,
+            "label": 1,
+            "history": [],
+        }
+        for user in users
+    ]
     rows = [row for row in table.to_pylist() if row["user_id"] not in {name(user) for user in drop}]
     pq.write_table(pa.Table.from_pylist(rows + more, table.schema), file)
 

@@ -46,17 +46,28 @@ def hostile(path: Path, id_type: str, negative_name: str | None = "disliked") ->
     """Every kind of title and category, ties in time, repeated items, keys in many scripts."""
     name = (lambda i: i - 9) if id_type == "int64" else (lambda i: f"{TITLES[-1 - i % 9]}{i}")
     kinds = [["a", None, "b", "a"], [], [""], [INVISIBLE, NOTHING["tags"]], ["😀, kitchen"], None]
-    items = [{"item_id": name(i), "title": title, "categories": kinds[i % len(kinds)]}
-             for i, title in enumerate(TITLES)]  # fmt: skip
+    items = [
+        {"item_id": name(i), "title": title, "categories": kinds[i % len(kinds)]}
+        for i, title in enumerate(TITLES)
+    ]
     events = [
-        {"user_id": name(k % 37 * 3), "item_id": name(k * k % len(TITLES)),
-         "scenario_id": ("food", "kitchen", "ärger")[k * 7 % 3], "timestamp": k * 11 % 23 - 5,
-         "label": int(k % 5 < 3)}
+        {
+            "user_id": name(k % 37 * 3),
+            "item_id": name(k * k % len(TITLES)),
+            "scenario_id": ("food", "kitchen", "ärger")[k * 7 % 3],
+            "timestamp": k * 11 % 23 - 5,
+            "label": int(k % 5 < 3),
+        }
         for k in range(1_500)
-    ]  # fmt: skip
-    return write_dataset(path, {"profile": events[:1_200], "train": events[1_200:]}, items,
-                         id_type=id_type, negative_name=negative_name,
-                         scenarios=("food", "kitchen", "ärger", "empty"))  # fmt: skip
+    ]
+    return write_dataset(
+        path,
+        {"profile": events[:1_200], "train": events[1_200:]},
+        items,
+        id_type=id_type,
+        negative_name=negative_name,
+        scenarios=("food", "kitchen", "ärger", "empty"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +129,11 @@ def test_buckets_of_users_change_nothing(logs, tmp_path: Path, monkeypatch, thre
 
 def test_invisible_titles_are_no_titles(logs, tmp_path: Path) -> None:
     for name in ("integers", "strings"):
-        shown = [text["title"] for row in rows(logs[name], "user", tmp_path)
-                 for text in json.loads(row["data"])["items"]]  # fmt: skip
+        shown = [
+            text["title"]
+            for row in rows(logs[name], "user", tmp_path)
+            for text in json.loads(row["data"])["items"]
+        ]
         assert INVISIBLE not in shown
         assert "😀, kitchen" in shown  # the category of an item without a title
         assert max(map(len, shown)) == 1000

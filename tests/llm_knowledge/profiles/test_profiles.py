@@ -17,14 +17,23 @@ def profiles(path, level, rows=256, **options):
     batches = list(
         profile_batches(Dataset.open(path), level, ProfileOptions(**options), rows, path)
     )
-    return {row["key"]: (row["cutoff"], json.loads(row["data"]))
-            for batch in batches for row in batch.to_pylist()}  # fmt: skip
+    return {
+        row["key"]: (row["cutoff"], json.loads(row["data"]))
+        for batch in batches
+        for row in batch.to_pylist()
+    }
 
 
 def prompts(path, level, template):
     dataset = Dataset.open(path)
-    renderer = Renderer(load_template(template, level), dataset.scenarios, dataset.positive_name,
-                        dataset.negative_name, lambda texts: [len(t) for t in texts], 10**6)  # fmt: skip
+    renderer = Renderer(
+        load_template(template, level),
+        dataset.scenarios,
+        dataset.positive_name,
+        dataset.negative_name,
+        lambda texts: [len(t) for t in texts],
+        10**6,
+    )
     found = profiles(path, level, tastes=template == "user_tastes")
     return {key: (cutoff, renderer.render([data])[0]) for key, (cutoff, data) in found.items()}
 
@@ -47,13 +56,20 @@ ITEMS = [{"item_id": i, "title": f"title{i}", "categories": ["c"]} for i in rang
 
 def small(path, negative_name="disliked", **options):
     events = [
-        event(1, 0, "food", 10, 1), event(1, 1, "food", 20, 0), event(1, 2, "food", 20, 1),
-        event(1, 3, "kitchen", 15, 1), event(1, 4, "food", 30, 1), event(1, 0, "food", 40, 0),
-        event(2, 8, "food", 5, 1), event(2, 9, "food", 6, 1), event(3, 1, "food", 7, 0),
-    ]  # fmt: skip
+        event(1, 0, "food", 10, 1),
+        event(1, 1, "food", 20, 0),
+        event(1, 2, "food", 20, 1),
+        event(1, 3, "kitchen", 15, 1),
+        event(1, 4, "food", 30, 1),
+        event(1, 0, "food", 40, 0),
+        event(2, 8, "food", 5, 1),
+        event(2, 9, "food", 6, 1),
+        event(3, 1, "food", 7, 0),
+    ]
     later = [event(1, 5, "food", 50, 1), event(4, 5, "food", 1, 1)]
-    return write_dataset(path, {"profile": events, "train": later}, ITEMS, negative_name=negative_name,
-                         **options)  # fmt: skip
+    return write_dataset(
+        path, {"profile": events, "train": later}, ITEMS, negative_name=negative_name, **options
+    )
 
 
 def test_user_profile_is_recent_first_with_newest_label(tmp_path):
@@ -62,8 +78,13 @@ def test_user_profile_is_recent_first_with_newest_label(tmp_path):
     cutoff, data = found[1]
     assert cutoff == 40
     shown = [(item["title"], item["liked"], item["scenario"]) for item in data["items"]]
-    assert shown == [("title0", False, "food"), ("title4", True, "food"), ("title1", False, "food"),
-                     ("title2", True, "food"), ("title3", True, "kitchen")]  # fmt: skip
+    assert shown == [
+        ("title0", False, "food"),
+        ("title4", True, "food"),
+        ("title1", False, "food"),
+        ("title2", True, "food"),
+        ("title3", True, "kitchen"),
+    ]
     assert (data["met"], data["liked"]) == (5, 3)  # items, by their newest label
     # No title: its categories; neither: left out. The cut-off counts every event.
     assert [item["title"] for item in found[2][1]["items"]] == ["pots, pans"]
@@ -82,8 +103,14 @@ def test_sampled_negatives_never_enter(tmp_path):
 def test_sampled_negatives_are_no_events_of_dated_profiles(tmp_path):
     """Training holds sampled negatives, and a cut-off lets training events in."""
     bought = [(1, 0, "food", 10), (2, 1, "food", 20), (2, 2, "kitchen", 22)]
-    drawn = [(1, 3, "food", 10), (1, 4, "food", 10), (2, 5, "food", 20), (2, 6, "kitchen", 22),
-             (1, 7, "kitchen", 10), (1, 1, "kitchen", 30)]  # fmt: skip
+    drawn = [
+        (1, 3, "food", 10),
+        (1, 4, "food", 10),
+        (2, 5, "food", 20),
+        (2, 6, "kitchen", 22),
+        (1, 7, "kitchen", 10),
+        (1, 1, "kitchen", 30),
+    ]
     rows = [event(*row, label=1) for row in bought] + [event(*row, label=0) for row in drawn]
     events = {"profile": [event(2, 0, "food", 5, 1)], "train": rows}
     path = write_dataset(tmp_path / "sampled", events, ITEMS, negative_name=None)
@@ -107,8 +134,13 @@ def test_sampled_negatives_are_no_events_of_dated_profiles(tmp_path):
 def test_the_newest_purchase_dates_a_scenario(tmp_path):
     rows = [event(1, 0, "food", 10, 1), event(1, 1, "food", 30, 0)]
     for negative_name, newest in ((None, 10), ("disliked", 30)):
-        path = write_dataset(tmp_path / str(negative_name), {"profile": rows}, ITEMS,
-                             rule="global_time", negative_name=negative_name)  # fmt: skip
+        path = write_dataset(
+            tmp_path / str(negative_name),
+            {"profile": rows},
+            ITEMS,
+            rule="global_time",
+            negative_name=negative_name,
+        )
         assert profiles(path, "scenario")["food"][0] == newest
 
 
@@ -121,9 +153,11 @@ def test_tastes_are_categories_liked_more_or_less_than_the_users_others(tmp_path
     found = profiles(path, "user", tastes=True)
     # Half of 8 is liked. a: (3 + 1.5) / (3 + 3) - .5, b: (2 + 1.5) / (2 + 3) - .5; "even" is even.
     assert found[1][1]["tastes"] == [
-        {"category": "a", "liked": True}, {"category": "b", "liked": True},
-        {"category": "c", "liked": False}, {"category": "d", "liked": False},
-    ]  # fmt: skip
+        {"category": "a", "liked": True},
+        {"category": "b", "liked": True},
+        {"category": "c", "liked": False},
+        {"category": "d", "liked": False},
+    ]
     assert found[2][1]["tastes"] == []
     assert "tastes" not in profiles(path, "user")[1][1]
     text = prompts(path, "user", "user_tastes")[1][1].split("\n\n")
@@ -204,8 +238,13 @@ def test_scenario_numbers_and_global_cutoff(tmp_path):
     items = [
         {"item_id": i, "title": "secret", "categories": ["a" if i < 3 else "b"]} for i in range(6)
     ]
-    path = write_dataset(tmp_path, {"profile": rows}, items, rule="global_time",
-                         scenarios=("food", "kitchen", "empty"))  # fmt: skip
+    path = write_dataset(
+        tmp_path,
+        {"profile": rows},
+        items,
+        rule="global_time",
+        scenarios=("food", "kitchen", "empty"),
+    )
     found = profiles(path, "scenario")
     assert [cutoff for cutoff, _ in found.values()] == [9, 9, 9]
     food = found["food"][1]
@@ -243,13 +282,18 @@ def test_hostile_titles_pass_the_database_whole(tmp_path):
 def test_what_a_reader_cannot_see_is_no_title_and_no_category(tmp_path, text):
     """The queries see as little as ``clean`` does."""
     titles = [(text, [text, "seen"]), (text, [text, text]), ("shown" + text, [text])]
-    items = [{"item_id": i, "title": title, "categories": kinds}
-             for i, (title, kinds) in enumerate(titles)]  # fmt: skip
+    items = [
+        {"item_id": i, "title": title, "categories": kinds}
+        for i, (title, kinds) in enumerate(titles)
+    ]
     rows = [event(1, i, "food", 9 - i, 1) for i in range(3)]
     path = write_dataset(tmp_path, {"profile": rows}, items)
     found = [data for _, data in profiles(path, "item").values()]
-    assert found == [{"title": "", "categories": ["seen"]}, {"title": "", "categories": []},
-                     {"title": "shown" + text, "categories": []}]  # fmt: skip
+    assert found == [
+        {"title": "", "categories": ["seen"]},
+        {"title": "", "categories": []},
+        {"title": "shown" + text, "categories": []},
+    ]
     listed = [item["title"] for item in profiles(path, "user")[1][1]["items"]]
     assert listed == ["seen", "shown" + text]
     assert profiles(path, "scenario")["food"][1]["top_categories"] == ["seen"]
@@ -257,8 +301,11 @@ def test_what_a_reader_cannot_see_is_no_title_and_no_category(tmp_path, text):
 
 def test_queries_and_prompts_agree_on_every_character_that_is_not_seen():
     # Those of an old Unicode, whose categories the tables of Python and DuckDB share, and all tags.
-    codes = [code for code in [*range(1, 0xD800), *range(0xE000, 0x30000), *range(0xE0000, 0xE1000)]
-             if ucd_3_2_0.category(chr(code)) != "Cn" or code >= 0xE0000]  # fmt: skip
+    codes = [
+        code
+        for code in [*range(1, 0xD800), *range(0xE000, 0x30000), *range(0xE0000, 0xE1000)]
+        if ucd_3_2_0.category(chr(code)) != "Cn" or code >= 0xE0000
+    ]
     table = pa.table({"code": codes, "text": list(map(chr, codes))})
     database = duckdb.connect().register("characters", table)
     query = f"SELECT code FROM characters WHERE {_readable('text')} = ''"

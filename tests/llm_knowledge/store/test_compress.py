@@ -28,9 +28,16 @@ def store(path, rows=300, dim=24, dtype="float32", values=None, **update):
     values = vectors(rows, dim) if values is None else values
     keys = list(range(10, 10 + 3 * len(values), 3))
     texts = [f"prompt {key}" for key in keys]
-    write_store(path, manifest(dim=values.shape[1], dtype=dtype, **update), keys, values, texts,
-                [None if key % 2 else f"answer {key}" for key in keys],
-                [None if key % 5 == 0 else key for key in keys], rows_per_part=128)  # fmt: skip
+    write_store(
+        path,
+        manifest(dim=values.shape[1], dtype=dtype, **update),
+        keys,
+        values,
+        texts,
+        [None if key % 2 else f"answer {key}" for key in keys],
+        [None if key % 5 == 0 else key for key in keys],
+        rows_per_part=128,
+    )
     return path
 
 
@@ -158,13 +165,21 @@ def test_large_vectors_in_bounded_memory(tmp_path):
     factors = rng.normal(size=(32, 4096)).astype(np.float32)
     values = (rng.normal(size=(20_000, 32)).astype(np.float32) @ factors).astype(np.float16)
     source = store(tmp_path / "s", values=values, dtype="float16")
-    code = ("import json, resource, sys; from llm_knowledge.store.compress import compress;"
-            "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "done = compress(sys.argv[1], sys.argv[2], 32);"
-            "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "print(json.dumps([peak - base, done.compression.retained_variance]))")  # fmt: skip
-    run = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "c")], cwd=ROOT,
-                         capture_output=True, text=True, timeout=280, check=True)  # fmt: skip
+    code = (
+        "import json, resource, sys; from llm_knowledge.store.compress import compress;"
+        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "done = compress(sys.argv[1], sys.argv[2], 32);"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "print(json.dumps([peak - base, done.compression.retained_variance]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(tmp_path / "c")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
     grown_kib, retained = json.loads(run.stdout)
     assert resource.getpagesize()  # ru_maxrss is in KiB on Linux
     # Covariance and its eigenvectors are 134 MB each, with LAPACK's work space; the vectors are

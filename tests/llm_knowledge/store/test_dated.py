@@ -134,11 +134,18 @@ def test_no_event_meets_a_dated_prompt_that_contains_it(tmp_path: Path) -> None:
     table = pa.concat_tables(
         [pq.read_table(data / split) for split in ("profile", "train", "valid", "test")]
     )
-    scored = {(row["user_id"], row["timestamp"]) for split in ("valid", "test")
-              for row in pq.read_table(data / split).to_pylist()}  # fmt: skip
+    scored = {
+        (row["user_id"], row["timestamp"])
+        for split in ("valid", "test")
+        for row in pq.read_table(data / split).to_pylist()
+    }
     cuts = [str(int(t)) for t in np.quantile(table["timestamp"].to_numpy(), [0.2, 0.5, 0.7])]
-    options = {"model": str(tiny_encoder(tmp_path / "model")), "device": "cpu", "progress": False,
-               "max_tokens": 512}  # fmt: skip
+    options = {
+        "model": str(tiny_encoder(tmp_path / "model")),
+        "device": "cpu",
+        "progress": False,
+        "max_tokens": 512,
+    }
     extract(ExtractConfig(data=data, out=tmp_path / "k", level="all", cutoffs=cuts, **options))
     extract(
         ExtractConfig(data=data, out=tmp_path / "k", level="all", cutoffs=cuts, **options)
@@ -160,8 +167,11 @@ def test_no_event_meets_a_dated_prompt_that_contains_it(tmp_path: Path) -> None:
             continue
         used.add(int(np.searchsorted(dated.offsets, at, side="right")))
         own = past[event["user_id"]]
-        before = {r["item_id"] for r in own if r["timestamp"] < event["timestamp"]
-                  and (r["user_id"], r["timestamp"]) not in scored}  # fmt: skip
+        before = {
+            r["item_id"]
+            for r in own
+            if r["timestamp"] < event["timestamp"] and (r["user_id"], r["timestamp"]) not in scored
+        }
         shown = {item for item in title if title[item] in texts[at]}
         assert shown <= before
         fresh += event["item_id"] not in before

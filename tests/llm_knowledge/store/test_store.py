@@ -31,9 +31,14 @@ def repoint(path, index, table):
     pq.write_table(table, file, use_dictionary=False)
     found = read_manifest(path)
     parts = list(found.parts)
-    parts[index] = parts[index].model_copy(update={
-        "checksum": file_checksum(file), "rows": len(table),
-        "key_min": table["key"][0].as_py(), "key_max": table["key"][-1].as_py()})  # fmt: skip
+    parts[index] = parts[index].model_copy(
+        update={
+            "checksum": file_checksum(file),
+            "rows": len(table),
+            "key_min": table["key"][0].as_py(),
+            "key_max": table["key"][-1].as_py(),
+        }
+    )
     rows = sum(part.rows for part in parts)
     write_manifest(path, found.model_copy(update={"parts": parts, "rows": rows}))
 
@@ -62,8 +67,11 @@ def test_round_trip(tmp_path, dtype):
     assert store.read_vectors(5, 5).shape == (0, 8)
     assert store.row_of([90, 5, 0, -1, 10**12]).tolist() == [9, -1, 0, -1, -1]
     texts = store.read_text([7, 0, 7])
-    assert texts == [{"prompt": "prompt 70", "answer": None}, {"prompt": "prompt 0", "answer": None},
-                     {"prompt": "prompt 70", "answer": None}]  # fmt: skip
+    assert texts == [
+        {"prompt": "prompt 70", "answer": None},
+        {"prompt": "prompt 0", "answer": None},
+        {"prompt": "prompt 70", "answer": None},
+    ]
 
 
 def test_string_keys_are_sorted_by_bytes(tmp_path):
@@ -111,8 +119,10 @@ def test_narrow_read_takes_the_bytes_of_its_row_groups_alone(tmp_path, monkeypat
             taken.append(len(data))
             return data
 
-    monkeypatch.setattr("llm_knowledge.store.reader.open_part",
-                        lambda file: pq.ParquetFile(Counting(file), pre_buffer=False))  # fmt: skip
+    monkeypatch.setattr(
+        "llm_knowledge.store.reader.open_part",
+        lambda file: pq.ParquetFile(Counting(file), pre_buffer=False),
+    )
     store = KnowledgeStore.open(tmp_path / "s")
     for index in range(2):
         store._handle(index)  # footers

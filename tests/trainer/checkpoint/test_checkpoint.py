@@ -82,8 +82,10 @@ def test_a_write_holds_the_values_of_its_call_though_training_goes_on(
             run.pipeline.progress(batches)
             after = whole_state(run)
             trained.set()
-        assert not (before["sparse.pooled.embedding_bags.user.weight"]
-                    == after["sparse.pooled.embedding_bags.user.weight"]).all()  # fmt: skip
+        assert not (
+            before["sparse.pooled.embedding_bags.user.weight"]
+            == after["sparse.pooled.embedding_bags.user.weight"]
+        ).all()
         assert update_count(run.model) == 2
         assert load_checkpoint(folder / "step-00000001", run) == LoopState(step=1, table_updates=1)
         assert update_count(run.model) == 1
@@ -98,10 +100,13 @@ def test_asynchronous_runs_end_as_synchronous_ones(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     runs = [
-        train(make_config(*inputs, tmp_path / str(on), train__checkpoint_every=3,
-                          train__checkpoint_async=on))
+        train(
+            make_config(
+                *inputs, tmp_path / str(on), train__checkpoint_every=3, train__checkpoint_async=on
+            )
+        )
         for on in (True, False)
-    ]  # fmt: skip
+    ]
     assert names(runs[0]) == names(runs[1])
     losses = [[line["loss"] for line in lines(run, "train")] for run in runs]
     assert losses[0] == losses[1]
@@ -160,8 +165,12 @@ def test_a_failed_last_write_is_told_at_the_end(
 def test_a_rank_that_cannot_write_is_named_on_all_ranks(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.drills.write_failure", str(tmp_path)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)
     assert first == second

@@ -61,8 +61,12 @@ def test_a_run_continues_on_another_number_of_ranks(
     file = write_config(config, tmp_path / "broken.yaml")
     done = subprocess.run(
         command_line(file, processes, "--resume"),
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     first, second = (
         [(line["step"], line["loss"]) for line in lines(run, "train")]

@@ -131,8 +131,11 @@ def test_user_layers_are_below_the_backbone_and_scenario_layers_beside_it() -> N
 
         return hook
 
-    parts = {"user": dense.meta.user_layers, "scenario": dense.meta.scenario_layers,
-             "backbone": dense.backbone}  # fmt: skip
+    parts = {
+        "user": dense.meta.user_layers,
+        "scenario": dense.meta.scenario_layers,
+        "backbone": dense.backbone,
+    }
     for name, part in parts.items():
         part.register_forward_hook(note(name))
     logits = dense(*inputs())[1].logits

@@ -40,9 +40,13 @@ def test_a_damaged_table_is_found_before_it_is_saved(
 ) -> None:
     before_batch(9, damage_table)
     config = make_config(
-        data, None, tmp_path / "run", train__checkpoint_every=2, train__eval_every=100,
+        data,
+        None,
+        tmp_path / "run",
+        train__checkpoint_every=2,
+        train__eval_every=100,
         train__guard="{non_finite: skip}",  # else the loss of who reads the row tells first
-    )  # fmt: skip
+    )
     with pytest.raises(InputError, match=r"step 10: not finite: rank 0: .*user.weight \(1 rows\)"):
         train(config)
     assert checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-00000008"

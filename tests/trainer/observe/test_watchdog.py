@@ -144,8 +144,9 @@ def test_traces_on_demand(data: Path, tmp_path: Path) -> None:
     run = train(make_config(data, None, tmp_path / "run", **options))
     traces = sorted((run / "traces").iterdir())
     assert [path.name for path in traces] == [
-        "step-00000003-rank-0.json", "step-00000013-rank-0.json",
-    ]  # fmt: skip
+        "step-00000003-rank-0.json",
+        "step-00000013-rank-0.json",
+    ]
     for path in traces:
         names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
         assert any("forward" in name for name in names)

@@ -14,8 +14,10 @@ from tests.helpers.paths import ROOT
 from tests.helpers.training_data import make_config, make_inputs, write_config
 
 IMPOSSIBLE = {
-    ("sequence", "table_row_wise"), ("sequence", "grid_shard"), ("sequence", "data_parallel")
-}  # fmt: skip
+    ("sequence", "table_row_wise"),
+    ("sequence", "grid_shard"),
+    ("sequence", "data_parallel"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,11 @@ def found(tmp_path_factory):
     root = tmp_path_factory.mktemp("profile")
     subprocess.run(
         [sys.executable, "-m", "tests.drills.profile_cells", str(root)],
-        check=True, timeout=180, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        check=True,
+        timeout=180,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     alone = json.loads((root / "alone.json").read_text())["all"]
     return {"root": root, "alone": alone} | json.loads((root / "found.json").read_text())
 
@@ -35,9 +40,10 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("ranks", ["all", "alone"])
 def test_every_cell_equals_unsharded_tables(found, ranks, sharding, collection):
     cells = [
-        one for one in found[ranks]["cells"]
+        one
+        for one in found[ranks]["cells"]
         if (one["cell"]["sharding"], one["cell"]["collection"]) == (sharding, collection)
-    ]  # fmt: skip
+    ]
     assert {one["cell"]["optimizer"] for one in cells} == {"sgd", "adagrad", "rowwise_adagrad"}
     for one in cells:
         if (collection, sharding) in IMPOSSIBLE:
@@ -72,8 +78,11 @@ def test_report_is_consistent(found):
     assert {"torch", "torchrec"} <= set(report["versions"])
     for one in report["cells"]:
         assert list(one["phases"]) == [
-            "input distribution", "lookup", "output distribution", "backward with update"
-        ]  # fmt: skip
+            "input distribution",
+            "lookup",
+            "output distribution",
+            "backward with update",
+        ]
         parts = [phase["each_ms"] for phase in one["phases"].values()]
         assert [len(part) for part in parts] == [5] * 4
         sums = [sum(values) for values in zip(*parts, strict=True)]
@@ -138,8 +147,11 @@ def test_bad_arguments_are_refused(capsys, words, message):
 def test_sweep_is_every_combination():
     cells = sweep(**SMALL | {"dim": [16, 32]}, sharding=["row_wise", "table_wise"])
     assert [(one.dim, one.sharding) for one in cells] == [
-        (16, "row_wise"), (16, "table_wise"), (32, "row_wise"), (32, "table_wise")
-    ]  # fmt: skip
+        (16, "row_wise"),
+        (16, "table_wise"),
+        (32, "row_wise"),
+        (32, "table_wise"),
+    ]
 
 
 @pytest.mark.slow

@@ -48,9 +48,22 @@ def test_profile_train_on_two_ranks(inputs, tmp_path, capfd):
     config = make_config(*inputs, tmp_path / "run")
     file, out = write_config(config, tmp_path / "config.yaml"), tmp_path / "out"
     words = [
-        "profile", "train", "--config", str(file), "--rounds", "2", "--warmup", "1", "--out", str(out),
-        "--plots", "--trace", str(out / "trace.json"), "--processes", "2",
-    ]  # fmt: skip
+        "profile",
+        "train",
+        "--config",
+        str(file),
+        "--rounds",
+        "2",
+        "--warmup",
+        "1",
+        "--out",
+        str(out),
+        "--plots",
+        "--trace",
+        str(out / "trace.json"),
+        "--processes",
+        "2",
+    ]
     assert main(words) == 0
     assert "loader in" in capfd.readouterr().out
     report = json.loads((out / "report.json").read_text())
