@@ -1,5 +1,8 @@
 """Small logs for the tests of data preparation."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +62,19 @@ def prepare(tmp_path: Path, log: dict, schema: dict = SCHEMA) -> Path:
     raw, rules = write_log(tmp_path / "raw", log, schema)
     prepare_parquet(raw, tmp_path / "out", rules)
     return tmp_path / "out"
+
+
+@contextlib.contextmanager
+def logged(package: str = "trainer") -> Iterator[list[str]]:
+    """Collects what a package logs, from information on."""
+    messages: list[str] = []
+    logger, handler = logging.getLogger(package), logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

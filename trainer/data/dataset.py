@@ -94,6 +94,8 @@ class DatasetInfo(StrictModel):
     """Content of dataset.json.
 
     Each name in `extra_labels` is a column label_NAME of the events: a further label beside `label`.
+    `timestamps` says what a timestamp is: seconds since 1970, UTC, or, of a log without a clock, a place in
+    the user's own order, which cannot be compared between users.
     """
 
     format_version: Literal[1] = 1
@@ -105,6 +107,7 @@ class DatasetInfo(StrictModel):
     scenario_id_type: IdType
     history_length: int = HISTORY_LENGTH
     extra_labels: list[str] = Field(default_factory=list)
+    timestamps: Literal["seconds", "order"] = "seconds"
     split: SplitInfo
     rows: dict[SplitName, int] = Field(default_factory=dict)
     introduction_rows: int = 0

@@ -30,8 +30,9 @@ from trainer.data.dataset import (
     split_files,
     validate_dataset,
 )
+from trainer.data.sources.catalogue import check_texts, write_items
 from trainer.data.sources.log_schema import LogSchema, load_schema
-from trainer.data.sources.parquet_log import log_relation, write_items
+from trainer.data.sources.parquet_log import open_log
 from trainer.data.sources.staging import Staging, stage_log, time_quantile
 from trainer.data.sources.writer import connect, output_directory, write_info, write_sorted
 
@@ -62,21 +63,23 @@ def append_parquet(
     parts = {split: split_files(base, split) for split in SPLITS}
     with output_directory(out) as folder:
         con = connect(folder / "scratch", memory)
-        with log_relation(con, raw, rules, schema) as (events, kinds):
-            _check_kinds(base, info, kinds)
+        scratch = folder / "scratch"
+        with open_log(con, raw, rules, schema, scratch) as log:
+            events = log.events
+            _check_kinds(base, info, log.kinds)
             past = parquet_sql([file for files in parts.values() for file in files])
             split = _boundaries(con, raw, base, events, past, info)
-            found = folder / "scratch" / "items.parquet"
-            write_items(con, events, rules, schema.parent, found, kinds["item_id"])
+            new_items = scratch / "items.parquet"
+            write_items(con, events, rules, schema.parent, new_items, log.kinds["item_id"], scratch)
             _merge_items(con, base, folder, info)
+            check_texts(con, events, folder / "items.parquet", rules, schema)
             types = (info.user_id_type, info.item_id_type, info.scenario_id_type)
             staging = Staging(
-                folder / "scratch" / "staged", event_schema(*types, labels=info.extra_labels)
+                scratch / "staged", event_schema(*types, labels=info.extra_labels), fraction=True
             )
             # What lies before the day counts as its profile window: it gives histories, no rows.
-            stage_log(
-                con, _with_last_positives(events, past, info), staging, folder / "scratch", split
-            )
+            day = _with_last_positives(events, list(parts.values()), info)
+            stage_log(con, day, staging, scratch, split)
         users = con.execute(
             f"SELECT count(*) FROM (SELECT user_id FROM {events} UNION SELECT user_id FROM {past})"
         ).fetchall()[0][0]
@@ -119,6 +122,17 @@ def _check_base(base: Path, info: DatasetInfo, rules: LogSchema, schema: Path) -
             f"{schema}: scenarios differ from those of {base}: {sorted(map(str, known))}; a model "
             "keeps its scenarios; prepare the whole log anew to change them"
         )
+    for role in ("positive_name", "negative_name"):
+        if getattr(rules, role) != getattr(info, role):
+            raise InputError(
+                f"{schema}: {role} is {getattr(rules, role)!r}, but {getattr(info, role)!r} in {base}: "
+                "prompts and stores call the labels so; keep the word, or prepare the whole log anew"
+            )
+    if rules.samples_negatives:
+        raise InputError(
+            f"{schema}: negatives.per_positive: negatives are drawn by how popular items are in the whole "
+            "log; prepare the whole log anew"
+        )
     if sorted(rules.labels) != sorted(info.extra_labels):
         raise InputError(
             f"{schema}: further labels {sorted(rules.labels)} differ from those of {base}: "
@@ -160,17 +174,27 @@ def _boundaries(
     return info.split.model_copy(update={"boundaries": [oldest, valid, test], "text": text})
 
 
-def _with_last_positives(events: str, past: str, info: DatasetInfo) -> str:
-    """The day's events, and as many of its users' last positive ones before as a history holds."""
+def _with_last_positives(events: str, parts: list[list[Path]], info: DatasetInfo) -> str:
+    """The day's events, and as many of its users' last positive ones before as a history holds.
+
+    Rows of the dataset lie in order of time, also within a second. So that this order is kept, their
+    place stands for the fraction of the second that the dataset does not hold.
+    """
     columns = ", ".join(
         ["user_id, item_id, scenario_id, timestamp, label"]
         + [f"label_{name}" for name in info.extra_labels]
     )
-    newest_first = "timestamp DESC, item_id DESC, scenario_id DESC"
+    past = " UNION ALL ".join(
+        f"SELECT {columns}, filename, file_row_number FROM "
+        + parquet_sql(files, filename=True, file_row_number=True)
+        for files in parts
+    )
+    newest_first = "timestamp DESC, filename DESC, file_row_number DESC"
     return (
-        f"(SELECT {columns} FROM {events} UNION ALL (SELECT {columns} FROM {past} WHERE label = 1 "
-        f"AND user_id IN (SELECT user_id FROM {events}) QUALIFY row_number() OVER "
-        f"(PARTITION BY user_id ORDER BY {newest_first}) <= {info.history_length}))"
+        f"(SELECT {columns}, fraction FROM {events} UNION ALL SELECT {columns}, -place AS fraction FROM "
+        f"(SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY {newest_first}) AS place "
+        f"FROM ({past}) WHERE label = 1 AND user_id IN (SELECT user_id FROM {events})) "
+        f"WHERE place <= {info.history_length})"
     )
 
 
@@ -181,14 +205,14 @@ def _merge_items(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    old, new = (parquet_sql([at / "items.parquet"]) for at in (base, folder / "scratch"))
+    old, new = (parquet_sql([place / "items.parquet"]) for place in (base, folder / "scratch"))
     reader = con.execute(
         "SELECT item_id, coalesce(nullif(o.title, ''), n.title, '') AS title, "
         "CASE WHEN len(o.categories) > 0 THEN o.categories ELSE coalesce(n.categories, []) END "
         f"AS categories FROM {old} AS o FULL JOIN {new} AS n USING (item_id) ORDER BY item_id"
     ).to_arrow_reader(65_536)
     target = pa.schema(item_fields(info.item_id_type))
-    with pq.ParquetWriter(folder / "items.parquet", target) as writer:
+    with pq.ParquetWriter(folder / "items.parquet", target, write_page_checksum=True) as writer:
         for batch in reader:
             writer.write_table(pa.Table.from_batches([batch]).cast(target))
 
@@ -221,7 +245,7 @@ def _write_parts(
     for name in DAY_SPLITS:
         fresh = folder / "scratch" / f"new-{name}"
         rows[name] += write_sorted(
-            con, staging.files[name], staging.schema, fresh, staging.rows[name]
+            con, staging.files[name], staging.schema, fresh, staging.rows[name], staging.order
         )
         first = len(trained) if name == "train" else 0
         (folder / name).mkdir(exist_ok=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from llm_knowledge.errors import InputError
+from llm_knowledge.yaml_files import read_yaml
 from trainer.data.dataset import (
     SPLITS,
-    Negatives,
     Scenario,
     SplitName,
     StrictModel,
@@ -25,24 +24,77 @@ DEFAULT_FRACTIONS: dict[SplitName, float] = {
 }
 
 
+def _none_is_absent(value: object) -> object:
+    return None if isinstance(value, str) and value == "none" else value
+
+
+NameOrNone = Annotated[str | None, BeforeValidator(_none_is_absent)]
+
+
 class Columns(StrictModel):
-    """Names of the log's columns."""
+    """Names of the log's columns.
+
+    A log without a clock has `order`, a column of integers that put a user's own events in order, in
+    place of `timestamp`; or `timestamp: none` where the rows of the files are in order. A log of
+    positives alone, to which negatives are sampled, may have `label: none`.
+    """
 
     user_id: str = "user_id"
     item_id: str = "item_id"
     scenario_id: str = "scenario_id"
-    timestamp: str = "timestamp"
-    label: str = "label"
+    timestamp: NameOrNone = "timestamp"
+    order: str | None = None
+    label: NameOrNone = "label"
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Columns:
+        if self.order is not None:
+            if "timestamp" in self.model_fields_set and self.timestamp is not None:
+                raise ValueError("timestamp and order: give one, a clock or an order without one")
+            self.timestamp = None
+        return self
 
 
 class Catalogue(StrictModel):
-    """A Parquet file of items; `path` is relative to the schema file."""
+    """A Parquet file of items; `path` is relative to the schema file.
+
+    With `unescape_html`, entities such as &amp; in titles and categories become what they stand for.
+    """
 
     path: Path
     item_id: str = "item_id"
     title: str = "title"
     categories: str | None = None
-    categories_separator: str = "|"
+    categories_separator: str = Field(default="|", min_length=1)
+    unescape_html: bool = False
+
+
+class LogNegatives(StrictModel):
+    """Where the log has positives only: how negatives were sampled, or how they are to be.
+
+    Attributes:
+        rule: What was done to the log before, in words.
+        per_positive: Number to sample for each positive of train, valid and test, see
+            `trainer.data.sources.negatives`.
+        seed: Of the sampling.
+        power: Of an item's number of positives, 0 (all items alike) to 1.
+        avoid: Whose items are never sampled: what the user had until then ("earlier"), or anywhere in
+            the log, which tells what the user will have ("all").
+    """
+
+    rule: str | None = None
+    per_positive: int | None = Field(default=None, ge=1, le=1_000)
+    seed: int = Field(default=0, ge=0)
+    power: float = Field(default=0.75, ge=0, le=1)
+    avoid: Literal["earlier", "all"] = "earlier"
+
+    @model_validator(mode="after")
+    def _check_one(self) -> LogNegatives:
+        if (self.rule is None) == (self.per_positive is None):
+            raise ValueError("give rule, if negatives were sampled before, or per_positive")
+        if self.rule is not None and self.model_fields_set != {"rule"}:
+            raise ValueError("rule stands alone: the other fields are about negatives to sample")
+        return self
 
 
 class SplitChoice(StrictModel):
@@ -96,29 +148,72 @@ class LogSchema(StrictModel):
     labels: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str] = Field(
         default_factory=dict
     )
-    timestamp_unit: Literal["seconds", "milliseconds", "microseconds"] = "seconds"
+    timestamp_unit: Literal["seconds", "milliseconds", "microseconds", "nanoseconds"] = "seconds"
     catalogue: Catalogue | None = None
     scenarios: list[Scenario]
     split: SplitChoice = SplitChoice()
     positive_name: str = "liked"
     negative_name: str | None = "disliked"
-    negatives: Negatives | None = None
+    negatives: LogNegatives | None = None
+
+    @property
+    def samples_negatives(self) -> bool:
+        """Whether negatives are to be sampled."""
+        return self.negatives is not None and self.negatives.per_positive is not None
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether times of different users can be compared."""
+        return self.columns.timestamp is not None
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> LogSchema:
+        role_of: dict[str, str] = {}
+        columns = self.columns.model_dump(exclude_none=True)
+        for role, name in [*columns.items(), *((f"labels.{k}", v) for k, v in self.labels.items())]:
+            if name in role_of:
+                raise ValueError(f"column {name!r} is given for {role_of[name]} and for {role}")
+            role_of[name] = role
+        return self
+
+    @model_validator(mode="after")
+    def _check_clock(self) -> LogSchema:
+        if not self.has_clock:
+            if "rule" not in self.split.model_fields_set:
+                self.split = self.split.model_copy(update={"rule": "per_user_time"})
+            if self.split.rule != "per_user_time" or self.split.boundaries is not None:
+                raise ValueError(
+                    "split: a log without a clock has no time that all users share; use rule per_user_time"
+                )
+            if "timestamp_unit" in self.model_fields_set:
+                raise ValueError("timestamp_unit: the log has no clock")
+        return self
+
+    @model_validator(mode="after")
+    def _check_negatives(self) -> LogSchema:
+        if self.columns.label is None and not self.samples_negatives:
+            raise ValueError("columns.label: none goes with negatives.per_positive only")
+        if self.negatives is not None and "negative_name" not in self.model_fields_set:
+            self.negative_name = None  # sampled rows are no dislikes
+        return self
 
 
-def load_schema(file: Path) -> LogSchema:
+def load_schema(file: Path, negatives: int | None = None) -> LogSchema:
     """Read the YAML description of a log.
+
+    Args:
+        file: the YAML file.
+        negatives: to sample for each positive, in place of the file's `negatives.per_positive`.
 
     Raises:
         InputError: absent, not YAML, an unknown field, a wrong value.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file, "schema file")
+        if negatives is not None and isinstance(content, dict):
+            others = content.get("negatives")
+            others = others if isinstance(others, dict) else {}
+            content = content | {"negatives": others | {"per_positive": negatives}}
         return LogSchema.model_validate(content)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such schema file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: cannot be read as YAML: {error}") from None
     except ValidationError as error:
         raise explain_validation(file, error) from None

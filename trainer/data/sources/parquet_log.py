@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,260 +15,131 @@ from trainer.data.dataset import (
     SPLITS,
     DatasetInfo,
     IdType,
+    Negatives,
     SplitInfo,
     event_schema,
-    item_fields,
-    read_footer,
 )
-from trainer.data.sources.log_schema import Catalogue, LogSchema, SplitChoice, load_schema
+from trainer.data.sources.catalogue import check_texts, write_items
+from trainer.data.sources.log_checks import (
+    check_labels,
+    check_scenarios,
+    check_values,
+    column_kinds,
+    log_columns,
+    nanoseconds_within,
+    whole_seconds,
+)
+from trainer.data.sources.log_schema import LogSchema, SplitChoice, load_schema
+from trainer.data.sources.negatives import NegativeSampler, negatives_rule
+from trainer.data.sources.raw_files import RawFiles
 from trainer.data.sources.staging import Staging, finish, stage_log, time_quantile
 from trainer.data.sources.writer import connect, output_directory, quote_name
 
 if TYPE_CHECKING:
     import duckdb
-    import pyarrow as pa
 
-# Seconds of the year 5138: a larger "seconds" value is certainly of a finer unit.
-LARGEST_SECONDS = 100_000_000_000
+logger = logging.getLogger(__name__)
 
 
-def parquet_inputs(raw: Path) -> list[Path]:
-    """Parquet files of a path: the file itself, or all *.parquet below a folder, by name."""
-    if raw.is_dir():
-        files = sorted(raw.rglob("*.parquet"))
-        if not files:
-            raise InputError(f"{raw}: no *.parquet file in this folder")
-        return files
-    if not raw.exists():
-        raise InputError(f"{raw}: no such file or folder")
-    return [raw]
+# ---------------------------------------------------------------- the log as events
 
 
-def require_column(file: Path, names: Sequence[str], wanted: str, role: str) -> None:
-    """Raise InputError, with similar names, unless `wanted` is among a file's columns."""
-    if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {list(names)}"
-        raise InputError(f"{file}: column {wanted!r} (for {role}) is missing; {hint}")
+@dataclass(frozen=True)
+class RawLog:
+    """A checked log.
+
+    Attributes:
+        events: SQL of a relation with the columns of an event but `history`, and `fraction`: nanoseconds
+            within the second.
+        kinds: Kind of each role's column.
+        raw: The files.
+    """
+
+    events: str
+    kinds: dict[str, str]
+    raw: RawFiles
 
 
-# ---------------------------------------------------------------- checks of the raw log
+@contextlib.contextmanager
+def open_log(
+    con: duckdb.DuckDBPyConnection, path: Path, rules: LogSchema, schema: Path, scratch: Path
+) -> Iterator[RawLog]:
+    """Checks a log, and explains what goes wrong while it is read.
+
+    Args:
+        con: connection for the queries.
+        path: a Parquet file, or a folder of them.
+        rules: content of the schema file.
+        schema: the schema file, for messages.
+        scratch: folder for temporary files.
+
+    Yields:
+        The log.
+
+    Raises:
+        InputError: names file, column and row of what is wrong.
+    """
+    raw = RawFiles.open(path)
+    logger.info("%s: %s rows in %s files", path, f"{raw.rows:,}", f"{len(raw.files):,}")
+    kinds = column_kinds(raw, log_columns(rules))
+    check_scenarios(rules, schema, kinds["scenario_id"])
+    if raw.rows == 0:
+        raise InputError(f"{path}: the log has no rows")
+    with raw.explained():
+        check_values(con, raw, rules, kinds)
+        check_labels(con, raw, rules, schema)
+        events = _events_sql(raw, rules, kinds)
+        if rules.columns.timestamp is None and rules.columns.order is None:
+            events = _number_rows(con, events, scratch)
+        yield RawLog(events, kinds, raw)
 
 
-def _kind(column: pa.DataType) -> str:
-    """Coarse type of a column: "int64", "string", "float", "bool", "time", or its own name."""
-    import pyarrow.types as types
-
-    if types.is_dictionary(column):
-        column = column.value_type
-    tests = {
-        "int64": types.is_integer,
-        "float": types.is_floating,
-        "bool": types.is_boolean,
-        "time": types.is_timestamp,
-    }
-    for name, test in tests.items():
-        if test(column):
-            return name
-    text = (types.is_string, types.is_large_string, types.is_string_view)
-    return "string" if any(test(column) for test in text) else str(column)
-
-
-ALLOWED = {
-    "user_id": ("int64", "string"),
-    "item_id": ("int64", "string"),
-    "scenario_id": ("int64", "string"),
-    "timestamp": ("int64", "time"),
-    "label": ("int64", "float", "bool"),
-}
-
-
-def _roles(schema: LogSchema) -> dict[str, str]:
-    """Our column to the log's, further labels included."""
-    further = {f"label_{name}": column for name, column in schema.labels.items()}
-    return {**schema.columns.model_dump(), **further}
-
-
-def _column_kinds(files: list[Path], columns: dict[str, str]) -> dict[str, str]:
-    """Kind of each role's column, the same in every file."""
-    kinds: dict[str, str] = {}
-    for file in files:
-        schema, _ = read_footer(file)
-        for role, name in columns.items():
-            require_column(file, schema.names, name, role)
-            kind = _kind(schema.field(name).type)
-            allowed = ALLOWED["label" if role.startswith("label") else role]
-            if kind not in allowed:
-                wanted = " or ".join(allowed).replace("time", "a timestamp type")
-                raise InputError(
-                    f"{file}: column {name!r} (for {role}) is {kind}, must be {wanted}"
-                )
-            if kinds.setdefault(role, kind) != kind:
-                raise InputError(
-                    f"{file}: column {name!r} is {kind}, but {kinds[role]} in {files[0]}; "
-                    "give it one type in all files"
-                )
-    return kinds
-
-
-def _select(schema: LogSchema, kinds: dict[str, str]) -> str:
-    """SELECT list that turns the log's columns into ours."""
-    names = {role: quote_name(name) for role, name in _roles(schema).items()}
-    parts = []
+def _events_sql(raw: RawFiles, rules: LogSchema, kinds: dict[str, str]) -> str:
+    """SQL that turns the log's columns into ours."""
+    columns = log_columns(rules)
+    items = []
     for role in ("user_id", "item_id", "scenario_id"):
         sql_type = "BIGINT" if kinds[role] == "int64" else "VARCHAR"
-        parts.append(f"CAST({names[role]} AS {sql_type}) AS {role}")
-    divisor = {"seconds": 1, "milliseconds": 1_000, "microseconds": 1_000_000}
-    if kinds["timestamp"] == "time":
-        parts.append(f"epoch_us({names['timestamp']}) // 1000000 AS timestamp")
-    else:
-        unit = divisor[schema.timestamp_unit]
-        parts.append(f"CAST({names['timestamp']} AS BIGINT) // {unit} AS timestamp")
-    labels = [role for role in names if role.startswith("label")]
-    parts += [f"CAST({names[role]} AS TINYINT) AS {quote_name(role)}" for role in labels]
-    return ", ".join(parts)
+        items.append(f"CAST({role} AS {sql_type}) AS {role}")
+    as_sql = {}
+    if rules.columns.timestamp is not None:
+        columns |= {"fraction": columns["timestamp"]}
+        unit = rules.timestamp_unit
+        as_sql = {"timestamp": whole_seconds(unit), "fraction": nanoseconds_within(unit)}
+        items += ["CAST(timestamp AS BIGINT) AS timestamp", "CAST(fraction AS BIGINT) AS fraction"]
+    elif rules.columns.order is not None:
+        items += ['CAST("order" AS BIGINT) AS timestamp', "0::BIGINT AS fraction"]
+    labels = [role for role in columns if role.startswith("label")]
+    items += [f"CAST({quote_name(role)} AS TINYINT) AS {quote_name(role)}" for role in labels]
+    if rules.columns.label is None:
+        items.append("1::TINYINT AS label")
+    return f"(SELECT {', '.join(items)} FROM {raw.sql(columns, as_sql)})"
 
 
-def _check_values(
-    con: duckdb.DuckDBPyConnection, files: list[Path], schema: LogSchema, kinds: dict[str, str]
-) -> None:
-    """Nulls, NaN, labels other than 0 and 1, times of another unit, unknown scenarios."""
-    names = {role: quote_name(name) for role, name in _roles(schema).items()}
-    time = names["timestamp"]
-    fill = "drop these rows or fill them"
-    checks = [(role, f"{name} IS NULL", "null", fill) for role, name in names.items()]
-    for role in (role for role in names if role.startswith("label")):
-        label = names[role]
-        if kinds[role] == "float":
-            checks.append((role, f"isnan({label})", "NaN", "drop these rows or give a label"))
-        if kinds[role] != "bool":
-            remedy = "map the labels to 0 and 1 first"
-            checks.append((role, f"{label} NOT IN (0, 1)", "not 0 or 1", remedy))
-    if kinds["timestamp"] == "int64" and schema.timestamp_unit == "seconds":
-        remedy = "set timestamp_unit: milliseconds or microseconds in the schema"
-        checks.append(("timestamp", f"{time} > {LARGEST_SECONDS}", "too large for seconds", remedy))
-    known = ", ".join(_literal(scenario.scenario_id) for scenario in schema.scenarios)
-    remedy = "list it under scenarios in the schema, with a name and a description"
-    unknown = f"{names['scenario_id']} NOT IN ({known})"
-    checks.append(("scenario_id", unknown, "a scenario that the schema does not list", remedy))
-
-    counts = ", ".join(f"count(*) FILTER (WHERE {test})" for _, test, _, _ in checks)
-    found = con.execute(f"SELECT {counts} FROM {parquet_sql(files, union_by_name=True)}").fetchall()
-    for count, (role, test, what, remedy) in zip(found[0], checks, strict=True):
-        if count:
-            file, row, value = con.execute(
-                f"SELECT filename, file_row_number + 1, {names[role]} FROM "
-                f"{parquet_sql(files, union_by_name=True, filename=True, file_row_number=True)} "
-                f"WHERE {test} ORDER BY 1, 2 LIMIT 1"
-            ).fetchall()[0]
-            value = "" if value is None or value != value else f" ({value!r})"
-            raise InputError(
-                f"{file}: column {_roles(schema)[role]!r}, row {row} (the first is 1): "
-                f"{what}{value}; {count} such rows in all; {remedy}"
-            )
-
-
-def _literal(value: int | str) -> str:
-    return str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
-
-
-def _check_scenarios(schema: LogSchema, file: Path, kind: str) -> None:
-    ids = [scenario.scenario_id for scenario in schema.scenarios]
-    if len(set(ids)) != len(ids):
-        raise InputError(f"{file}: scenarios: a scenario_id is listed twice")
-    wrong = [value for value in ids if isinstance(value, int) != (kind == "int64")]
-    if wrong:
-        raise InputError(
-            f"{file}: scenarios: scenario_id {wrong[0]!r} is {type(wrong[0]).__name__}, "
-            f"but the log's column {schema.columns.scenario_id!r} is {kind}; "
-            "write it with or without quotes accordingly"
-        )
-
-
-def _check_pages(file: Path) -> None:
-    """Read a whole Parquet file and keep nothing; InputError names the file if it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for _ in parquet.iter_batches():
-                pass
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        raise InputError(f"{file}: damaged ({reason}); copy or write it again") from None
-
-
-# ---------------------------------------------------------------- the catalogue and the whole
-
-
-def write_items(
-    con: duckdb.DuckDBPyConnection, events: str, schema: LogSchema, base: Path, out: Path, kind: str
-) -> None:
-    """Items of the catalogue and of the log, sorted; an item without an entry has the title ""."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sql_type = "BIGINT" if kind == "int64" else "VARCHAR"
-    query = f"SELECT DISTINCT item_id, '' AS title, []::VARCHAR[] AS categories FROM {events}"
-    if schema.catalogue is not None:
-        entries = _catalogue_sql(con, schema.catalogue, base, kind, sql_type)
-        query = (
-            "SELECT item_id, coalesce(c.title, '') AS title, "
-            "list_filter(coalesce(c.categories, []::VARCHAR[]), lambda x: x IS NOT NULL AND x <> '') "
-            f"AS categories FROM (SELECT DISTINCT item_id FROM {events}) AS e "
-            f"FULL JOIN {entries} AS c USING (item_id)"
-        )
-    target = pa.schema(item_fields(kind))
-    reader = con.execute(f"{query} ORDER BY item_id").to_arrow_reader(65_536)
-    with pq.ParquetWriter(out, target) as writer:
-        for batch in reader:
-            writer.write_table(pa.Table.from_batches([batch]).cast(target))
-
-
-def _catalogue_sql(
-    con: duckdb.DuckDBPyConnection, catalogue: Catalogue, base: Path, kind: str, sql_type: str
-) -> str:
-    """Check the catalogue; SQL of a relation (item_id, title, categories)."""
-    files = parquet_inputs(base / catalogue.path)
-    for file in files:
-        found, _ = read_footer(file)
-        wanted = {"item_id": catalogue.item_id, "title": catalogue.title}
-        if catalogue.categories:
-            wanted["categories"] = catalogue.categories
-        for role, name in wanted.items():
-            require_column(file, found.names, name, role)
-        if _kind(found.field(catalogue.item_id).type) != kind:
-            raise InputError(
-                f"{file}: column {catalogue.item_id!r} is {found.field(catalogue.item_id).type}, "
-                f"but the log's item ids are {kind}"
-            )
-    key, source = quote_name(catalogue.item_id), parquet_sql(files, union_by_name=True)
-    twice = con.execute(
-        f"SELECT {key}, count(*) FROM {source} GROUP BY 1 HAVING count(*) > 1 OR {key} IS NULL LIMIT 1"
-    ).fetchall()
-    if twice:
-        what = "null" if twice[0][0] is None else f"{twice[0][0]!r} stands {twice[0][1]} times"
-        raise InputError(
-            f"{files[0].parent}: column {catalogue.item_id!r}: {what}; ids must be unique"
-        )
-    categories = "[]::VARCHAR[]"
-    if catalogue.categories:
-        categories = f"CAST({quote_name(catalogue.categories)} AS VARCHAR[])"
-        if _kind(found.field(catalogue.categories).type) == "string":
-            separator = _literal(catalogue.categories_separator)
-            categories = f"string_split({quote_name(catalogue.categories)}, {separator})"
-    return (
-        f"(SELECT CAST({key} AS {sql_type}) AS item_id, "
-        f"CAST({quote_name(catalogue.title)} AS VARCHAR) AS title, {categories} AS categories "
-        f"FROM {source})"
+def _number_rows(con: duckdb.DuckDBPyConnection, events: str, scratch: Path) -> str:
+    """Copies the events with the place in each user's own rows (0, 1, …) as timestamp; SQL of the copy."""
+    con.execute("SET preserve_insertion_order = true")
+    target = scratch / "numbered.parquet"
+    quoted = str(target).replace("'", "''")
+    con.execute(
+        "COPY (SELECT * EXCLUDE (place), 0::BIGINT AS fraction, "
+        "row_number() OVER (PARTITION BY user_id ORDER BY place) - 1 AS timestamp "
+        f"FROM (SELECT *, row_number() OVER () AS place FROM {events})) TO '{quoted}' (FORMAT parquet)"
     )
+    con.execute("SET preserve_insertion_order = false")
+    return parquet_sql([target])
 
 
-def _split_info(con: duckdb.DuckDBPyConnection, events: str, choice: SplitChoice) -> SplitInfo:
+# ---------------------------------------------------------------- the whole
+
+
+def _split_info(
+    con: duckdb.DuckDBPyConnection, events: str, choice: SplitChoice, clock: bool
+) -> SplitInfo:
     shares = " / ".join(f"{choice.fractions[name]:.0%}" for name in SPLITS)
     if choice.rule == "per_user_time":
-        text = f"Each user's events in order of time: {shares} profile, train, valid, test."
+        order = "order of time" if clock else "their order"
+        text = f"Each user's events in {order}: {shares} profile, train, valid, test."
         return SplitInfo(
             rule=choice.rule,
             fractions=choice.fractions,
@@ -290,44 +162,9 @@ def _id_type(kind: str) -> IdType:
     return "int64" if kind == "int64" else "string"
 
 
-@contextlib.contextmanager
-def log_relation(
-    con: duckdb.DuckDBPyConnection, raw: Path, rules: LogSchema, schema: Path
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Checks a log, and explains what goes wrong while it is read.
-
-    Args:
-        con: connection for the queries.
-        raw: a Parquet file, or a folder of them.
-        rules: content of the schema file.
-        schema: the schema file, for messages.
-
-    Yields:
-        SQL of a relation with the columns of an event but `history`; the kind of each role's column.
-
-    Raises:
-        InputError: names file, column and row of what is wrong.
-    """
-    import duckdb
-
-    files = parquet_inputs(raw)
-    kinds = _column_kinds(files, _roles(rules))
-    _check_scenarios(rules, schema, kinds["scenario_id"])
-    try:
-        _check_values(con, files, rules, kinds)
-        yield (
-            f"(SELECT {_select(rules, kinds)} FROM {parquet_sql(files, union_by_name=True)})",
-            kinds,
-        )
-    except duckdb.DataError as error:
-        raise InputError(f"{raw}: a value does not fit: {str(error).splitlines()[0]}") from error
-    except duckdb.Error:
-        for file in files:
-            _check_pages(file)
-        raise
-
-
-def prepare_parquet(raw: Path, out: Path, schema: Path, memory: str = "2GB") -> DatasetInfo:
+def prepare_parquet(
+    raw: Path, out: Path, schema: Path, memory: str = "2GB", negatives: int | None = None
+) -> DatasetInfo:
     """Prepare a log of one or many Parquet files, out of core.
 
     Args:
@@ -335,37 +172,47 @@ def prepare_parquet(raw: Path, out: Path, schema: Path, memory: str = "2GB") -> 
         out: dataset directory to create.
         schema: YAML file, see `LogSchema`.
         memory: DuckDB's limit; beyond it, it spills beside `out`.
+        negatives: to sample for each positive, in place of the schema's `negatives`.
 
     Raises:
         InputError: names file, column and row of what is wrong; nothing is written then.
     """
-    rules = load_schema(schema)
+    rules = load_schema(schema, negatives)
     with output_directory(out) as folder:
-        con = connect(folder / "scratch", memory)
-        with log_relation(con, raw, rules, schema) as (events, kinds):
-            split = _split_info(con, events, rules.split)
-            write_items(
-                con, events, rules, schema.parent, folder / "items.parquet", kinds["item_id"]
-            )
+        scratch, items = folder / "scratch", folder / "items.parquet"
+        con = connect(scratch, memory)
+        with open_log(con, raw, rules, schema, scratch) as log:
+            split = _split_info(con, log.events, rules.split, rules.has_clock)
+            write_items(con, log.events, rules, schema.parent, items, log.kinds["item_id"], scratch)
+            check_texts(con, log.events, items, rules, schema)
             user, item, scenario = (
-                _id_type(kinds[role]) for role in ("user_id", "item_id", "scenario_id")
+                _id_type(log.kinds[role]) for role in ("user_id", "item_id", "scenario_id")
             )
-            staging = Staging(
-                folder / "scratch" / "staged",
-                event_schema(user, item, scenario, labels=rules.labels),
-            )
-            stage_log(con, events, staging, folder / "scratch", split)
+            form = event_schema(user, item, scenario, labels=rules.labels)
+            staging = Staging(scratch / "staged", form, fraction=True)
+            sampler = None
+            if rules.negatives is not None and rules.samples_negatives:
+                ids = [scenario.scenario_id for scenario in rules.scenarios]
+                sampler = NegativeSampler(con, log.events, ids, rules.negatives)
+            stage_log(con, log.events, staging, scratch, split, sampler)
         info = DatasetInfo(
             name=rules.name,
-            source={"kind": "parquet", "files": len(parquet_inputs(raw))},
+            source={"kind": "parquet", "files": len(log.raw.files), "rows": log.raw.rows},
             scenarios=rules.scenarios,
             user_id_type=user,
             item_id_type=item,
             scenario_id_type=scenario,
             extra_labels=list(rules.labels),
+            timestamps="seconds" if rules.has_clock else "order",
             split=split,
-            negatives=rules.negatives,
+            negatives=_negatives_info(rules),
             positive_name=rules.positive_name,
             negative_name=rules.negative_name,
         )
         return finish(con, staging, folder, info)
+
+
+def _negatives_info(rules: LogSchema) -> Negatives | None:
+    if rules.negatives is None:
+        return None
+    return Negatives(rule=rules.negatives.rule or negatives_rule(rules.negatives))

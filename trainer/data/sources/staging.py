@@ -26,11 +26,13 @@ from trainer.data.dataset import (
     SplitInfo,
     read_footer,
 )
-from trainer.data.sources.writer import EVENT_ORDER, write_info, write_sorted
+from trainer.data.sources.writer import event_order, write_info, write_sorted
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
+
+    from trainer.data.sources.negatives import NegativeSampler
 
 BLOCK_ROWS = 2_000_000
 
@@ -104,7 +106,7 @@ def positive_slices(
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row, which of all positive rows are its history.
 
-    Rows are sorted by user, then time. The history of a row is `positives[start:stop]`, where
+    Rows are sorted by user, then time, in any unit. The history of a row is `positives[start:stop]`, where
     `positives` lists the rows with label 1 in order: the last 20 of the same user that are strictly
     earlier. Costs O(n), whatever the number of events of one user.
 
@@ -116,6 +118,19 @@ def positive_slices(
     stop = before[group_bounds(new_time)[0]]
     start = before[group_bounds(new_user)[0]]
     return np.maximum(start, stop - HISTORY_LENGTH), stop
+
+
+def moments_of(block: pa.Table, users: np.ndarray) -> np.ndarray:
+    """A number that grows with time within each user, also within a second, int64 [n].
+
+    Args:
+        block: sorted by user, timestamp and, where it has one, `fraction`.
+        users: int64 [n].
+    """
+    _, changed = _changes(users, block["timestamp"].to_numpy())
+    if "fraction" in block.column_names:
+        changed |= _changes(users, block["fraction"].to_numpy())[1]
+    return np.cumsum(changed)
 
 
 def _changes(users: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,29 +147,40 @@ class Staging:
     Args:
         folder: scratch folder (created).
         schema: event schema, truth columns included.
+        fraction: whether blocks have a column `fraction`: nanoseconds within the second. It orders
+            events and histories, and is not part of the dataset.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, fraction: bool = False) -> None:
+        import pyarrow as pa
+
         folder.mkdir()
-        self.schema = schema
+        self.schema = self.scratch_schema = schema
+        if fraction:
+            self.scratch_schema = schema.append(pa.field("fraction", pa.int64()))
         self.files: dict[str, list[Path]] = {split: [] for split in (*SPLITS, INTRODUCTION)}
         self.rows: dict[str, int] = dict.fromkeys(self.files, 0)
         self.users = 0
         self._folder = folder
         self._blocks = 0
 
+    @property
+    def order(self) -> str:
+        """SQL order of events: by time, then definite."""
+        return event_order("fraction" in self.scratch_schema.names)
+
     def add(self, block: pa.Table, codes: np.ndarray) -> None:
         """Add all events of some users.
 
         Args:
-            block: the schema's columns without `history`, sorted by user_id, timestamp, item_id.
+            block: the schema's columns without `history`, sorted by user_id and `order`.
             codes: split of each row, as by `split_per_user` or `split_global` and `hold_out`.
         """
         import pyarrow as pa
 
         users = run_codes(block["user_id"])
         labels = block["label"].to_numpy()
-        start, stop = positive_slices(users, block["timestamp"].to_numpy(), labels)
+        start, stop = positive_slices(users, moments_of(block, users), labels)
         items = block["item_id"].combine_chunks().filter(pa.array(labels == 1))
         for code, split in enumerate(self.files):
             chosen = np.flatnonzero(codes == code)
@@ -176,14 +202,15 @@ class Staging:
         import pyarrow.parquet as pq
 
         file = self._folder / f"{split}-{self._blocks:06d}.parquet"
-        with pq.ParquetWriter(file, self.schema) as writer:
+        with pq.ParquetWriter(file, self.scratch_schema) as writer:
             # Slices keep the twentyfold expansion of the history small.
             for rows in np.array_split(chosen, len(chosen) // 131_072 + 1):
                 table = block.take(pa.array(rows))
                 history = _lists(items, start[rows], stop[rows])
                 place = EVENT_COLUMNS.index("history")
                 table = table.add_column(place, "history", history)
-                writer.write_table(table.select(self.schema.names).cast(self.schema))
+                table = table.select(self.scratch_schema.names)
+                writer.write_table(table.cast(self.scratch_schema))
         self.files[split].append(file)
         self.rows[split] += len(chosen)
 
@@ -210,7 +237,12 @@ def run_codes(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def stage_log(
-    con: duckdb.DuckDBPyConnection, events: str, staging: Staging, scratch: Path, split: SplitInfo
+    con: duckdb.DuckDBPyConnection,
+    events: str,
+    staging: Staging,
+    scratch: Path,
+    split: SplitInfo,
+    sampler: NegativeSampler | None = None,
 ) -> None:
     """Divide a relation into blocks of whole users and stage them.
 
@@ -220,33 +252,50 @@ def stage_log(
         staging: where the blocks go.
         scratch: folder for the divided log.
         split: rule with fractions (per user) or boundaries (global).
+        sampler: of negatives, where the log has positives only.
     """
+    sources = _divide(con, events, scratch)
+    names = [name for name in staging.scratch_schema.names if name != "history"]
+    query = f"SELECT {', '.join(names)} FROM {{}} ORDER BY user_id, {staging.order}"
+
+    def block_of(source: str) -> tuple[pa.Table, np.ndarray]:
+        block = con.execute(query.format(source)).to_arrow_table()
+        return block, _split_codes(block, split)
+
+    for source in progress(sources if sampler is not None else [], "popularity"):
+        assert sampler is not None
+        sampler.count(*block_of(source))
+    for number, source in enumerate(progress(sources, "split and history")):
+        block, codes = block_of(source)
+        if sampler is not None:
+            users = run_codes(block["user_id"])
+            block, codes = sampler.add(block, codes, moments_of(block, users), users, number)
+        staging.add(block, codes)
+
+
+def _split_codes(block: pa.Table, split: SplitInfo) -> np.ndarray:
+    """Split of each row, int8 [n]; rows are sorted by user and time."""
+    times = block["timestamp"].to_numpy()
+    if split.boundaries is not None:
+        return split_global(times, split.boundaries)
+    fractions = [split.fractions[name] for name in SPLITS]
+    codes = split_per_user(run_codes(block["user_id"]), times, fractions)
+    return hold_out(block["user_id"], codes, split.held_out_users, split.held_out_valid_users)
+
+
+def _divide(con: duckdb.DuckDBPyConnection, events: str, scratch: Path) -> list[str]:
+    """SQL of blocks of whole users, of about `BLOCK_ROWS` rows each."""
     rows = con.execute(f"SELECT count(*) FROM {events}").fetchall()[0][0]
     blocks = min(1_000, rows // BLOCK_ROWS + 1)
-    sources = [events]
-    if blocks > 1:
-        target = str(scratch / "by-user").replace("'", "''")
-        con.execute(
-            f"COPY (SELECT *, hash(user_id) % {blocks} AS block FROM {events}) "
-            f"TO '{target}' (FORMAT parquet, PARTITION_BY (block))"
-        )
-        folders = sorted((scratch / "by-user").iterdir())
-        sources = [parquet_sql(sorted(folder.iterdir())) for folder in folders]
-    columns = ", ".join(name for name in staging.schema.names if name != "history")
-    for source in progress(sources, "split and history"):
-        block = con.execute(
-            f"SELECT {columns} FROM {source} ORDER BY user_id, {EVENT_ORDER}"
-        ).to_arrow_table()
-        times = block["timestamp"].to_numpy()
-        if split.boundaries is not None:
-            codes = split_global(times, split.boundaries)
-        else:
-            fractions = [split.fractions[name] for name in SPLITS]
-            codes = split_per_user(run_codes(block["user_id"]), times, fractions)
-            codes = hold_out(
-                block["user_id"], codes, split.held_out_users, split.held_out_valid_users
-            )
-        staging.add(block, codes)
+    if blocks == 1:
+        return [events]
+    target = str(scratch / "by-user").replace("'", "''")
+    con.execute(
+        f"COPY (SELECT *, hash(user_id) % {blocks} AS block FROM {events}) "
+        f"TO '{target}' (FORMAT parquet, PARTITION_BY (block))"
+    )
+    folders = sorted((scratch / "by-user").iterdir())
+    return [parquet_sql(sorted(folder.iterdir())) for folder in folders]
 
 
 def finish(
@@ -271,7 +320,7 @@ def finish(
     rows: dict[str, int] = {}
     for split in progress([split for split in staging.files if staging.rows[split]], "time order"):
         files, count = staging.files[split], staging.rows[split]
-        rows[split] = write_sorted(con, files, staging.schema, folder / split, count)
+        rows[split] = write_sorted(con, files, staging.schema, folder / split, count, staging.order)
     counts = {
         "introduction_rows": rows.pop(INTRODUCTION, 0),
         "rows": rows,

@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
 ROWS_PER_GROUP = 65_536  # upper bound; small splits get smaller groups, so that ranks share them
 ROWS_PER_PART = 16 * ROWS_PER_GROUP
-# One order everywhere: time first; the rest only makes the order of simultaneous events definite.
-EVENT_ORDER = "timestamp, user_id, item_id, scenario_id, label"
+
+
+def event_order(fraction: bool = False) -> str:
+    """SQL order of events, one everywhere: time first; the rest makes that of simultaneous ones definite.
+
+    Args:
+        fraction: whether there is a column `fraction` that tells times within a second apart.
+    """
+    time = "timestamp, fraction" if fraction else "timestamp"
+    return f"{time}, user_id, item_id, scenario_id, label"
 
 
 @contextlib.contextmanager
@@ -110,7 +118,12 @@ def quote_name(name: str) -> str:
 
 
 def write_sorted(
-    con: duckdb.DuckDBPyConnection, files: list[Path], schema: pa.Schema, folder: Path, rows: int
+    con: duckdb.DuckDBPyConnection,
+    files: list[Path],
+    schema: pa.Schema,
+    folder: Path,
+    rows: int,
+    order: str | None = None,
 ) -> int:
     """Write event files as one split in time order (out of core); return the rows written."""
     import pyarrow as pa
@@ -120,14 +133,16 @@ def write_sorted(
     group = min(ROWS_PER_GROUP, max(4_096, rows // 64 // 2_048 * 2_048))
     columns = ", ".join(quote_name(name) for name in schema.names)
     reader = con.execute(
-        f"SELECT {columns} FROM {parquet_sql(files)} ORDER BY {EVENT_ORDER}"
+        f"SELECT {columns} FROM {parquet_sql(files)} ORDER BY {order or event_order()}"
     ).to_arrow_reader(group)
     folder.mkdir()
     written, part = 0, 0
     batch = next(reader, None)
     while batch is not None:
         in_part = 0
-        with pq.ParquetWriter(folder / f"part-{part:05d}.parquet", schema) as writer:
+        file = folder / f"part-{part:05d}.parquet"
+        # A flipped bit is found when the page is read, not trained on.
+        with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
             while batch is not None and in_part < ROWS_PER_PART:
                 table = pa.Table.from_batches([batch]).cast(schema)
                 writer.write_table(table, row_group_size=group)

@@ -1,0 +1,78 @@
+"""YAML that people write by hand: a key counts once, and a word is a word."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_knowledge.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: only true and false are booleans; 24:30:00, 2024-01-01 and 005 are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, yaml.Mark] = {}
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+            continue
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                f"the key {key!r} of line {seen[key].line + 1}",
+                node.start_mark,
+                "stands here again; one of them would be ignored",
+                key_node.start_mark,
+            )
+        seen[key] = key_node.start_mark
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(file: Path, what: str = "file") -> Any:
+    """Reads a YAML file.
+
+    Args:
+        file: the file.
+        what: what it is, for messages: "schema file".
+
+    Raises:
+        InputError: It is absent, no regular file, no UTF-8 or no YAML, or gives a key twice.
+    """
+    if not file.exists():
+        raise InputError(f"{file}: no such {what}")
+    if not file.is_file():
+        raise InputError(f"{file}: is no regular file; give a {what} in YAML")
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as YAML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{file}: cannot be read as YAML: nested too deeply") from None
