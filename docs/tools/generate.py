@@ -138,21 +138,44 @@ def commands_page() -> str:
         "|---|---|",
     ]
     commands = dict(leaves(build_parser()))
+    shared = _shared_options(list(commands.values()))
     for name, parser in commands.items():
         anchor = name.replace(" ", "-")
         lines.append(f"| [`{name}`](#{anchor}) | {_escaped(parser.description or '')} |")
+    if shared:
+        lines += ["", "## Options of every command", ""]
+        lines += _option_table([shared[name] for name in shared])
     for name, parser in commands.items():
         example = str(parser.epilog).removeprefix("example: ")
         lines += ["", f"## {name}", "", _escaped(parser.description or ""), ""]
         lines += ["```sh", example, "```", ""]
-        lines += _option_table(parser)
+        lines += _option_table([a for a in parser._actions if _name_of(a) not in shared])
     return "\n".join([*lines, ""])
 
 
-def _option_table(parser: argparse.ArgumentParser) -> list[str]:
+def _shared_options(parsers: list[argparse.ArgumentParser]) -> dict[str, argparse.Action]:
+    """The options that every command has with the same words, by name."""
+    first = {_name_of(action): action for action in parsers[0]._actions if action.option_strings}
+    return {
+        name: action
+        for name, action in first.items()
+        if all((name, action.help) in _words_of(parser) for parser in parsers)
+        and not isinstance(action, argparse._HelpAction)
+    }
+
+
+def _words_of(parser: argparse.ArgumentParser) -> set[tuple[str, str | None]]:
+    return {(_name_of(action), action.help) for action in parser._actions}
+
+
+def _name_of(action: argparse.Action) -> str:
+    return ", ".join(action.option_strings) or action.dest
+
+
+def _option_table(actions: list[argparse.Action]) -> list[str]:
     """The rows of a command's positional arguments and options, `--help` left out."""
     rows = ["| argument | meaning |", "|---|---|"]
-    for action in parser._actions:
+    for action in actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         name = ", ".join(f"`{option}`" for option in action.option_strings)
