@@ -1,7 +1,9 @@
 """What the pages promise: generated tables, commands that parse, links and paths that exist, sizes."""
 
+import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,28 @@ def test_paths_that_are_named_exist(page: Path) -> None:
     for module in MODULE.findall(page.read_text(encoding="utf-8")):
         path = ROOT / module.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page.name}: {module}"
+
+
+def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
+    """Names of functions, classes and methods of a module."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node.body, f"{prefix}{node.name}.")
+
+
+def test_functions_of_the_walks_exist() -> None:
+    text = (ROOT / "docs/explain/architecture.md").read_text(encoding="utf-8")
+    walks = text.split("## Three walks")[1].split("\n## ")[0]
+    names = re.findall(r"`((?:trainer|embeddings|llm_knowledge|launch)\.[\w.]+)`", walks)
+    assert len(names) > 30
+    for name in names:
+        parts = name.split(".")
+        files = [ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts))]
+        [(n, file)] = [(n, file) for n, file in enumerate(files, 1) if file.is_file()]
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        assert ".".join(parts[n:]) in definitions(module.body), f"a walk names {name}"
 
 
 # ---------------------------------------------------------------- sizes
