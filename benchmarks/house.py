@@ -11,6 +11,7 @@ from pathlib import Path
 
 PACKAGES = ("launch", "trainer", "embeddings", "llm_knowledge")
 LONG = 60  # lines of a function
+SKIP = "# fmt: " + "skip"  # in two pieces, or this line would count
 
 
 class Tree:
@@ -70,9 +71,8 @@ class Tree:
 
     def skips(self, *folders: str) -> int:
         """How often the formatter is told to skip something in these folders."""
-        mark = "# fmt: " + "skip"
         files = [path for folder in folders for path in (self.root / folder).rglob("*.py")]
-        return sum(path.read_text("utf-8").count(mark) for path in files)
+        return sum(path.read_text("utf-8").count(SKIP) for path in files)
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
@@ -131,8 +131,8 @@ COUNTS: dict[str, Callable[[Tree], object]] = {
     "arrows between rooms": lambda t: sum(map(len, t.room_arrows.values())),
     "circles between rooms": lambda t: len(circles(t.room_arrows)),
     "circles between modules": lambda t: len(circles(t.imports)),
-    "`` in the packages": lambda t: t.skips(*PACKAGES),
-    "`` in tests and benchmarks": lambda t: t.skips("tests", "benchmarks"),
+    f"`{SKIP}` in the packages": lambda t: t.skips(*PACKAGES),
+    f"`{SKIP}` in tests and benchmarks": lambda t: t.skips("tests", "benchmarks"),
     "functions": lambda t: len(list(t.functions)),
     f"functions over {LONG} lines": lambda t: sum(_length(f) > LONG for f in t.functions),
     "functions that take the whole `RunConfig`": lambda t: sum(

@@ -16,15 +16,15 @@ COLUMNS = [  # of the tables of differences, the rest is in the CSV files
 MEANS = ("alone", "shuffled", "random", "features", "llm4msr")  # columns of the table of means
 
 
-def write_pages(
+def filled_pages(
     runs: list[dict[str, Any]],
     differences: list[dict[str, Any]],
     curves: list[dict[str, Any]],
     trials: list[dict[str, Any]],
     tuned: list[dict[str, Any]],
     folder: Path,
-) -> None:
-    """Writes the study's tables between their markers in the pages of docs/results; words stay."""
+) -> dict[Path, str]:
+    """The pages of docs/results with the study's tables between their markers; words stay."""
     tables = {
         "arms": _arms(),
         "coverage": coverage(runs),
@@ -37,11 +37,13 @@ def write_pages(
         tables[f"{name} summary"] = summary(of_dataset)
         curve = [row for row in curves if row["dataset"] == name]
         tables[f"{name} sensitivity"] = sensitivity.table(curve)
+    pages = {}
     for page in sorted(folder.glob("*.md")):
         text = page.read_text(encoding="utf-8")
         for name, table in tables.items():
             text = _between(text, name, table or "Not run yet.")
-        page.write_text(text, encoding="utf-8")
+        pages[page] = text
+    return pages
 
 
 def _between(text: str, name: str, body: str) -> str:
@@ -61,9 +63,11 @@ def _arms() -> str:
 
 def summary(differences: list[dict[str, Any]]) -> str:
     """Mean and range of every difference over the backbones, and how many intervals exclude 0."""
+    of_pair: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in differences:
+        of_pair.setdefault((row["dataset"], row["arm"], row["base"]), []).append(row)
     rows = []
-    for name, arm, base in dict.fromkeys((r["dataset"], r["arm"], r["base"]) for r in differences):
-        own = [r for r in differences if (r["dataset"], r["arm"], r["base"]) == (name, arm, base)]
+    for (name, arm, base), own in of_pair.items():
         cells = []
         for section, metric, _ in COLUMNS:
             found = _of(section, own, metric)
@@ -171,12 +175,13 @@ def _chosen(trials: list[dict[str, Any]]) -> str:
 
 def means(runs: list[dict[str, Any]]) -> str:
     """Mean test AUC over the seeds of the main arms, a line per backbone; the best possible, if known."""
+    of_cell: dict[tuple[str, str], list[float]] = {}
+    for row in runs:
+        if row["section"] == "overall" and row["auc"]:
+            of_cell.setdefault((row["backbone"], row["arm"]), []).append(float(row["auc"]))
 
     def auc(backbone: str, arm: str) -> str:
-        overall = [row for row in runs if row["section"] == "overall" and row["auc"]]
-        values = [
-            float(row["auc"]) for row in overall if (row["backbone"], row["arm"]) == (backbone, arm)
-        ]
+        values = of_cell.get((backbone, arm))
         return f"{sum(values) / len(values):.4f}" if values else "–"
 
     backbones = dict.fromkeys(row["backbone"] for row in runs if row["arm"] != "truth")

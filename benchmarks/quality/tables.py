@@ -21,7 +21,7 @@ from benchmarks.quality.arms import (
     SEEDS,
     TUNED_ON,
 )
-from benchmarks.quality.page import figure, write_pages
+from benchmarks.quality.page import figure, filled_pages
 from trainer.evaluation.compare import compare
 from trainer.models import BACKBONES
 
@@ -94,7 +94,9 @@ def write(work: Path, out: Path, pages: Path, jobs: int) -> None:
         if own:
             sensitivity.figure(own, out / f"{name}_sensitivity.png")
         figure([row for row in all_differences if row["dataset"] == name], out / f"{name}.png")
-    write_pages(all_runs, all_differences, all_curves, all_trials, all_tuned, pages)
+    records = (all_runs, all_differences, all_curves, all_trials, all_tuned)
+    for page, text in filled_pages(*records, pages).items():
+        page.write_text(text, encoding="utf-8")
 
 
 def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:

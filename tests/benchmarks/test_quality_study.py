@@ -23,6 +23,7 @@ from benchmarks.quality.arms import (
     SEEDS,
     TUNED_ON,
 )
+from tests.helpers.paths import ROOT
 from trainer.config.run import load_config, save_config
 from trainer.data.dataset import open_dataset, validate_dataset
 from trainer.data.sources.simulate import simulate
@@ -559,6 +560,13 @@ def test_the_summary_counts_intervals_beside_zero() -> None:
     assert cells[5] == "+0.090 (-0.020 to +0.200); 1 above, 1 below |"
     without = page.summary([row for row in rows if row["metric"] == "gauc"])
     assert without.splitlines()[2].split(" | ")[3] == "–"
+
+
+def test_the_pages_have_the_tables_of_the_record() -> None:
+    names = ("runs", "differences", "sensitivity", "regularisation", "regularised_differences")
+    records = [tables._read(ROOT / f"docs/results/study/{name}.csv") for name in names]
+    for file, text in page.filled_pages(*records, ROOT / "docs" / "results").items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name}: benchmarks.quality tables"
 
 
 def test_an_arm_covers_the_backbones_that_have_all_its_seeds() -> None:

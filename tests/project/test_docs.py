@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,11 @@ def test_paths_that_are_named_exist(page: Path) -> None:
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page.name}: {module}"
 
 
+@cache
+def definitions_of(file: Path) -> set[str]:
+    return set(definitions(ast.parse(file.read_text(encoding="utf-8")).body))
+
+
 def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
     """Names of functions, classes and methods of a module."""
     for node in body:
@@ -277,8 +283,8 @@ def test_functions_of_the_walks_exist() -> None:
         parts = name.split(".")
         files = [ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts))]
         [(n, file)] = [(n, file) for n, file in enumerate(files, 1) if file.is_file()]
-        module = ast.parse(file.read_text(encoding="utf-8"))
-        assert ".".join(parts[n:]) in definitions(module.body), f"a walk names {name}"
+
+        assert ".".join(parts[n:]) in definitions_of(file), f"a walk names {name}"
 
 
 # ---------------------------------------------------------------- sizes
