@@ -19,6 +19,7 @@ from launch.parser import build_parser
 from tests.helpers.paths import ROOT
 from trainer.config.run import load_config
 from trainer.data.dataset import SPLITS
+from trainer.data.sources.log_schema import LogSchema
 from trainer.data.sources.parquet_log import prepare_parquet
 from trainer.models import BACKBONES
 
@@ -200,6 +201,22 @@ def test_the_tutorials_schema_prepares_a_log(tmp_path: Path) -> None:
     assert {"item_id": "s1", "title": "A title", "categories": ["Books", "History"]} in prepared
 
 
+def test_the_tutorials_variants_of_the_schema_are_valid() -> None:
+    """Each later block of the page, laid over the first one."""
+    text = (ROOT / "docs/tutorials/own-log.md").read_text(encoding="utf-8")
+    whole, *variants = [
+        yaml.safe_load(block) for language, block in FENCE.findall(text) if language == "yaml"
+    ]
+    del whole["negative_name"]
+    assert variants
+    for variant in variants:
+        fields = {
+            key: {**whole.get(key, {}), **value} if isinstance(value, dict) else value
+            for key, value in variant.items()
+        }
+        assert LogSchema.model_validate({**whole, **fields}).negative_name is None
+
+
 # ---------------------------------------------------------------- links, paths, functions
 
 
@@ -283,7 +300,6 @@ def test_functions_of_the_walks_exist() -> None:
         parts = name.split(".")
         files = [ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts))]
         [(n, file)] = [(n, file) for n, file in enumerate(files, 1) if file.is_file()]
-
         assert ".".join(parts[n:]) in definitions_of(file), f"a walk names {name}"
 
 
