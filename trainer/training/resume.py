@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.json_files import read_json
 from trainer.checkpoint.directory import checkpoints, read_state
 from trainer.config.run import RunConfig, differences, load_config, save_config
 from trainer.data.dataset import DatasetInfo, open_dataset, split_files
@@ -32,9 +34,15 @@ def find_continuation(config: RunConfig, dataset: DatasetInfo) -> Continuation |
             "train.continue_from: new rows are in the split train; add it to data.train_splits"
         )
     best = earlier / "checkpoints" / f"step-{read_state(found[-1]).best_step:08d}"
-    trained_on = json.loads((earlier / "data.json").read_text())["fingerprint"]
+    trained_on = _trained_on(earlier)["fingerprint"]
     parts, rows = new_training_rows(dataset, data, trained_on)
     return Continuation(best, split_files(data, "train")[parts:], dataset.rows["train"] - rows)
+
+
+def _trained_on(run: Path) -> dict[str, Any]:
+    """What a run's data.json says: "path" and "fingerprint" of its data."""
+    remedy = "it says what the run was trained on: put it back from a copy, or train a new run"
+    return read_json(run / "data.json", {"path": str, "fingerprint": str}, remedy)
 
 
 def note_data(config: RunConfig, folder: Path) -> None:
@@ -50,7 +58,7 @@ def note_data(config: RunConfig, folder: Path) -> None:
         partial = folder / ".data.json.partial"
         partial.write_text(json.dumps({"path": config.data.path, "fingerprint": found}, indent=1))
         os.replace(partial, file)
-    elif json.loads(file.read_text())["fingerprint"] != found:
+    elif _trained_on(folder)["fingerprint"] != found:
         raise InputError(
             f"{config.data.path}: has changed since {folder} began, whose position in it would be wrong; "
             "put the old data back, or start a new run (with train.continue_from after "
@@ -66,7 +74,7 @@ def check_data(config: RunConfig, folder: Path) -> None:
     """
     open_dataset(config.data.path)  # says so if there is none
     file, found = folder / "data.json", fingerprint(config.data.path)
-    known = json.loads(file.read_text()) if file.exists() else {"fingerprint": found}
+    known = _trained_on(folder) if file.exists() else {"fingerprint": found}
     if known["fingerprint"] != found:
         raise InputError(
             f"data.path: {config.data.path} (fingerprint {found}) is not the data of {folder}, which was "
