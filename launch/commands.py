@@ -44,6 +44,8 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
         raise InputError("--held-out-users and --held-out-valid-users leave nobody to train on")
     if options.append_to is not None and options.source != "parquet":
         raise InputError(f"--append-to goes with prepare parquet, not with {options.source}")
+    if options.negatives is not None and options.source == "movielens":
+        raise InputError("--negatives goes with logs of positives alone; MovieLens has dislikes")
     if options.source == "movielens":
         from trainer.data.sources.movielens import prepare_movielens
 
@@ -56,7 +58,7 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
         info = prepare_food_kitchen(
             options.raw,
             options.out,
-            negatives=options.negatives,
+            negatives=4 if options.negatives is None else options.negatives,
             seed=options.seed,
             held_out_users=options.held_out_users,
             held_out_valid_users=options.held_out_valid_users,
@@ -68,8 +70,12 @@ def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
             raise InputError(
                 "prepare parquet needs --raw (a file or folder) and --schema (a YAML file)"
             )
+        if options.append_to is not None and options.negatives is not None:
+            raise InputError("--negatives does not go with --append-to; prepare the whole log anew")
         if options.append_to is None:
-            info = prepare_parquet(options.raw, options.out, options.schema)
+            info = prepare_parquet(
+                options.raw, options.out, options.schema, negatives=options.negatives
+            )
         else:
             from trainer.data.sources.append import append_parquet
 

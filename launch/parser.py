@@ -96,7 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="parquet: later events of the log behind this dataset; --out becomes its successor",
     )
     p.add_argument(
-        "--negatives", type=int, default=4, help="food-kitchen: sampled per positive (default: 4)"
+        "--negatives",
+        type=int,
+        help="sampled per positive: food-kitchen (default: 4), or parquet, for a log of positives alone "
+        "(default: what the schema says)",
     )
     p.add_argument("--seed", type=int, default=0, help="food-kitchen: of the sampling (default: 0)")
     p.add_argument(

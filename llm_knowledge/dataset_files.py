@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +46,60 @@ def read_description(path: Path | str) -> dict[str, Any]:
                 f"{file}: field {field!r} is missing or has a wrong type; prepare the data again"
             )
     return dict(content)
+
+
+def footer_checksum(file: Path) -> str:
+    """`blake2b:<hex>` of a Parquet file's footer, which says where its pages lie and what is in them.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with file.open("rb") as content:
+        content.seek(max(file.stat().st_size - 8, 0))
+        length = int.from_bytes(content.read(4), "little")
+        content.seek(max(file.stat().st_size - 8 - length, 0))
+        return f"blake2b:{hashlib.blake2b(content.read(), digest_size=16).hexdigest()}"
+
+
+def check_footers(path: Path | str, files: Iterable[Path], footers: dict[str, str]) -> None:
+    """Compares footers with those that were written; readers of Parquet can crash on a damaged one.
+
+    Args:
+        path: The dataset.
+        files: Some of its files.
+        footers: Of dataset.json: path below the dataset to checksum; empty in datasets from before it.
+
+    Raises:
+        InputError: Names the file that is damaged, was replaced, or is foreign.
+    """
+    for file in files if footers else ():
+        if not file.exists():
+            raise InputError(f"{file}: no such file; copy the dataset again, or prepare it again")
+        if not file.is_file():
+            raise InputError(f"{file}: is no regular file; give a Parquet file")
+        if footers.get(file.relative_to(path).as_posix()) != footer_checksum(file):
+            raise InputError(
+                f"{file}: its footer is not the one that was written: the file is truncated, damaged or was "
+                "replaced; copy it again, or prepare the data again"
+            )
+
+
+def check_pages(file: Path) -> None:
+    """Reads a whole Parquet file with its pages' checksums and keeps nothing.
+
+    Raises:
+        InputError: A page is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            for _ in parquet.iter_batches():
+                pass
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise InputError(f"{file}: damaged ({reason}); copy or write it again") from None
 
 
 def part_files(path: Path | str, split: str) -> list[Path]:

@@ -73,6 +73,8 @@ def read_yaml(file: Path, what: str = "file") -> Any:
     try:
         return yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as YAML: {error}") from None
+        raise InputError(
+            f"{file}: cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
     except RecursionError:
         raise InputError(f"{file}: cannot be read as YAML: nested too deeply") from None

@@ -25,7 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_knowledge.dataset_files import INTRODUCTION, part_files, read_description
+from llm_knowledge.dataset_files import (
+    INTRODUCTION,
+    check_footers,
+    check_pages,
+    part_files,
+    read_description,
+)
 from llm_knowledge.errors import InputError
 from llm_knowledge.profiles.queries import (
     activity_query,
@@ -92,6 +98,11 @@ class Dataset:
         With a cut-off, events of the training window may enter as well: those up to it. Events of
         the valid and test splits never do.
         """
+        if cutoff is not None and self.raw.get("timestamps") == "order":
+            raise InputError(
+                f"{self.path}: has no clock, its timestamps are places in each user's own order, so no date "
+                "can be asked for; leave the date out"
+            )
         splits = ["profile", INTRODUCTION, *([] if cutoff is None else ["train"])]
         splits = [] if level == "item" else splits
         parts = [file for split in splits for file in part_files(self.path, split)]
@@ -101,12 +112,14 @@ class Dataset:
         items = self.path / "items.parquet"
         if not items.is_file():
             raise InputError(f"{items}: not found; prepare the data again")
+        check_footers(self.path, [items, *parts], self.raw.get("footers") or {})
         return [items, *parts]
 
     def fingerprint(self, level: str, cutoff: int | None = None) -> str:
         """Hash of all that a level's profiles depend on in this dataset.
 
-        Files above 64 MiB enter with their size and their last MiB, which holds the Parquet footer.
+        Files above 64 MiB enter with their size and their last MiB, which holds the Parquet footer;
+        of the others the pages' checksums are looked at too.
         """
         digest = hashlib.blake2b(digest_size=16)
         named = [self.raw["positive_name"], self.raw["negative_name"]] if level != "item" else []
@@ -115,6 +128,8 @@ class Dataset:
         for file in self.files(level, cutoff):
             size = file.stat().st_size
             digest.update(f"\0{file.name}\0{size}\0".encode())
+            if size <= WHOLE_FILE_HASH_BYTES:
+                check_pages(file)
             with file.open("rb") as handle:
                 if size > WHOLE_FILE_HASH_BYTES:
                     handle.seek(size - (1 << 20))

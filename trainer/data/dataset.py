@@ -18,6 +18,7 @@ from llm_knowledge.dataset_files import (
     INTRODUCTION,
     SPLITS,
     SplitName,
+    check_footers,
     read_description,
     split_files,
 )
@@ -95,7 +96,8 @@ class DatasetInfo(StrictModel):
 
     Each name in `extra_labels` is a column label_NAME of the events: a further label beside `label`.
     `timestamps` says what a timestamp is: seconds since 1970, UTC, or, of a log without a clock, a place in
-    the user's own order, which cannot be compared between users.
+    the user's own order, which cannot be compared between users. `footers` holds the checksum of each
+    Parquet file's footer; pages have checksums of their own, which are looked at when they are read.
     """
 
     format_version: Literal[1] = 1
@@ -118,6 +120,7 @@ class DatasetInfo(StrictModel):
     negative_name: str | None
     truth: Truth | None = None
     parents: list[Parent] = Field(default_factory=list)
+    footers: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 
 
@@ -166,7 +169,9 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
     introduction = (INTRODUCTION,) if info.split.held_out else ()
     for split in (*SPLITS, *introduction):
         rows = 0
-        for file in split_files(path, split):
+        files = split_files(path, split)
+        check_footers(path, files, info.footers)
+        for file in files:
             found, metadata = _read_metadata(file)
             check_schema(file, found, wanted)
             if bad := [n for n in found.names[len(wanted) :] if not n.startswith("truth_")]:
@@ -182,6 +187,7 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
                 "a part is missing or foreign; prepare the data again"
             )
     items = Path(path) / "items.parquet"
+    check_footers(path, [items], info.footers)
     found, rows = read_footer(items)
     check_schema(items, found, pa.schema(item_fields(info.item_id_type)))
     if rows != info.items:
@@ -203,6 +209,8 @@ def _read_metadata(file: Path) -> tuple[pa.Schema, pq.FileMetaData]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: is no regular file; give a Parquet file")
     try:
         with pq.ParquetFile(file) as parquet:
             return parquet.schema_arrow, parquet.metadata

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,10 +278,27 @@ def _dataset_facts(arms: Sequence[Arm]) -> dict[str, Any]:
     return read_description(dataset)
 
 
+# Control characters but tab and line feed, and what turns the direction of a line around: with them a
+# title could hide or rearrange what the page says.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(value: Any) -> Any:
+    """Text without characters that steer a screen: each is shown as the replacement character."""
+    from markupsafe import Markup
+
+    if not isinstance(value, str):
+        return value
+    shown = _STEERING.sub("\ufffd", value)
+    return Markup(shown) if isinstance(value, Markup) else shown
+
+
 def embed_json(value: Any) -> str:
-    """JSON that is safe inside a script element: no `<`, `>`, `&` or line separators."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
+    """JSON that is safe inside a script element: no `<`, `>`, `&`, and ASCII alone."""
+    text = json.dumps(
+        value, allow_nan=False
+    )  # ASCII, so that no character steers a reader's screen
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
@@ -318,7 +336,10 @@ def write_report(
         for row in story["rows"]:
             row["scenario"] = names.get(row["scenario"]) or row["scenario"]
     environment = Environment(
-        loader=PackageLoader("trainer.report", ""), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("trainer.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=visible,
     )
     environment.filters["breaks"] = _breaks
     numbers = {

@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -211,6 +212,20 @@ def test_controls_are_not_paired():
     shuffled, real = Fake("star+shuffled", "star", True, True), Fake("star+x", "star", True)
     star, bottom = Fake("star", "star", False), Fake("sb", "shared_bottom", False)
     assert knowledge_pairs([shuffled, star, bottom, real]) == [(star, real)]
+
+
+def test_characters_that_steer_a_screen_are_shown_and_not_obeyed(world):
+    root, data, runs = world
+    steering = "a\x00b\x1b[31mc\u202ed\u2066e\x9bf"
+    items = pq.read_table(data / "items.parquet")
+    titles = pa.array([f"{steering} é‍✓ {n}" for n in range(items.num_rows)])
+    pq.write_table(items.set_column(1, "title", titles), data / "items.parquet")
+    facts = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(facts | {"name": steering}))
+    html = write_report(runs, root / "report.html").read_text()
+    assert not set(html) & set("\x00\x1b\u202e\u2066\x9b")
+    assert "a\ufffdb\ufffd[31mc\ufffdd\ufffde\ufffdf é‍✓" in html
+    assert "a\ufffdb" in html.split("<title>")[1].split("</title>")[0]
 
 
 def test_embedded_json_cannot_leave_its_element():

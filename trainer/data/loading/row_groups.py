@@ -73,7 +73,8 @@ class RowGroups:
         """
         number = int(self._file[group])
         try:
-            with pq.ParquetFile(self._files[number]) as parquet:
+            # Pages carry checksums; those of datasets from before them are read as they are.
+            with pq.ParquetFile(self._files[number], page_checksum_verification=True) as parquet:
                 # Ranks share the machine's cores: one thread each.
                 table = parquet.read_row_group(
                     int(self._group[group]), columns=columns, use_threads=False

@@ -33,7 +33,12 @@ from trainer.data.dataset import (
 from trainer.data.sources.catalogue import check_texts, write_items
 from trainer.data.sources.log_schema import LogSchema, load_schema
 from trainer.data.sources.parquet_log import open_log
-from trainer.data.sources.staging import Staging, stage_log, time_quantile
+from trainer.data.sources.staging import (
+    Staging,
+    stage_log,
+    time_quantile,
+    warn_of_unseen_items,
+)
 from trainer.data.sources.writer import connect, output_directory, write_info, write_sorted
 
 if TYPE_CHECKING:
@@ -84,6 +89,7 @@ def append_parquet(
             f"SELECT count(*) FROM (SELECT user_id FROM {events} UNION SELECT user_id FROM {past})"
         ).fetchall()[0][0]
         rows = _write_parts(con, staging, parts, folder, info, split)
+        warn_of_unseen_items(con, folder)
         items = con.execute(
             f"SELECT count(*) FROM {parquet_sql([folder / 'items.parquet'])}"
         ).fetchall()[0][0]

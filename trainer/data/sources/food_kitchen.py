@@ -117,6 +117,7 @@ def prepare_food_kitchen(
             user_id_type="string",
             item_id_type="string",
             scenario_id_type="string",
+            timestamps="order",
             split=SplitInfo(
                 rule="per_user_time",
                 fractions=FRACTIONS,
@@ -185,7 +186,8 @@ def _read_items(con, source: Path, file: Path) -> Items:  # type: ignore[no-unty
     # The titles come from web pages and still carry entities such as &amp;.
     titles = [html.unescape(title) for title in table["title"].to_pylist()]
     columns = [table["item_id"].combine_chunks(), pa.array(titles), names.take(scenarios)]
-    pq.write_table(pa.table(columns, schema=pa.schema(item_fields("string"))), file)
+    table = pa.table(columns, schema=pa.schema(item_fields("string")))
+    pq.write_table(table, file, write_page_checksum=True)
     return Items(columns[0], scenarios.to_numpy().astype(np.int64))
 
 

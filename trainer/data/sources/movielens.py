@@ -200,7 +200,7 @@ def _write_items(con, file: Path) -> None:  # type: ignore[no-untyped-def]
         "lambda x: x NOT IN ('', '(no genres listed)')) AS categories "
         "FROM movies FULL JOIN (SELECT DISTINCT movieId FROM ratings) USING (movieId) ORDER BY 1"
     ).to_arrow_table()
-    pq.write_table(table.cast(pa.schema(item_fields("int64"))), file)
+    pq.write_table(table.cast(pa.schema(item_fields("int64"))), file, write_page_checksum=True)
 
 
 def _sha256(file: Path) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_knowledge.dataset_files import check_pages
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import read_footer
@@ -218,7 +219,7 @@ class RawFiles:
             if "No space left" in str(error) or "max_temp_directory_size" in str(error):
                 raise
             for file in self.files:
-                _check_pages(file)
+                check_pages(file)
             raise InputError(
                 f"{self.path}: DuckDB cannot read it: {_first_line(error)}; write the file again, with plain "
                 "encoding and valid UTF-8"
@@ -227,18 +228,3 @@ class RawFiles:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or ["unreadable"])[0]
-
-
-def _check_pages(file: Path) -> None:
-    """Reads a whole Parquet file and keeps nothing; InputError names the file if it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for _ in parquet.iter_batches():
-                pass
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{file}: damaged ({_first_line(error)}); copy or write it again"
-        ) from None

@@ -301,7 +301,7 @@ def _write_items(world: World, file: Path) -> None:
     words = [[part.split(",") for part in topic] for topic in TOPICS.values()]
     names = pa.array([[name] for name in TOPICS], pa.list_(pa.string()))
     schema = pa.schema(item_fields("int64"))
-    with pq.ParquetWriter(file, schema) as writer:
+    with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
         for first in range(0, world.items, BLOCK_USERS):
             ids = np.arange(first, min(first + BLOCK_USERS, world.items))
             main, second, _ = item_topics(world, ids)

@@ -8,6 +8,7 @@ DuckDB's limit.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from trainer.data.dataset import (
     DatasetInfo,
     SplitInfo,
     read_footer,
+    split_files,
 )
 from trainer.data.sources.writer import event_order, write_info, write_sorted
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from trainer.data.sources.negatives import NegativeSampler
+
+logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 2_000_000
 
@@ -321,6 +325,7 @@ def finish(
     for split in progress([split for split in staging.files if staging.rows[split]], "time order"):
         files, count = staging.files[split], staging.rows[split]
         rows[split] = write_sorted(con, files, staging.schema, folder / split, count, staging.order)
+    warn_of_unseen_items(con, folder)
     counts = {
         "introduction_rows": rows.pop(INTRODUCTION, 0),
         "rows": rows,
@@ -328,6 +333,23 @@ def finish(
         "items": read_footer(folder / "items.parquet")[1],
     }
     return write_info(folder, info.model_copy(update=counts))
+
+
+def warn_of_unseen_items(con: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    """Warns where most positives of test are of items that have no positive in train."""
+    train, test = (parquet_sql(split_files(folder, split)) for split in ("train", "test"))
+    positives, unseen = con.execute(
+        f"SELECT count(*), count(*) FILTER (WHERE seen.item_id IS NULL) FROM {test} AS t LEFT JOIN "
+        f"(SELECT DISTINCT item_id FROM {train} WHERE label = 1) AS seen USING (item_id) WHERE label = 1"
+    ).fetchall()[0]
+    if positives and unseen > positives / 2:
+        logger.warning(
+            "%s of %s positives of test (%.0f%%) are of items without a positive in train: what is measured "
+            "is mostly how new items are ranked; their ids tell nothing, their texts may",
+            f"{unseen:,}",
+            f"{positives:,}",
+            100 * unseen / positives,
+        )
 
 
 def progress(steps: Sequence[Any], text: str) -> Any:

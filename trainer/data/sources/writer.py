@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_knowledge.dataset_files import footer_checksum
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import escape_glob, parquet_sql
 from trainer.data.dataset import DatasetInfo
@@ -153,7 +154,7 @@ def write_sorted(
 
 
 def write_info(folder: Path, info: DatasetInfo) -> DatasetInfo:
-    """Add the versions of the writing programs and write dataset.json."""
+    """Add the versions of the writing programs and the files' footers, and write dataset.json."""
     import platform
 
     import duckdb
@@ -166,7 +167,11 @@ def write_info(folder: Path, info: DatasetInfo) -> DatasetInfo:
         "pyarrow": pa.__version__,
         "numpy": np.__version__,
     }
-    info = info.model_copy(update={"versions": versions})
+    files = [folder / "items.parquet", *sorted(folder.glob("*/part-*.parquet"))]
+    footers = {
+        str(file.relative_to(folder)): footer_checksum(file) for file in files if file.exists()
+    }
+    info = info.model_copy(update={"versions": versions, "footers": footers})
     text = json.dumps(info.model_dump(), indent=2, ensure_ascii=False)
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
     return info

@@ -183,6 +183,8 @@ def test_output_below_a_file_is_refused(tmp_path):
 
 def test_validate_names_what_is_wrong(tmp_path):
     out = prepare(tmp_path, random_log(300))
+    info = open_dataset(out)  # of a dataset from before footers had checksums
+    (out / "dataset.json").write_text(info.model_dump_json(exclude={"footers"}))
     part = split_files(out, "train")[0]
     whole, table = part.read_bytes(), pq.read_table(part)
     spoiled = {
