@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 UNKNOWN_ROW = 0  # every id that was never seen in training shares this row
+ID_TYPES = (pa.int64(), pa.string(), pa.large_string())
 
 
 class IdMap(Protocol):
@@ -78,8 +79,20 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
-        """Reads what `save` wrote."""
-        return cls(pq.read_table(path)["id"].combine_chunks())
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The ids are not int64 or strings, not sorted, or not unique.
+        """
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        if table.column_names != ["id"] or table["id"].type not in ID_TYPES:
+            raise ValueError("is no file of ids: it must have one column 'id', int64 or string")
+        ids = table["id"].combine_chunks()
+        rising = pc.less(ids.slice(0, max(len(ids) - 1, 0)), ids.slice(min(1, len(ids))))
+        if ids.null_count or pc.any(pc.invert(rising)).as_py():
+            raise ValueError("its ids are not sorted and unique")
+        return cls(ids)
 
 
 class HashedIds:

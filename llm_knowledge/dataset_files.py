@@ -23,6 +23,8 @@ def read_description(path: Path | str) -> dict[str, Any]:
         InputError: It is absent, not JSON, or of another format version.
     """
     file = Path(path) / "dataset.json"
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: is no regular file; prepare the data again")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -103,8 +105,18 @@ def check_pages(file: Path) -> None:
 
 
 def part_files(path: Path | str, split: str) -> list[Path]:
-    """Lists the Parquet parts of one split in time order; there may be none."""
-    return sorted((Path(path) / split).glob("part-*.parquet"))
+    """Lists the Parquet parts of one split in time order; there may be none.
+
+    Raises:
+        InputError: One is no regular file: to read a pipe would never end.
+    """
+    files = sorted((Path(path) / split).glob("part-*.parquet"))
+    for file in files:
+        if not file.is_file():
+            raise InputError(
+                f"{file}: is no regular file; copy the dataset again, or prepare it again"
+            )
+    return files
 
 
 def split_files(path: Path | str, split: str) -> list[Path]:

@@ -184,6 +184,10 @@ def read_manifest(path: str | Path) -> Manifest:
         InputError: no directory, no manifest, not JSON, unknown or missing fields, another format.
     """
     file = Path(path) / "manifest.json"
+    if file.exists() and not file.is_file():  # a pipe would never end
+        raise InputError(
+            f"{file}: is no regular file; extract again, or put the store back from a copy"
+        )
     try:
         return Manifest.model_validate_json(file.read_bytes())
     except FileNotFoundError as error:

@@ -35,6 +35,10 @@ PROJECTION = "projection.safetensors"  # mean and basis of a store compressed by
 
 def open_part(file: Path) -> pq.ParquetFile:
     """Open a part; a missing or broken file is an InputError that names it."""
+    if file.exists() and not file.is_file():
+        raise InputError(
+            f"{file}: is no regular file; extract again, or put the store back from a copy"
+        )
     try:
         return pq.ParquetFile(file, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError as error:

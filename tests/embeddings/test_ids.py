@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embeddings.ids import UNKNOWN_ROW, HashedIds, SortedKeys, Vocabulary
@@ -47,3 +48,28 @@ def test_hashed_ids_spread_evenly_and_repeat(make: type) -> None:
 def test_a_hashed_table_needs_rows() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         HashedIds(1)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"id": pa.array([1, 3, 2])}, "not sorted and unique"),
+        ({"id": pa.array([1, 2, 2])}, "not sorted and unique"),
+        ({"id": pa.array([1, None, 3])}, "not sorted and unique"),
+        ({"id": pa.array(["b", "a"])}, "not sorted and unique"),
+        ({"id": pa.array([1.0, 2.0])}, "no file of ids"),
+        ({"key": pa.array([1, 2])}, "no file of ids"),
+        ({"id": pa.array([1, 2]), "more": pa.array([1, 2])}, "no file of ids"),
+    ],
+)
+def test_a_vocabulary_that_was_edited_is_refused(tmp_path: Path, table: dict, words: str) -> None:
+    pq.write_table(pa.table(table), tmp_path / "ids.parquet")
+    with pytest.raises(ValueError, match=words):
+        Vocabulary.load(tmp_path / "ids.parquet")
+
+
+@pytest.mark.parametrize("ids", [[], [7], [-(2**63), 0, 2**63 - 1], ["", "a", "é", "日本"]])
+def test_a_vocabulary_comes_back_as_it_was(tmp_path: Path, ids: list) -> None:
+    array = pa.array(ids, pa.string() if ids and isinstance(ids[0], str) else pa.int64())
+    Vocabulary(array).save(tmp_path / "ids.parquet")
+    assert Vocabulary.load(tmp_path / "ids.parquet").keys.to_pylist() == ids

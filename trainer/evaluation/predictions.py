@@ -249,6 +249,8 @@ def _check_files(files: Sequence[Path], columns: dict[str, str]) -> None:
         "bool": pa.types.is_boolean,
     }
     for file in files:
+        if file.exists() and not file.is_file():
+            raise InputError(f"{file}: is no regular file. Write the predictions again.")
         try:
             schema = pq.read_schema(file)
         except FileNotFoundError as error:

@@ -48,7 +48,23 @@ def id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMa
                     raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
     on_all_ranks(write)
-    return {level: Vocabulary.load(path) for level, path in paths.items()}
+    return on_all_ranks(lambda: {level: _load_vocabulary(path) for level, path in paths.items()})
+
+
+def _load_vocabulary(path: Path) -> Vocabulary:
+    """Reads the ids of a run's rows.
+
+    Raises:
+        InputError: The file is damaged: rows would belong to other ids than those they were trained for.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("is missing, or no regular file")
+        return Vocabulary.load(path)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: {error}; it says which id has which row: put it back from a copy, or train a new run"
+        ) from error
 
 
 def given_rows(config: RunConfig) -> dict[str, int]:
