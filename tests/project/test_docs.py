@@ -257,6 +257,16 @@ def test_every_page_is_reached_from_the_readme() -> None:
     assert reached == set(PAGES)
 
 
+def test_every_page_stands_in_the_sites_navigation() -> None:
+    """`make docs` is strict: a page that the navigation lacks would stop it."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    entries = re.findall(r"[\w-]+(?:/[\w-]+)*\.md", text.split("\nnav:")[1])
+    folder = ROOT / "docs"
+    inside = {page.relative_to(folder).as_posix() for page in folder.rglob("*.md")}
+    assert inside <= set(entries)
+    assert all(page in inside or page.startswith("reference/api/") for page in entries)
+
+
 PATH = re.compile(
     r"`((?:trainer|embeddings|llm_knowledge|launch|tests|benchmarks|docs|requirements)/[\w./-]*)`"
 )
