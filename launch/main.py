@@ -20,6 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
+        for word in words:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                raise InputError(
+                    f"{word!r}: is not text in this locale; set LC_ALL=C.UTF-8, or rename what it names"
+                )
         # What follows -- belongs to the stage that `launch` submits.
         end = words.index("--") if "--" in words else len(words)
         options = build_parser().parse_args(words[:end])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.json_files import read_json
 
 FORMAT_VERSION = 1
 SplitName = Literal["profile", "train", "valid", "test"]
@@ -22,32 +22,19 @@ def read_description(path: Path | str) -> dict[str, Any]:
     Raises:
         InputError: It is absent, not JSON, or of another format version.
     """
-    file = Path(path) / "dataset.json"
-    if file.exists() and not file.is_file():
-        raise InputError(f"{file}: is no regular file; prepare the data again")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    file, remedy = Path(path) / "dataset.json", "prepare the data again"
+    if not file.exists():
         raise InputError(
             f"{path}: not a prepared dataset, dataset.json: not found; check the path, or make a dataset "
             "with `prepare` or `simulate`"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file}: cannot be read as JSON ({error}); prepare the data again"
-        ) from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
-            "prepare the data again"
         )
-    for field, kind in (("rows", dict), ("scenarios", list)):
-        if not isinstance(content.get(field), kind):
-            raise InputError(
-                f"{file}: field {field!r} is missing or has a wrong type; prepare the data again"
-            )
-    return dict(content)
+    content = read_json(file, {}, remedy)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{file}: format_version is {content.get('format_version')!r}, this program reads "
+            f"{FORMAT_VERSION}; {remedy}"
+        )
+    return read_json(file, {"rows": dict, "scenarios": list}, remedy)
 
 
 def footer_checksum(file: Path) -> str:

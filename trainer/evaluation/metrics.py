@@ -202,6 +202,19 @@ def evaluation_file(run: Path, split: str = "test") -> Path:
     return Path(run) / ("evaluation.json" if split == "test" else f"evaluation-{split}.json")
 
 
+def is_evaluation(content: Any) -> bool:
+    """Whether a value read from JSON has all that `write_evaluation` writes, in its form."""
+    try:
+        blocks = [content["overall"], *content["scenarios"].values()]
+        blocks += content["segments"].values()
+        if not isinstance(content["dataset"], dict):
+            return False
+        numbers = [block[name] for block in blocks for name in _empty().keys() - {"undefined"}]
+        return all(value is None or isinstance(value, int | float) for value in numbers)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return False
+
+
 def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None) -> dict[str, Any]:
     """Evaluates a run's predictions and writes `evaluation_file(run, split)` atomically.
 

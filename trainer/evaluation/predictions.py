@@ -75,12 +75,15 @@ def read_run(path: Path) -> RunDirectory:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         arm, seed = str(config["name"]), int(config["train"]["seed"])
         data = Path(config["data"]["path"])
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        places = [data, path / data]
+        dataset = next((place for place in places if (place / "dataset.json").is_file()), None)
+        for section in ("model", "knowledge"):
+            if not isinstance(config.get(section) or {}, dict):
+                raise ValueError(f"{section} is no section")
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise InputError(
             f"{file}: name, train.seed, data.path: not readable ({error!r})."
         ) from error
-    places = [data, path / data]
-    dataset = next((place for place in places if (place / "dataset.json").is_file()), None)
     return RunDirectory(path, config, arm, seed, dataset)
 
 

@@ -63,7 +63,7 @@ def read_curve(run: Path, field: str, kinds: tuple[str, ...]) -> tuple[np.ndarra
             try:
                 entry = json.loads(line)
                 step, value = int(entry["step"]), float(entry[field])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
             if entry.get("kind") in kinds and np.isfinite(value):
                 points[step] = value  # after a resume the later line for a step is the true one

@@ -21,7 +21,12 @@ from llm_knowledge.dataset_files import read_description
 from llm_knowledge.errors import InputError
 from llm_knowledge.levels import LEVELS
 from llm_knowledge.store.manifest import read_manifest
-from trainer.evaluation.metrics import DEFINITIONS, evaluation_file, write_evaluation
+from trainer.evaluation.metrics import (
+    DEFINITIONS,
+    evaluation_file,
+    is_evaluation,
+    write_evaluation,
+)
 from trainer.evaluation.predictions import RunDirectory, group_by_arm, read_run, write_text
 from trainer.report.knowledge import (
     MIN_IMPRESSIONS,
@@ -116,10 +121,10 @@ def _evaluation(run: RunDirectory) -> dict[str, Any]:
     newest = max(part.stat().st_mtime for part in run.predictions("test"))
     if file.is_file() and file.stat().st_mtime >= newest:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if {"overall", "scenarios", "segments"} <= found.keys():
-                return found
-        except (ValueError, AttributeError):
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
+            if is_evaluation(evaluation):
+                return dict(evaluation)
+        except (ValueError, RecursionError):
             pass
     return write_evaluation(run.path)
 

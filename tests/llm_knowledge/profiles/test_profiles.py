@@ -320,7 +320,7 @@ def test_bad_datasets_are_refused(tmp_path):
     about = json.loads((path / "dataset.json").read_text())
     for change, message in (
         ({"format_version": 2}, "format_version is 2"),
-        ({"scenarios": None}, "wrong type"),
+        ({"scenarios": None}, "field 'scenarios' is None"),
     ):
         (path / "dataset.json").write_text(json.dumps({**about, **change}))
         with pytest.raises(InputError, match=message):

@@ -331,7 +331,8 @@ def test_a_dataset_json_without_its_fields_is_refused(tmp_path, facts):
     run = make_run(tmp_path / "run", data, noisy_truth(data, 0.1, 0))
     (data / "dataset.json").write_text(facts)
     with pytest.raises(
-        InputError, match=r"dataset.json.*(format_version|rows|scenarios).*prepare the data again"
+        InputError,
+        match=r"dataset.json.*(format_version|rows|scenarios|an object).*prepare the data again",
     ):
         write_evaluation(run)
     assert not (run / "evaluation.json").exists()

@@ -1,12 +1,14 @@
 """The report: self-contained, safe with hostile text, honest about what it leaves out."""
 
 import json
+import os
 import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from llm_knowledge.errors import InputError
 from tests.helpers.evaluation_data import make_dataset, make_run, noisy_truth, read_split
@@ -174,6 +176,60 @@ def test_outdated_evaluation_is_computed_again(world):
     html = write_report([runs[0]], root / "report.html").read_text()
     fresh = write_evaluation(runs[0])["overall"]["auc"]
     assert numbers(html)["arms"][0]["evaluations"][0]["overall"]["auc"] == fresh
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 20_000,
+        '{"overall": {}, "scenarios": {}, "segments": {}}',
+        '{"overall": null, "scenarios": [], "segments": 3}',
+        "a block without a metric",
+        "a number that is text",
+        "a dataset that is text",
+    ],
+)
+def test_a_broken_evaluation_is_computed_again(world, text):
+    root, _, runs = world
+    right = write_evaluation(runs[0])
+    broken = json.loads(json.dumps(right))
+    if text.startswith("a block"):
+        del broken["segments"]["known"]["gauc"]
+    elif text.startswith("a number"):
+        broken["scenarios"]["drama"]["auc"] = ".7"
+    elif text.startswith("a dataset"):
+        broken["dataset"] = "tiny"
+    else:
+        broken = None
+    (runs[0] / "evaluation.json").write_text(text if broken is None else json.dumps(broken))
+    html = write_report([runs[0]], root / "report.html").read_text()
+    (evaluation,) = numbers(html)["arms"][0]["evaluations"]
+    for section in ("scenarios", "segments"):
+        assert evaluation[section].keys() == right[section].keys()
+        for key, block in right[section].items():
+            assert evaluation[section][key]["auc"] == block["auc"]
+    assert evaluation["dataset"] == right["dataset"]
+
+
+@pytest.mark.parametrize("change", [{"model": [1]}, {"knowledge": "x"}, {"data": 3}])
+def test_a_broken_configuration_is_an_input_error(world, change):
+    root, _, runs = world
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(config | change))
+    with pytest.raises(InputError, match=r"config.yaml: .*not readable"):
+        write_report([runs[0]], root / "report.html")
+
+
+def test_a_pipe_in_place_of_predictions_is_not_waited_for(world):
+    root, _, runs = world
+    part = runs[0] / "predictions/test/part-00001.parquet"
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(InputError, match="is no regular file"):
+        write_report([runs[0]], root / "report.html")
 
 
 def test_runs_of_two_datasets_are_refused(world):

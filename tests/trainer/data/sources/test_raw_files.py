@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from launch.main import main
 from llm_knowledge.errors import InputError
 from tests.helpers.log_data import SCHEMA, all_rows, logged, random_log, write_log
 from trainer.data.sources.append import append_parquet
@@ -313,6 +314,15 @@ def test_invalid_utf8_and_encodings_that_duckdb_does_not_know(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"log.parquet: DuckDB cannot read it: .*UTF-?8"):
         prepare_parquet(raw, tmp_path / "out", schema)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_is_no_text_in_this_locale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Python gives it under LC_ALL=C without its UTF-8 mode, or where a name is not UTF-8."""
+    raw = str(tmp_path / "l\udcc3\udcb6g.parquet")
+    assert main(["prepare", "parquet", "--raw", raw, "--out", str(tmp_path / "out")]) == 2
+    assert "is not text in this locale; set LC_ALL=C.UTF-8" in capsys.readouterr().err
 
 
 def test_errors_of_the_catalogue_name_the_catalogue(tmp_path: Path) -> None:
