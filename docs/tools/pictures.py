@@ -303,7 +303,7 @@ def strips(title: str, rows: list[tuple[str, str, str, str]]) -> Picture:
     with DIFFERENCES.open(newline="") as handle:
         lines = [row for row in csv.DictReader(handle) if row["section"] == "overall"]
     drawn = [(log, *row) for log in LOGS for row in rows]
-    left, right, step, top = 330, 880, 40, 34
+    left, right, step, top = 330, 860, 40, 34
     bottom = top + step * len(drawn)
     p = Picture(900, bottom + 44, title)
     low, high = -0.02, 0.08
