@@ -99,11 +99,20 @@ def _read_catalogue(
     for file, schema in zip(raw.files, raw.schemas, strict=True):
         for role, name in columns.items():
             require_column(file, schema.names, name, f"{role} of the catalogue")
-        found = schema.field(schema.names.index(catalogue.item_id)).type
-        if kind_of(found) != kind:
+        types = {
+            role: schema.field(schema.names.index(name)).type for role, name in columns.items()
+        }
+        if kind_of(types["item_id"]) != kind:
             raise InputError(
-                f"{file}: column {catalogue.item_id!r} is {found}, but the log's item ids are {kind}"
+                f"{file}: column {catalogue.item_id!r} is {types['item_id']}, but the log's item ids are "
+                f"{kind}"
             )
+        for role, needed in (("title", "text"), ("categories", "text or a list of texts")):
+            if role in types and not _is_text(types[role], lists=role == "categories"):
+                raise InputError(
+                    f"{file}: column {columns[role]!r} (for {role} of the catalogue) is {types[role]}, must "
+                    f"be {needed}"
+                )
 
     def lists(column: str, type_: Any) -> str:
         if kind_of(type_) == "string":
@@ -132,6 +141,17 @@ def _read_catalogue(
     return parquet_sql([copy])
 
 
+def _is_text(column: pa.DataType, lists: bool) -> bool:
+    """Whether a column holds texts, numbers that stand for themselves, or nothing; `lists` of them too."""
+    import pyarrow.types as types
+
+    if lists and (types.is_list(column) or types.is_large_list(column)):
+        column = column.value_type
+    elif lists and kind_of(column) == "int64":
+        return False
+    return kind_of(column) in ("string", "int64", "null")
+
+
 def check_texts(
     con: duckdb.DuckDBPyConnection, events: str, items: Path, schema: LogSchema, where: Path
 ) -> None:
@@ -156,7 +176,7 @@ def check_texts(
         f"FROM (SELECT DISTINCT item_id FROM {events}) JOIN {catalogue} USING (item_id)"
     ).fetchall()[0]
     share = known / max(logged, 1)
-    place = f"{where.parent / schema.catalogue.path}: column {schema.catalogue.item_id!r}"
+    column = f"{where.parent / schema.catalogue.path}: column {schema.catalogue.item_id!r}"
     said = f"{known:,} of {logged:,} items of the log ({share:.0%}) have a text in the catalogue"
     logger.info("%s", said)
     if known == logged:
@@ -164,11 +184,11 @@ def check_texts(
     hint = _spelled_otherwise(con, events, catalogue)
     if known == 0:
         raise InputError(
-            f"{place}: {said}; {hint or 'is it the catalogue of another log?'}; give the catalogue whose "
+            f"{column}: {said}; {hint or 'is it the catalogue of another log?'}; give the catalogue whose "
             "ids are those of the log, or leave it out"
         )
     if share < LOW_SHARE or hint:
-        logger.warning("%s: only %s%s", place, said, f"; {hint}" if hint else "")
+        logger.warning("%s: only %s%s", column, said, f"; {hint}" if hint else "")
 
 
 def _spelled_otherwise(con: duckdb.DuckDBPyConnection, events: str, catalogue: str) -> str:

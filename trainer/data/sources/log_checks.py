@@ -29,6 +29,7 @@ ALLOWED = {
 }
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 NANOSECONDS = 10**9
+LARGEST_INTEGER = 2**63 - 1
 # Seconds of 1973, 2001, 2100 and 5138. A clock of a log shows times from the first to the third; beyond
 # the fourth a value is certainly of a finer unit.
 CLOCK_FROM, CLOCK_SURE, CLOCK_TO, LARGEST_SECONDS = (
@@ -72,28 +73,33 @@ def column_kinds(raw: RawFiles, columns: dict[str, str]) -> dict[str, str]:
 
 def whole_seconds(unit: str) -> Callable[[str, Any], str]:
     """SQL of the seconds since 1970 of a time column; integers are of `unit`, zones are minded."""
-    return lambda column, kind: "({0} - {2}) // {1}".format(*_ticks(column, kind, unit))
+
+    def expression(column: str, kind: pa.DataType) -> str:
+        ticks, per_second = _ticks(column, kind, unit)
+        return f"({ticks} // {per_second} - ({ticks} % {per_second} < 0)::INT)"
+
+    return expression
 
 
 def nanoseconds_within(unit: str) -> Callable[[str, Any], str]:
     """SQL of what a time column shows beyond whole seconds, in nanoseconds."""
 
     def expression(column: str, kind: pa.DataType) -> str:
-        _, ticks_per_second, rest = _ticks(column, kind, unit)
-        return f"{rest} * {NANOSECONDS // ticks_per_second}"
+        ticks, per_second = _ticks(column, kind, unit)
+        rest = f"({ticks} % {per_second} + {per_second}) % {per_second}"
+        return f"({rest}) * {NANOSECONDS // per_second}"
 
     return expression
 
 
-def _ticks(column: str, kind: pa.DataType, unit: str) -> tuple[str, int, str]:
-    """SQL of a time as an integer, its ticks per second, SQL of the ticks beyond whole seconds."""
+def _ticks(column: str, kind: pa.DataType, unit: str) -> tuple[str, int]:
+    """SQL of a time as an integer, and its ticks per second."""
     if kind_of(kind) != "time":
-        ticks, per_second = f"CAST({column} AS BIGINT)", UNITS[unit]
-    elif kind.unit == "ns" and kind.tz is None:  # with a zone DuckDB knows microseconds only
-        ticks, per_second = f"epoch_ns({column})", NANOSECONDS
-    else:
-        ticks, per_second = f"epoch_us({column})", 10**6
-    return ticks, per_second, f"((({ticks}) % {per_second} + {per_second}) % {per_second})"
+        # What an unsigned integer can hold beyond is refused as too large in any unit.
+        return f"CAST(least({column}, {LARGEST_INTEGER}) AS BIGINT)", UNITS[unit]
+    if kind.unit == "ns" and kind.tz is None:  # with a zone DuckDB knows microseconds only
+        return f"epoch_ns({column})", NANOSECONDS
+    return f"epoch_us({column})", 10**6
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,10 @@ def check_values(
     checks = [
         Check(role, f'"{role}" IS NULL', "null", "drop these rows or fill them") for role in columns
     ]
+    problem, remedy = "too large for a signed 64-bit integer", "write such ids as text"
+    for role, kind in kinds.items():
+        if kind == "int64" and role.endswith("_id"):
+            checks.append(Check(role, f'"{role}" > {LARGEST_INTEGER}', problem, remedy))
     for role in (role for role in columns if role.startswith("label")):
         if kinds[role] == "float":
             checks.append(Check(role, f'isnan("{role}")', "NaN", "drop these rows or give a label"))
@@ -151,6 +161,8 @@ def _unit_checks(schema: LogSchema, kind: str) -> list[Check]:
         large += f", too large for {schema.timestamp_unit}"
     checks = [Check("timestamp", f"second > {LARGEST_SECONDS}", large, remedy)]
     if kind == "int64":
+        problem = "the largest number there is, or beyond it"
+        checks.append(Check("timestamp", f"timestamp >= {LARGEST_INTEGER}", problem, remedy))
         own = UNITS[schema.timestamp_unit]
         for unit, per_second in UNITS.items():
             if per_second < own:

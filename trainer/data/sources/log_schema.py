@@ -150,7 +150,7 @@ class LogSchema(StrictModel):
     )
     timestamp_unit: Literal["seconds", "milliseconds", "microseconds", "nanoseconds"] = "seconds"
     catalogue: Catalogue | None = None
-    scenarios: list[Scenario]
+    scenarios: list[Scenario] = Field(min_length=1)
     split: SplitChoice = SplitChoice()
     positive_name: str = "liked"
     negative_name: str | None = "disliked"

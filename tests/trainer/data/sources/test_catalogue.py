@@ -91,6 +91,24 @@ def test_a_day_may_bring_new_items_alone_but_no_other_catalogue(tmp_path: Path) 
         append_parquet(day, tmp_path / "out", tmp_path / "other", schema)
 
 
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"title": [["a"]] * 60}, r"'title' .*is list.*must be text"),
+        ({"title": [{"x": 1}] * 60}, r"'title' .*is struct.*must be text"),
+        ({"tags": [{"x": 1}] * 60}, r"'tags' .*is struct.*must be text or a list of texts"),
+        ({"tags": [[["a"]]] * 60}, r"'tags' .*must be text or a list of texts"),
+        ({"tags": [1] * 60}, r"'tags' .*is int64, must be text or a list of texts"),
+    ],
+)
+def test_texts_are_texts(tmp_path: Path, columns: dict, words: str) -> None:
+    rules = RULES | {"catalogue": {"path": "items.parquet", "categories": "tags"}}
+    columns = {"tags": ["a"] * 60} | columns
+    raw, schema = write_catalogue(tmp_path, random_log(100), list(range(60)), rules, **columns)
+    with pytest.raises(InputError, match=f"items.parquet: column {words}"):
+        prepare_parquet(raw, tmp_path / "out", schema)
+
+
 def test_categories_are_stripped_and_entities_unescaped(tmp_path: Path) -> None:
     log = random_log(300)
     titles = {"title": ["Salt &amp; pepper &lt;new&gt;", "&#x48;i", "plain", "R&D"]}

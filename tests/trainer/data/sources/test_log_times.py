@@ -117,6 +117,29 @@ def test_a_timestamp_type_made_of_the_wrong_unit_is_refused(tmp_path: Path) -> N
         prepare_parquet(raw, tmp_path / "out", schema)
 
 
+@pytest.mark.parametrize("value", [2**63 - 1, -(2**63), 2**64 - 1])
+@pytest.mark.parametrize("role", ["timestamp", "user_id"])
+def test_extreme_numbers_are_named(tmp_path: Path, value: int, role: str) -> None:
+    log = random_log(200)
+    kind = pa.uint64() if value >= 2**63 else pa.int64()
+    log[role] = pa.array([*log[role][:8], value, *log[role][9:]], kind)
+    for unit in UNITS:
+        raw, schema = write_log(tmp_path / "raw", log, SCHEMA | {"timestamp_unit": unit})
+        times = pa.array(log["timestamp"])
+        if role == "user_id":  # a user is any number that 64 bits with a sign hold
+            times = pa.array([time * UNITS[unit] for time in random_log(200)["timestamp"]])
+            pq.write_table(pa.table(log | {"timestamp": times}), raw)
+            if value < 2**63:
+                prepare_parquet(raw, tmp_path / f"out-{unit}", schema)
+                continue
+        else:
+            of_unit = [time * UNITS[unit] for time in random_log(200)["timestamp"]]
+            times = pa.array([*of_unit[:8], value, *of_unit[9:]], kind)
+            pq.write_table(pa.table(log | {"timestamp": times}), raw)
+        with pytest.raises(InputError, match=rf"log.parquet: column '{role}', row 9 .*\({value}\)"):
+            prepare_parquet(raw, tmp_path / "other", schema)
+
+
 def test_small_numbers_are_taken_as_they_are_with_a_warning(tmp_path: Path) -> None:
     log = random_log(200)
     log["timestamp"] = [time - 1_700_000_000 for time in log["timestamp"]]
