@@ -10,9 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from llm_knowledge.dataset_files import (
     INTRODUCTION,
@@ -43,7 +51,7 @@ class StrictModel(BaseModel):
 class Scenario(StrictModel):
     """One scenario: its id in the log and what it is, in words that may enter a prompt."""
 
-    scenario_id: StrictInt | StrictStr
+    scenario_id: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | StrictStr
     name: str
     description: str
 
@@ -122,6 +130,16 @@ class DatasetInfo(StrictModel):
     parents: list[Parent] = Field(default_factory=list)
     footers: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_scenarios(self) -> DatasetInfo:
+        ids = [scenario.scenario_id for scenario in self.scenarios]
+        kind = int if self.scenario_id_type == "int64" else str
+        if wrong := [value for value in ids if not isinstance(value, kind)]:
+            raise ValueError(f"scenario_id {wrong[0]!r} is not {self.scenario_id_type}")
+        if len(set(ids)) != len(ids):
+            raise ValueError("a scenario_id is listed twice")
+        return self
 
 
 def explain_validation(where: str | Path, error: ValidationError) -> InputError:

@@ -220,3 +220,23 @@ def test_open_dataset_refuses_other_versions_and_fields(tmp_path):
         open_dataset(tmp_path)
     with pytest.raises(InputError, match="unknown split"):
         split_files(out, "dev")
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([1, 10**30], "scenario_id"),
+        ([1, -(2**63) - 1], "scenario_id"),
+        ([1, "two"], "'two' is not int64"),
+        ([1, True], "scenario_id"),
+        ([1, 1], "listed twice"),
+    ],
+)
+def test_scenarios_that_no_column_can_hold_are_refused(tmp_path, ids, words):
+    out = prepare(tmp_path, random_log())
+    file = out / "dataset.json"
+    facts = json.loads(file.read_text())
+    facts["scenarios"] = [{**facts["scenarios"][0], "scenario_id": value} for value in ids]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=rf"dataset\.json: .*{words}"):
+        validate_dataset(out)
