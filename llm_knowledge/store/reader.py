@@ -55,6 +55,15 @@ def check_footer(file: Path, handle: pq.ParquetFile, manifest: Manifest, rows: i
     for column in ("key", "vector", "prompt", "answer", "cutoff"):
         if column not in schema.names:
             raise InputError(f"{file}: column {column!r} is missing; it has {schema.names}")
+    types = {
+        "key": pa.int64() if manifest.key_type == "int64" else pa.string(),
+        "prompt": pa.string(),
+        "answer": pa.string(),
+        "cutoff": pa.int64(),
+    }
+    for column, kind in types.items():
+        if (found := schema.field(column).type) != kind:
+            raise InputError(f"{file}: column {column!r} is {found}, must be {kind}; extract again")
     vector = schema.field("vector")
     width = manifest.dim * DTYPES[manifest.dtype].itemsize
     said = {k.decode(): v.decode() for k, v in (vector.metadata or {}).items()}

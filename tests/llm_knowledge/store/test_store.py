@@ -395,3 +395,16 @@ def test_keys_that_could_not_be_found_are_refused_when_read(tmp_path, keys, prob
     repoint(tmp_path / "s", 1, replaced(table, "key", keys))
     with pytest.raises(InputError, match=f"part-00001.parquet: {problem}"):
         KnowledgeStore.open(tmp_path / "s").keys()
+
+
+@pytest.mark.parametrize("column", ["key", "prompt", "answer", "cutoff"])
+def test_a_column_of_another_type_is_refused_when_a_store_is_opened(tmp_path, column):
+    make(tmp_path / "s")
+    table = pq.read_table(tmp_path / "s" / "part-00001.parquet")
+    other = pa.array([True] * len(table))
+    place = table.schema.get_field_index(column)
+    repoint(tmp_path / "s", 1, table.set_column(place, column, other))
+    with pytest.raises(
+        InputError, match=rf"part-00001\.parquet: column '{column}' is bool, must be"
+    ):
+        KnowledgeStore.open(tmp_path / "s")

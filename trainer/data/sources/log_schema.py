@@ -113,9 +113,10 @@ class SplitChoice(StrictModel):
     @field_validator("fractions")
     @classmethod
     def _check_fractions(cls, value: dict[SplitName, float]) -> dict[SplitName, float]:
-        if set(value) != set(SPLITS) or min(value.values()) <= 0:
+        # Written so that NaN, of which no comparison is true, is refused too.
+        if set(value) != set(SPLITS) or not all(share > 0 for share in value.values()):
             raise ValueError("needs a share above 0 for each of profile, train, valid, test")
-        if abs(sum(value.values()) - 1) > 1e-6:
+        if not abs(sum(value.values()) - 1) <= 1e-6:
             raise ValueError(f"shares must sum to 1, not {sum(value.values()):g}")
         return value
 

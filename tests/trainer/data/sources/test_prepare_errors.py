@@ -9,7 +9,7 @@ import pytest
 
 from llm_knowledge.errors import InputError
 from tests.helpers.log_data import SCHEMA, prepare, random_log, write_log
-from trainer.data.dataset import open_dataset, split_files, validate_dataset
+from trainer.data.dataset import SPLITS, open_dataset, split_files, validate_dataset
 from trainer.data.sources import staging as pipeline
 from trainer.data.sources.parquet_log import prepare_parquet
 
@@ -65,6 +65,11 @@ BAD_SCHEMAS = {
         {"split": {"fractions": {"profile": 0.5, "train": 0.5, "valid": 0.1, "test": 0.1}}},
         ["split.fractions", "sum to 1"],
     ),
+    "NaN among the fractions": (
+        {"split": {"fractions": dict.fromkeys(SPLITS, 0.25) | {"profile": float("nan")}}},
+        ["split.fractions", "above 0"],
+    ),
+    "no scenarios": ({"scenarios": []}, ["schema.yaml", "scenarios", "at least 1"]),
     "empty split": (
         {"split": {"boundaries": [1_700_000_010, 1_700_000_020, 1_800_000_000]}},
         ["test split is empty"],
