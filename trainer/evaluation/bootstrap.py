@@ -140,7 +140,7 @@ class WeightedAuc:
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """AUC for each column of weights [users, samples]: float64 [samples], or NaN."""
-        found = np.empty(weights.shape[1])
+        values = np.empty(weights.shape[1])
         below = np.zeros(len(self._negative_user) + 1)
         # One sample at a time: its user weights stay in the cache while rows pick from them.
         for sample, weight in enumerate(np.ascontiguousarray(weights.T)):
@@ -150,8 +150,8 @@ class WeightedAuc:
                 won = (won + below[self._stop]) / 2
             positive = weight[self._positive_user]
             pairs = positive.sum() * below[-1]
-            found[sample] = (positive @ won) / pairs if pairs > 0 else np.nan
-        return found
+            values[sample] = (positive @ won) / pairs if pairs > 0 else np.nan
+        return values
 
 
 def user_aucs(

@@ -233,27 +233,27 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
     """
     if split not in ("test", "valid"):
         raise InputError(f"split '{split}' is unknown; choose test or valid.")
-    found = read_run(run)
-    place = Path(dataset) if dataset is not None else found.dataset
-    if place is None:
+    directory = read_run(run)
+    data = Path(dataset) if dataset is not None else directory.dataset
+    if data is None:
         raise InputError(
-            f"{found.path}/config.yaml: data.path {found.config['data']['path']} holds no "
+            f"{directory.path}/config.yaml: data.path {directory.config['data']['path']} holds no "
             "dataset.json. Give the dataset's present place."
         )
-    facts = read_description(place)
+    facts = read_description(data)
     with database() as con:
-        load_predictions(con, found.predictions(split), place)
-        _check_complete(con, found, split, place, facts)
+        load_predictions(con, directory.predictions(split), data)
+        _check_complete(con, directory, split, data, facts)
         blocks = _all_metrics(con, facts)
-        for label in found.config.get("data", {}).get("labels") or {}:
-            load_predictions(con, found.predictions(split), place, label)
+        for label in directory.config.get("data", {}).get("labels") or {}:
+            load_predictions(con, directory.predictions(split), data, label)
             # The simulator's truth is that of the first label.
             more = _all_metrics(con, {**facts, "truth": None})
             blocks.setdefault("labels", {})[label] = more
     result = {
         "format_version": 1,
-        "name": found.arm,
-        "seed": found.seed,
+        "name": directory.arm,
+        "seed": directory.seed,
         "split": split,
         "dataset": {"name": facts.get("name"), "fingerprint": description_fingerprint(facts)},
         **blocks,

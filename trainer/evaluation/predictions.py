@@ -264,6 +264,12 @@ def _check_files(files: Sequence[Path], columns: dict[str, str]) -> None:
             name = columns[role]
             if name not in schema.names:
                 raise InputError(f"{file}: column '{name}' is missing (found {schema.names}).")
+            # DuckDB, which reads the column by name, is blind to case.
+            if [other.lower() for other in schema.names].count(name.lower()) > 1:
+                raise InputError(
+                    f"{file}: two columns are called '{name}', but for upper and lower case: "
+                    f"{schema.names}. Write the predictions again."
+                )
             if not accepts[kind](schema.field(name).type):
                 raise InputError(
                     f"{file}: column '{name}' has type {schema.field(name).type}, expected {kind}."
@@ -276,10 +282,10 @@ def _check_key_types(predictions: Path, events: Path) -> None:
 
     left, right = pq.read_schema(predictions), pq.read_schema(events)
     for name in ("user_id", "item_id", "scenario_id"):
-        found, expected = left.field(name).type, right.field(name).type
-        if pa.types.is_integer(found) != pa.types.is_integer(expected):
+        predicted, expected = left.field(name).type, right.field(name).type
+        if pa.types.is_integer(predicted) != pa.types.is_integer(expected):
             raise InputError(
-                f"{predictions}: column '{name}' is {found}, but {expected} in {events}. The run "
+                f"{predictions}: column '{name}' is {predicted}, but {expected} in {events}. The run "
                 "was made from another dataset."
             )
 

@@ -93,7 +93,7 @@ def curves(arms: list[tuple[str, str, list[Path]]]) -> bytes | None:
     figure, axes = _figure(9.4, 2.9 * len(backbones), len(backbones), 2)
     drawn = 0
     for row, backbone in enumerate(backbones):
-        members = [(name, runs) for name, own, runs in arms if own == backbone]
+        members = [(name, runs) for name, of, runs in arms if of == backbone]
         for number, (name, runs) in enumerate(members):
             colour = COLOURS[number % len(COLOURS)]
             for seed, run in enumerate(runs):
@@ -126,10 +126,10 @@ def differences(table: list[dict[str, Any]], base: str) -> bytes | None:
     for axis, group in zip(axes[0], groups, strict=True):
         axis.axvline(0, color="#555b66", linewidth=1)
         for row in (r for r in rows if r["group"] == group):
-            place = -keys.index((row["section"], row["key"]))
+            height = -keys.index((row["section"], row["key"]))
             colour = {"better": "#2f8550", "worse": "#b83a3a"}.get(row["verdict"], "#8b919c")
-            axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
-            axis.plot(row["difference"], place, "o", color=colour, markersize=5)
+            axis.plot([row["low"], row["high"]], [height, height], color=colour, linewidth=2)
+            axis.plot(row["difference"], height, "o", color=colour, markersize=5)
         axis.set_yticks([-n for n in range(len(keys))], [""] * len(keys))
         axis.set_title(_text(group), fontsize=9, loc="left", color="#222")
         axis.set_xlabel(f"AUC minus {_text(base, 24)}", fontsize=8)
@@ -156,12 +156,12 @@ def knowledge_map(
     axis = axes[0, 0]
     groups = [name for name in dict.fromkeys(sorted(colour_of)) if name]
     groups.sort(key=colour_of.count, reverse=True)
-    shown, place = groups[: len(COLOURS)], np.array(colour_of, dtype=object)
-    rest = ~np.isin(place, shown)
+    shown, group_of = groups[: len(COLOURS)], np.array(colour_of, dtype=object)
+    rest = ~np.isin(group_of, shown)
     if rest.any():
         axis.scatter(*users[rest].T, s=9, color=_GREY, alpha=0.7, linewidths=0, label="other")
     for number, name in enumerate(shown):
-        points = users[place == name]
+        points = users[group_of == name]
         axis.scatter(
             *points.T, s=11, color=COLOURS[number], alpha=0.65, linewidths=0, label=_text(name)
         )

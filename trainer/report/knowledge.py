@@ -109,13 +109,13 @@ def _main_scenarios(dataset: Path, users: np.ndarray) -> list[str]:
         return [""] * len(users)
     with database() as con:
         con.register("wanted", pa.table({"user_id": users.tolist()}))
-        found = con.execute(
+        rows = con.execute(
             f"""SELECT user_id, arg_max(scenario, (n, scenario)) FROM (
                  SELECT user_id, scenario_id::VARCHAR AS scenario, count(*) AS n
                  FROM {parquet_sql(files)} SEMI JOIN wanted USING (user_id) GROUP BY ALL)
                GROUP BY user_id"""
         ).fetchall()
-    main = dict(found)
+    main = dict(rows)
     return [main.get(user, "") for user in users.tolist()]
 
 
@@ -149,17 +149,17 @@ def tell_stories(
     order = eligible[np.argsort(-change[eligible], kind="stable")]
     chosen = dict(zip(RULES, (order[0], order[len(order) // 2], order[-1]), strict=True))
     stories = []
-    for rule, place in chosen.items():
-        rows = slice(start[place], start[place] + counts[place])
+    for rule, number in chosen.items():
+        rows = slice(start[number], start[number] + counts[number])
         stories.append(
             {
                 "rule": rule,
-                "user": users[place],
+                "user": users[number],
                 "candidates": len(eligible),
-                "impressions": int(counts[place]),
-                "base_loss": float(losses[0][place]),
-                "loss": float(losses[1][place]),
-                "change": float(change[place]),
+                "impressions": int(counts[number]),
+                "base_loss": float(losses[0][number]),
+                "loss": float(losses[1][number]),
+                "change": float(change[number]),
                 "rows": _impressions(columns, before, after, rows),
             }
         )

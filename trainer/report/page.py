@@ -198,9 +198,9 @@ def section_label(kind: str, key: str, names: dict[str, str]) -> str:
 def _comparisons(given: Any, names: dict[str, str]) -> list[dict[str, Any]]:
     from trainer.report.figures import differences
 
-    found = [given] if isinstance(given, dict) else list(given or [])
+    results = [given] if isinstance(given, dict) else list(given or [])
     views = []
-    for result in found:
+    for result in results:
         table = [
             row | {"label": section_label(row["section"], row["key"], names)}
             for row in result["table"]
@@ -246,12 +246,12 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _versions(arms: Sequence[Arm], facts: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     file = arms[0].runs[0].path / "versions.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
+        versions = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        versions = {}
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     return {
-        "training": _flat(found) if found else [("versions.json", "not written by the run")],
+        "training": _flat(versions) if versions else [("versions.json", "not written by the run")],
         "dataset": _flat(facts.get("versions") or {}),
         "report": [("machine", machine)],
     }

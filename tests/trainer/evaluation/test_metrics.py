@@ -233,6 +233,10 @@ def replace_value(name, value):
         (replace_value("prediction", None), r"row 5 .*null"),
         (replace_value("label", 2), r"row 5 .*label is 2, must be 0 or 1"),
         (lambda t: t.drop_columns(["label"]), r"column 'label' is missing"),
+        (
+            lambda t: t.add_column(0, "Label", pa.array([0] * t.num_rows)),
+            r"two columns are called 'label'",
+        ),
         (lambda t: t.slice(1), r"479 rows, the split has 480.*too rarely"),
         (lambda t: pa.concat_tables([t, t.slice(3, 1)]), r"481 rows.*1 time\(s\) too often"),
         (

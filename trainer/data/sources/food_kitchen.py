@@ -23,6 +23,7 @@ from trainer.data.dataset import (
     read_footer,
 )
 from trainer.data.sources.movielens import usual_places
+from trainer.data.sources.raw_columns import refuse_twins
 from trainer.data.sources.staging import Staging, finish, hold_out, run_codes, split_per_user
 from trainer.data.sources.writer import connect, output_directory
 
@@ -31,7 +32,7 @@ FRACTIONS: dict[SplitName, float] = {"profile": 0.5, "train": 0.25, "valid": 0.1
 MIN_EVENTS = 6
 POWER = 0.75
 ROUNDS = 200
-WANTED = {
+REQUIRED_COLUMNS = {
     "interactions.parquet": ("user_id", "item_id", "scenario", "pos"),
     "items.parquet": ("item_id", "scenario", "title"),
 }
@@ -83,11 +84,12 @@ def prepare_food_kitchen(
             f"negatives is {negatives}; at least 1 is needed, the log has positives only"
         )
     source = raw or _find()
-    for file, columns in WANTED.items():
+    for file, columns in REQUIRED_COLUMNS.items():
         names = read_footer(source / file)[0].names
         for name in columns:
             if name not in names:
                 raise InputError(f"{source / file}: column {name!r} is missing; it has {names}")
+            refuse_twins(source / file, names, name)
     with output_directory(out) as folder:
         con = connect(folder / "scratch")
         items = _read_items(con, source, folder / "items.parquet")
@@ -154,9 +156,9 @@ class Items:
 
 
 def _find() -> Path:
-    for place in usual_places(NAME):
-        if all((place / name).is_file() for name in WANTED):
-            return place
+    for folder in usual_places(NAME):
+        if all((folder / name).is_file() for name in REQUIRED_COLUMNS):
+            return folder
     raise InputError(
         f"{NAME} was not found; give the folder of interactions.parquet and items.parquet as --raw "
         "(it cannot be downloaded: its licence is unclear)"
@@ -175,9 +177,9 @@ def _read_items(con, source: Path, file: Path) -> Items:  # type: ignore[no-unty
     known = [str(scenario.scenario_id) for scenario in SCENARIOS]
     scenarios = pc.index_in(table["scenario"], pa.array(known)).combine_chunks()
     if scenarios.null_count:
-        place = scenarios.is_null().index(True).as_py()
+        row = scenarios.is_null().index(True).as_py()
         raise InputError(
-            f"{raw}: unknown scenario {table['scenario'][place].as_py()!r}; only {known}"
+            f"{raw}: unknown scenario {table['scenario'][row].as_py()!r}; only {known}"
         )
     runs = run_codes(table["item_id"])
     if table["item_id"].null_count or (len(runs) and int(runs[-1]) + 1 != len(runs)):
@@ -266,8 +268,8 @@ def sample_negatives(
             )
             drawn[where[mine], column[mine]] = places
         keys = row_users[:, None] * count + drawn
-        place = np.minimum(np.searchsorted(bought, keys), len(bought) - 1)
-        todo = bought[place] == keys
+        nearest = np.minimum(np.searchsorted(bought, keys), len(bought) - 1)
+        todo = bought[nearest] == keys
         for later in range(1, negatives):
             todo[:, later] |= (drawn[:, :later] == drawn[:, later : later + 1]).any(axis=1)
     raise InputError(

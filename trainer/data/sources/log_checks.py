@@ -59,9 +59,9 @@ def column_kinds(raw: RawFiles, columns: dict[str, str]) -> dict[str, str]:
             kind = kind_of(schema.field(schema.names.index(name)).type)
             allowed = ALLOWED["label" if role.startswith("label") else role]
             if kind not in allowed:
-                wanted = " or ".join(allowed).replace("time", "a timestamp type")
+                needed = " or ".join(allowed).replace("time", "a timestamp type")
                 raise InputError(
-                    f"{file}: column {name!r} (for {role}) is {kind}, must be {wanted}"
+                    f"{file}: column {name!r} (for {role}) is {kind}, must be {needed}"
                 )
             if kinds.setdefault(role, kind) != kind:
                 raise InputError(
@@ -163,10 +163,10 @@ def _unit_checks(schema: LogSchema, kind: str) -> list[Check]:
     if kind == "int64":
         problem = "the largest number there is, or beyond it"
         checks.append(Check("timestamp", f"timestamp >= {LARGEST_INTEGER}", problem, remedy))
-        own = UNITS[schema.timestamp_unit]
+        said = UNITS[schema.timestamp_unit]
         for unit, per_second in UNITS.items():
-            if per_second < own:
-                low, high = (edge * per_second // own for edge in (CLOCK_FROM, CLOCK_TO))
+            if per_second < said:
+                low, high = (edge * per_second // said for edge in (CLOCK_FROM, CLOCK_TO))
                 text = f"a time of 1970 in {schema.timestamp_unit}, but of today in {unit}"
                 test = f"timestamp // {per_second} BETWEEN {CLOCK_FROM} AND {CLOCK_TO}"
                 checks.append(
@@ -201,11 +201,11 @@ def _run_checks(
     bad_rows = con.execute(f"SELECT {counts} FROM {raw.sql(columns, as_sql)}").fetchall()[0]
     for count, check in zip(bad_rows, checks, strict=True):
         if count:
-            own = {name: way for name, way in as_sql.items() if name != check.role}
+            others = {name: way for name, way in as_sql.items() if name != check.role}
             value = (
                 f'CAST("{check.role}" AS VARCHAR)' if check.role in as_sql else f'"{check.role}"'
             )
-            file, row, value = raw.first_row(con, columns, own, check.test, value)
+            file, row, value = raw.first_row(con, columns, others, check.test, value)
             shown = "" if value is None or value != value else f" ({value})"
             raise InputError(
                 f"{file}: column {columns[check.role]!r}, row {row} (the first is 1): "

@@ -19,6 +19,7 @@ from trainer.data.dataset import (
     event_schema,
     item_fields,
 )
+from trainer.data.sources.raw_columns import refuse_twins
 from trainer.data.sources.staging import Staging, finish, stage_log
 from trainer.data.sources.writer import connect, output_directory
 
@@ -155,6 +156,7 @@ def _load(con, source: Path) -> None:  # type: ignore[no-untyped-def]
         for name in columns:
             if name not in header:
                 raise InputError(f"{file}: column {name!r} is missing; it has {header}")
+            refuse_twins(file, header, name)
         con.execute(
             f"CREATE TABLE {table} AS SELECT * FROM read_csv(?, header=true, auto_detect=false, "
             "delim=',', quote='\"', escape='\"', columns=?)",
@@ -224,9 +226,9 @@ def usual_places(name: str) -> list[Path]:
 
 def find_movielens() -> Path | None:
     """The first usual place that holds both files, or None."""
-    for place in usual_places("ml-latest-small"):
-        if all((place / name).is_file() for name in FILES):
-            return place
+    for folder in usual_places("ml-latest-small"):
+        if all((folder / name).is_file() for name in FILES):
+            return folder
     return None
 
 
@@ -256,9 +258,9 @@ def _download() -> Path:
             content = response.read(LARGEST_DOWNLOAD + 1)
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{help_text} ({error})") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != ZIP_SHA256:
-        raise InputError(f"{help_text} (SHA-256 of what came is {found}, expected {ZIP_SHA256})")
+    checksum = hashlib.sha256(content).hexdigest()
+    if checksum != ZIP_SHA256:
+        raise InputError(f"{help_text} (SHA-256 of what came is {checksum}, expected {ZIP_SHA256})")
     return _extract(content, URL)
 
 

@@ -148,8 +148,8 @@ class NegativeSampler:
 
         def forbidden(row: np.ndarray, items: np.ndarray) -> np.ndarray:
             key = users[row] * len(self._items) + items
-            place = np.minimum(np.searchsorted(had, key), len(had) - 1)
-            return (had[place] == key) & (since[place] <= moments[row])
+            nearest = np.minimum(np.searchsorted(had, key), len(had) - 1)
+            return (had[nearest] == key) & (since[nearest] <= moments[row])
 
         generator = np.random.Generator(np.random.Philox([self._rules.seed, number]))
         drawn = np.full((len(rows), self._count), -1, dtype=np.int64)

@@ -27,6 +27,19 @@ def require_column(file: Path, names: Sequence[str], wanted: str, role: str) -> 
         raise InputError(f"{file}: column {wanted!r} (for {role}) is missing; {hint}")
 
 
+def refuse_twins(file: Path, names: Sequence[str], wanted: str) -> None:
+    """Refuses a file in which another column's name differs from `wanted` in case alone.
+
+    DuckDB would take one for the other, wherever columns are read by name.
+    """
+    twins = [name for name in names if name.lower() == wanted.lower()]
+    if len(twins) > 1:
+        raise InputError(
+            f"{file}: columns {' and '.join(map(repr, twins))} differ in case at most; rename all but "
+            f"{wanted!r}"
+        )
+
+
 def kind_of(column: pa.DataType) -> str:
     """Coarse type of a column: "int64", "string", "float", "bool", "time", or its own name."""
     import pyarrow.types as types

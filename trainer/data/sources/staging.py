@@ -97,11 +97,11 @@ def hold_out(
         return codes
     runs = run_codes(users)
     first = np.flatnonzero(np.diff(runs, prepend=-1))
-    place = np.array(
+    draw = np.array(
         [zlib.crc32(f"held out {user}".encode()) / 2**32 for user in users.take(first).to_pylist()]
     )[runs]
-    later = np.where(place < share, 3, 2)
-    held_out = place < share + valid_share
+    later = np.where(draw < share, 3, 2)
+    held_out = draw < share + valid_share
     return np.where(held_out, np.where(codes == 0, 4, later), codes).astype(np.int8)
 
 
@@ -211,8 +211,7 @@ class Staging:
             for rows in np.array_split(chosen, len(chosen) // 131_072 + 1):
                 table = block.take(pa.array(rows))
                 history = _lists(items, start[rows], stop[rows])
-                place = EVENT_COLUMNS.index("history")
-                table = table.add_column(place, "history", history)
+                table = table.add_column(EVENT_COLUMNS.index("history"), "history", history)
                 table = table.select(self.scratch_schema.names)
                 writer.write_table(table.cast(self.scratch_schema))
         self.files[split].append(file)

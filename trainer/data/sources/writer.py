@@ -97,9 +97,9 @@ def writing_errors(out: Path) -> Iterator[None]:
             ) from error
         refused = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"]
         if errno.errorcode.get(number) in refused:
-            place = getattr(error, "filename", None) or out
+            file = getattr(error, "filename", None) or out
             reason = os.strerror(number)
-            raise InputError(f"{place}: cannot be read or written: {reason}") from error
+            raise InputError(f"{file}: cannot be read or written: {reason}") from error
         raise
 
 

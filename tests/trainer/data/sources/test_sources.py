@@ -78,6 +78,22 @@ def test_movielens_bad_values_are_refused(tmp_path):
         prepare_movielens(raw, tmp_path / "out")
 
 
+def test_columns_that_differ_in_case_alone_are_refused(tmp_path):
+    raw = movielens_folder(tmp_path / "movielens")
+    lines = (raw / "ratings.csv").read_text().splitlines()
+    rows = [f"{line},{extra}" for line, extra in zip(lines, ["Rating", *["1"] * 40], strict=True)]
+    (raw / "ratings.csv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(InputError, match="'rating' and 'Rating' differ in case at most"):
+        prepare_movielens(raw, tmp_path / "out")
+    raw = food_folder(tmp_path / "food")
+    for file, name in (("items.parquet", "Title"), ("interactions.parquet", "POS")):
+        whole = pq.read_table(raw / file)
+        pq.write_table(whole.add_column(0, name, whole[name.lower()]), raw / file)
+        with pytest.raises(InputError, match=f"'{name}' and '{name.lower()}' differ in case"):
+            prepare_food_kitchen(raw, tmp_path / "out")
+        pq.write_table(whole, raw / file)
+
+
 def test_movielens_is_found_or_taken_from_an_archive(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     raw = movielens_folder(tmp_path / "data" / "ml-latest-small")
