@@ -125,7 +125,7 @@ class Manifest(_Strict):
     template: TemplateInfo
     pooling: str
     layer: int
-    dim: int
+    dim: int = Field(ge=1, le=2**24)
     dtype: DType
     key_type: KeyType
     rows: int
@@ -166,9 +166,16 @@ def fingerprint_of(value: Any) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """``blake2b:<hex>`` of the bytes of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    """``blake2b:<hex>`` of the bytes of a file.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
     return f"blake2b:{digest.hexdigest()}"
 
 

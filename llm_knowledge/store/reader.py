@@ -66,14 +66,19 @@ def check_footer(file: Path, handle: pq.ParquetFile, manifest: Manifest, rows: i
             raise InputError(f"{file}: column {column!r} is {found}, must be {kind}; extract again")
     vector = schema.field("vector")
     width = manifest.dim * DTYPES[manifest.dtype].itemsize
-    said = {k.decode(): v.decode() for k, v in (vector.metadata or {}).items()}
+    said = {_text(k): _text(v) for k, v in (vector.metadata or {}).items()}
     if vector.type != pa.binary(width) or said.get("dim") != str(manifest.dim):
         raise InputError(f"{file}: column 'vector' is {vector.type} with dim {said.get('dim')}, the "
                          f"manifest says {width} bytes, dim {manifest.dim}")  # fmt: skip
-    job = (schema.metadata or {}).get(JOB_KEY, b"").decode()
+    job = _text((schema.metadata or {}).get(JOB_KEY, b""))
     if job != manifest.job:
         raise InputError(f"{file}: row 0: made by another model, template or input (fingerprint "
                          f"{job or 'absent'}, the manifest has {manifest.job})")  # fmt: skip
+
+
+def _text(written: bytes) -> str:
+    """What a footer says of itself, which damage may have made no UTF-8."""
+    return written.decode("utf-8", "replace")
 
 
 class KnowledgeStore:

@@ -260,7 +260,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
                 raise InputError(f"--set {assignment}: {parent} was set to a value before")
         try:
             node[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(
                 f"--set {assignment}: the value is not valid YAML ({error})"
             ) from error
@@ -299,8 +299,10 @@ def load_section(model: type[Kind], path: Path | None, overrides: list[str] | No
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise InputError(f"{path}: cannot read the configuration ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, no date
             raise InputError(f"{path}: not valid YAML: {error}") from error
+        except RecursionError:
+            raise InputError(f"{path}: not valid YAML: nested too deeply") from None
         if not isinstance(values, dict):
             raise InputError(
                 f"{path}: a configuration is a mapping of sections, found {type(values).__name__}"

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from llm_knowledge.errors import InputError
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.prefetch import BatchFeed
 from trainer.models.llm4msr import Predictions
@@ -198,10 +199,34 @@ class RunLog:
 
 
 def _reopen(path: Path, step: int) -> Any:
-    """Opens a file of lines for appending, without those of later steps or cut short by a kill."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    """Opens a file of lines for appending, without those of later steps and without an unfinished last one.
+
+    A line that was damaged is kept as it is: readers pass over it, and nothing that was written is lost.
+
+    Raises:
+        InputError: There is something that is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(
+            f"{path}: is no regular file; remove it to go on without the earlier lines"
+        )
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    *lines, last = text.split("\n")
+    if _step_of(last) is not None:
+        lines.append(last)
+    kept = [line for line in lines if (_step_of(line) or 0) <= step]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.write_text(
+        "".join(f"{line}\n" for line in kept), encoding="utf-8", errors="surrogateescape"
+    )
     partial.replace(path)
     return path.open("a", buffering=1)
+
+
+def _step_of(line: str) -> int | None:
+    """The step that a line is about; None where it does not say."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None

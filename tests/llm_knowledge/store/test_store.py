@@ -408,3 +408,12 @@ def test_a_column_of_another_type_is_refused_when_a_store_is_opened(tmp_path, co
         InputError, match=rf"part-00001\.parquet: column '{column}' is bool, must be"
     ):
         KnowledgeStore.open(tmp_path / "s")
+
+
+def test_a_footer_that_is_no_text_is_refused(tmp_path):
+    make(tmp_path / "s")
+    file = tmp_path / "s" / "part-00001.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.replace_schema_metadata({b"llm_knowledge.job": b"\xe5"}), file)
+    with pytest.raises(InputError, match=r"part-00001\.parquet: row 0: made by another model"):
+        KnowledgeStore.open(tmp_path / "s")
