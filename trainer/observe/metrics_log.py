@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from llm_knowledge.errors import InputError
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.prefetch import BatchFeed
+from trainer.distributed.process_group import on_all_ranks
 from trainer.models.llm4msr import Predictions
 from trainer.observe.trackers import Tracker, open_trackers
 from trainer.observe.watchdog import Watch, memory_gib
@@ -65,10 +66,14 @@ class RunLog:
         self._busy, self._input = time.thread_time(), 0.0
         self._file = self._ranks_file = None
         self._trackers: list[Tracker] = []
-        if runtime.is_main:
-            self._file = _reopen(folder / "metrics.jsonl", step)
-            self._ranks_file = _reopen(folder / "ranks.jsonl", step)
-            self._trackers = open_trackers(run.config, folder, step)
+
+        def open_outputs() -> None:
+            if runtime.is_main:
+                self._file = _reopen(folder / "metrics.jsonl", step)
+                self._ranks_file = _reopen(folder / "ranks.jsonl", step)
+                self._trackers = open_trackers(run.config, folder, step)
+
+        on_all_ranks(open_outputs)  # what cannot be opened on one rank ends all of them
 
     def add(
         self, step: int, predictions: Predictions, gradient: torch.Tensor | None = None
