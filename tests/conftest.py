@@ -1,9 +1,11 @@
-"""For every test: what the session leaves to the garbage collector, and which tests share a worker."""
+"""For every test: what the session leaves to the garbage collector, who shares a worker, what is logged."""
 
 import gc
 import os
 
 import pytest
+
+from launch.logs import set_up_logging
 
 # A fork has none of the session's threads. Collecting there what the session left, such as a
 # connection whose destructor waits for its thread, would never end.
@@ -29,3 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(groups[item]))
     items.sort(key=lambda item: groups[item] not in slow)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_command_logs() -> None:
+    """What is called in a test's own process says on stderr what a command would, whatever ran before."""
+    set_up_logging()
