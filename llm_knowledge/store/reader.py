@@ -43,7 +43,7 @@ def open_part(file: Path) -> pq.ParquetFile:
         return pq.ParquetFile(file, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError as error:
         raise InputError(f"{file}: the part is missing; extract again to restore it") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not a readable Parquet file ({error})") from error
 
 

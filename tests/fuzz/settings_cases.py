@@ -25,7 +25,7 @@ JOB: dict[str, Any] = {
     "options": {"partition": "p", "time": "24:30:00"},
 }
 SCHEDULERS = ("slurm", "kubernetes", "jobset", "aws_batch", "local_docker", "nope", "", None)
-SIZES = ("1:4x2", "2x8", "0x1", "x", "1x", "3:1x2", "99999x8", "1x2x3", "１x２", " 1x2")
+SIZES = ("1:4x2", "2x8", "0x1", "x", "1x", "3:1x2", "512x8", "1x2x3", "１x２", " 1x2")
 VALUES = ("1x2", "a=b", "cpu", "h100x8", "port=29500", "\n", "é", "partition=a\nb", "")
 TEXTS = (
     *(

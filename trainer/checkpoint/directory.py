@@ -14,7 +14,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from llm_knowledge.errors import InputError
+from llm_knowledge.json_files import read_json
 from trainer.checkpoint.loop_state import LoopState
 
 if TYPE_CHECKING:  # which imports this module
@@ -69,10 +72,13 @@ def best_of(folder: Path, state: LoopState) -> Path:
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        description = json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        description = read_json(
+            checkpoint / DESCRIPTION, {"files": dict, "loop": dict}, "remove it"
+        )
+        _loop_state(description)
+    except (InputError, ValidationError):
         return None
-    return description if isinstance(description, dict) else None
+    return description
 
 
 def problem_of(checkpoint: Path) -> str | None:
@@ -115,6 +121,10 @@ def read_state(checkpoint: Path) -> LoopState:
     Raises:
         InputError: If the checkpoint is not whole.
     """
-    loop = read_description(checkpoint)["loop"]
-    known = {one.name for one in fields(LoopState)}
-    return LoopState(**{name: value for name, value in loop.items() if name in known})
+    return _loop_state(read_description(checkpoint))
+
+
+def _loop_state(description: dict[str, Any]) -> LoopState:
+    known = {field.name for field in fields(LoopState)}
+    loop = {name: value for name, value in description["loop"].items() if name in known}
+    return TypeAdapter(LoopState).validate_json(json.dumps(loop), strict=True)

@@ -234,7 +234,7 @@ def _read_metadata(file: Path) -> tuple[pa.Schema, pq.FileMetaData]:
             return parquet.schema_arrow, parquet.metadata
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise InputError(
             f"{file}: not a readable Parquet file, perhaps truncated ({reason}); copy or write it again"

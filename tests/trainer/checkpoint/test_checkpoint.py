@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tests.drills.restore_matrix import whole_state
 from tests.helpers.training_data import make_config, make_inputs, write_stores
 from tests.trainer.training.test_train import ENVIRONMENT, ROOT, lines
 from trainer.checkpoint import writer as checkpoint_writer
-from trainer.checkpoint.directory import checkpoints, problem_of, prune
+from trainer.checkpoint.directory import checkpoints, problem_of, prune, read_state
 from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.checkpoint.writer import CheckpointWriter
@@ -307,3 +309,35 @@ def test_other_knowledge_is_refused(
         run = build(changed, runtime, prepare_folder(changed, runtime, resume=False), opened)
         with pytest.raises(InputError, match="trained with knowledge"):
             load_checkpoint(newest, run)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda about: about.pop("files"),
+        lambda about: about.pop("loop"),
+        lambda about: about.update(files=[]),
+        lambda about: about.update(loop=3),
+        lambda about: about["loop"].update(step="9"),
+        lambda about: about["loop"].update(best_step=None),
+        lambda about: about["loop"].update(left_out=[1.5]),
+    ],
+)
+def test_a_description_without_its_fields_is_a_damaged_checkpoint(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], Any]
+) -> None:
+    with tarfile.open(ROOT / "tests/stored/v0.1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    checkpoint = tmp_path / "runs/vocabulary/checkpoints/step-00000060"
+    assert problem_of(checkpoint) is None
+    file = checkpoint / "checkpoint.json"
+    about = json.loads(file.read_text())
+    edit(about)
+    file.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"checkpoint\.json is missing or damaged"):
+        read_state(checkpoint)
+
+
+def test_a_pipe_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "checkpoint.json")
+    assert problem_of(tmp_path) == "checkpoint.json is missing or damaged"
