@@ -49,6 +49,9 @@ def with_own_titles(data: Path) -> Path:
     items = pq.read_table(file)
     titles = pa.array([f"<item {item}>" for item in items["item_id"].to_pylist()])
     pq.write_table(items.set_column(1, items.schema.field("title"), titles), file)
+    about = json.loads((data / "dataset.json").read_text())
+    about.pop("footers", None)  # of the file as it was
+    (data / "dataset.json").write_text(json.dumps(about))
     return data
 
 
