@@ -93,6 +93,7 @@ def test_slow_layers_keep_the_step_size_of_inputs_and_match(tmp_path: Path) -> N
     assert found["slow_layers"].model == found["llm4msr"].model
 
 
+@pytest.mark.slow
 def test_the_simulated_log_is_prepared_again_with_users_held_out(tmp_path: Path) -> None:
     info = simulate(tmp_path / "log", users=80, items=40, scenarios=2, events=3000, seed=0)
     study._prepare_again(tmp_path / "log", tmp_path / "data", 0.25)
@@ -380,6 +381,7 @@ def test_a_setting_is_chosen_only_where_it_wins_on_every_backbone() -> None:
     assert regularisation.choose(own | unsteady | steady) == "user dropout 0"
 
 
+@pytest.mark.slow
 def test_tuning_holds_users_out_of_the_training_split_alone(tmp_path: Path) -> None:
     work = tmp_path / "simulated"
     simulate(work / "log", users=200, items=40, scenarios=2, events=8000, seed=0)
@@ -458,6 +460,7 @@ def test_what_tuning_changed_is_compared_again_and_the_rest_is_the_studys_own(
     assert added == [("movielens", "star", "alone", after["alone"][0])]
 
 
+@pytest.mark.slow
 def test_the_best_possible_auc_is_that_of_the_simulators_probabilities(tmp_path: Path) -> None:
     work = tmp_path / "simulated"
     info = simulate(work / "log", users=200, items=40, scenarios=2, events=8000, seed=0)

@@ -485,6 +485,7 @@ def test_place_that_cannot_be_written(
     assert content(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["prepare", "simulate", "extract", "shuffle", "train"])
 def test_place_that_is_taken(
     own: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str

@@ -114,10 +114,10 @@ def test_no_python_objects_from_yaml(tmp_path: Path) -> None:
         load_config(file)
 
 
-@pytest.mark.parametrize("text", ["[" * 20_000, "name: 2020-13-45", "a: [", "name: \x00"])
+@pytest.mark.parametrize("text", ["[" * 2_000, "name: 2020-13-45", "a: [", "name: \x00"])
 def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(InputError, match=r"config\.yaml"):
         load_config(tmp_path / "config.yaml")
     with pytest.raises(InputError, match="--set"):
-        load_config(None, [f"name={'[' * 20_000}"])
+        load_config(None, [f"name={'[' * 2_000}"])

@@ -305,6 +305,7 @@ def replaced(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_add_your_own_is_short_and_works(tmp_path: Path) -> None:
     """The three places that the page names; then every common test of this file must pass with it."""
     page = (ROOT / "docs" / "tutorials" / "own-backbone.md").read_text(encoding="utf-8")

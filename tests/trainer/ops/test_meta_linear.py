@@ -139,6 +139,7 @@ def test_gradcheck_and_opcheck(activation: str) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 def test_grouped_gradcheck_and_opcheck() -> None:
     inputs = tensors(7, 2, 3, 4, knowledge_rows=3)
     group = torch.tensor([2, 0, 0, 2, 2, 0, 2])

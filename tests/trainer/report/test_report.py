@@ -169,6 +169,7 @@ def test_damaged_store_is_an_input_error_and_the_old_report_stays(world):
     assert (root / "report.html").read_text() == old
 
 
+@pytest.mark.slow
 def test_outdated_evaluation_is_computed_again(world):
     root, data, runs = world
     write_evaluation(runs[0])
@@ -178,6 +179,7 @@ def test_outdated_evaluation_is_computed_again(world):
     assert numbers(html)["arms"][0]["evaluations"][0]["overall"]["auc"] == fresh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -240,6 +242,7 @@ def test_runs_of_two_datasets_are_refused(world):
         write_report([*runs, run], root / "report.html")
 
 
+@pytest.mark.slow
 def test_a_store_says_that_it_is_a_control_and_the_name_of_a_run_does_not(world):
     from llm_knowledge.store.compress import compress
     from llm_knowledge.store.writer import shuffled_store

@@ -65,6 +65,7 @@ def test_parts_with_and_without_zones_and_of_several_units(
     assert found == sorted(zip(log["user_id"], log["timestamp"], log["item_id"], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("data", UNITS)
 @pytest.mark.parametrize("rows", ["all", "one", "a part"])
@@ -155,6 +156,7 @@ def test_small_numbers_are_taken_as_they_are_with_a_warning(tmp_path: Path) -> N
 # ---------------------------------------------------------------- within a second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", ["milliseconds", "microseconds", "nanoseconds", "us", "ns", "ms, zone"]
 )

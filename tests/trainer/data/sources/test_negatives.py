@@ -24,6 +24,7 @@ def positives(rows: int = 900, strings: bool = False, seed: int = 1) -> dict:
     return log | {"item_id": spelled, "label": [1] * rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("avoid", ["earlier", "all"])
 @pytest.mark.parametrize("rule", ["per_user_time", "global_time"])
 @pytest.mark.parametrize("strings", [False, True])
