@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torchrec.distributed.types import ShardedTensor
 
 from llm_knowledge.errors import InputError
+from trainer.checkpoint.reader import CheckpointReader
 
 if TYPE_CHECKING:  # which imports this module
     from trainer.run.session import Run
@@ -53,8 +54,9 @@ def live_state(run: Run) -> dict[str, Any]:
         for parameter in group["params"]:
             moments = run.optimizer.state[parameter]
             if not moments:
-                # Adam makes its state at the first step; a fresh process has none to fill.
-                moments["step"] = torch.zeros(())
+                # Adam makes its state at the first step; a fresh process has none to fill. Fused, it
+                # wants its step count where the parameter is.
+                moments["step"] = torch.zeros((), device=parameter.device)
                 moments["exp_avg"] = torch.zeros_like(parameter)
                 moments["exp_avg_sq"] = torch.zeros_like(parameter)
             for key, value in moments.items():
@@ -91,7 +93,7 @@ def load_state(checkpoint: Path, run: Run) -> None:
                 f"{tuple(value.size())}"
             )
     with reading(checkpoint):
-        dcp.load(same, checkpoint_id=checkpoint)
+        dcp.load(same, storage_reader=CheckpointReader(checkpoint))
     follow(checkpoint, routed)
 
 
@@ -109,7 +111,7 @@ def saved_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
         InputError: If its metadata is missing or damaged.
     """
     with reading(checkpoint):
-        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        entries = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
     return {name: one for name, one in entries.items() if isinstance(one, TensorStorageMetadata)}
 
 
@@ -274,7 +276,12 @@ def follow(checkpoint: Path, planned: list[Route]) -> None:
     if not pieces:
         return
     with reading(checkpoint):
-        dcp.load({}, checkpoint_id=checkpoint, planner=_Pieces(pieces), no_dist=True)
+        dcp.load(
+            {},
+            storage_reader=CheckpointReader(checkpoint),
+            planner=_Pieces(pieces),
+            no_dist=True,
+        )
     for route in planned:
         value = sum(weight * buffer[route.source] for _, _, buffer, weight in route.parts)
         assert isinstance(value, Tensor)

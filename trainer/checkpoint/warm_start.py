@@ -26,6 +26,7 @@ from trainer.checkpoint.directory import (
     read_description,
     read_state,
 )
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import (
     ACCUMULATOR_PREFIX,
     DENSE_OPTIMIZER_PREFIX,
@@ -125,7 +126,7 @@ def warm_start(run: Run, source: Path) -> Carried:
     }
     chosen = {name: value for name, value in dense.items() if fits(name)}
     with reading(checkpoint):
-        dcp.load(chosen, checkpoint_id=checkpoint)
+        dcp.load(chosen, storage_reader=CheckpointReader(checkpoint))
     follow(checkpoint, planned)
     if run.model.module.row_owners is not None:
         run.model.module.row_owners.rebuild()
