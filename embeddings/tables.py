@@ -35,6 +35,7 @@ class Table:
         sequence: Whether it gives one vector per id; otherwise the sum over a sample's ids.
         ids_per_sample: Mean number of ids of each feature: what plans are made with. Empty: 1 each.
         frozen: Whether it is only looked up.
+        weighted: Whether its ids have weights, and it gives the weighted sum.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Table:
     sequence: bool = False
     ids_per_sample: tuple[float, ...] = ()
     frozen: bool = False
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,17 @@ def _configs(
     ]
 
 
-def pooled_collection(tables: list[Table], init_std: float) -> EmbeddingBagCollection:
-    """Builds sum-pooled tables on the meta device (no memory until they are sharded)."""
+def pooled_collection(
+    tables: list[Table], init_std: float, is_weighted: bool = False
+) -> EmbeddingBagCollection:
+    """Builds sum-pooled tables on the meta device (no memory until they are sharded).
+
+    `is_weighted` is never left to the library: unsharded, its default ignores weights, sharded it does not.
+    """
     return EmbeddingBagCollection(
         device=torch.device("meta"),
         tables=_configs(EmbeddingBagConfig, tables, _initialiser(init_std), DataType.FP32),
+        is_weighted=is_weighted,
     )
 
 
@@ -111,13 +119,18 @@ def collections(tables: list[Table]) -> nn.Module:
     groups: dict[str, list[Table]] = {}
     for table in tables:
         kind = f"sequences_{table.dim}" if table.sequence else "pooled"
+        kind = "weighted" if table.weighted else kind
         groups.setdefault(f"frozen_{kind}" if table.frozen else kind, []).append(table)
     meta = torch.device("meta")
     return nn.ModuleDict(
         {
             name: EmbeddingCollection(device=meta, tables=_configs(EmbeddingConfig, group))
             if group[0].sequence
-            else EmbeddingBagCollection(device=meta, tables=_configs(EmbeddingBagConfig, group))
+            else EmbeddingBagCollection(
+                device=meta,
+                tables=_configs(EmbeddingBagConfig, group),
+                is_weighted=group[0].weighted,
+            )
             for name, group in groups.items()
         }
     )
@@ -126,11 +139,15 @@ def collections(tables: list[Table]) -> nn.Module:
 class SparseFeatures(nn.Module):
     """The trainable tables of a model: pooled features and sequence features in one forward.
 
+    Pooled tables of all widths are one collection, whose exchanges do not grow with their number; those
+    whose ids have weights are a second one.
+
     Args:
         pooled: Tables whose features are summed up.
         sequences: Tables whose features keep one vector per id.
         init_std: Deviation of the first vectors.
         hash_zch: Rows are given to ids by torchrec's kernel; None: ids are rows.
+        weighted: Tables whose features are summed up by their weights.
     """
 
     def __init__(
@@ -139,8 +156,12 @@ class SparseFeatures(nn.Module):
         sequences: list[Table],
         init_std: float,
         hash_zch: HashZch | None = None,
+        weighted: list[Table] | None = None,
     ) -> None:
         super().__init__()
+        self.weighted = (
+            pooled_collection(weighted, init_std, is_weighted=True) if weighted else None
+        )
         self.pooled: nn.Module = pooled_collection(pooled, init_std)
         self.sequences: nn.Module = sequence_collection(sequences, init_std)
         self.hash_zch = hash_zch
@@ -155,6 +176,10 @@ class SparseFeatures(nn.Module):
         """Looks up rows; both results are awaitables under sharding, so communication overlaps."""
         pooled, sequences = self.pooled(ids), self.sequences(ids)
         return (pooled[0], sequences[0]) if self.hash_zch else (pooled, sequences)
+
+    def look_up_weighted(self, ids: KeyedJaggedTensor) -> KeyedTensor | None:
+        """Looks up the tables whose ids have weights; None without such tables."""
+        return self.weighted(ids) if self.weighted is not None else None
 
 
 class FrozenTables(nn.Module):

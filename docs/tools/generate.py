@@ -47,6 +47,8 @@ def sections(model: type[Section] = RunConfig, prefix: str = "") -> dict[str, ty
     for name, field in model.model_fields.items():
         if _is_section(field.annotation):
             by_name |= sections(field.annotation, f"{prefix}{name}.")
+        elif get_origin(field.annotation) is dict and _is_section(get_args(field.annotation)[1]):
+            by_name |= sections(get_args(field.annotation)[1], f"{prefix}{name}.NAME.")
     return by_name
 
 
@@ -95,6 +97,8 @@ def type_words(annotation: Any, metadata: list[Any]) -> str:
         for key, sign in signs.items()
         if getattr(bound, key, None) is not None
     ]
+    if _is_section(annotation):
+        return "a section"
     words = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
     return " ".join([words[annotation], ", ".join(bounds)]).strip()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from embeddings.placement import Placement
-from embeddings.planning.traffic import ID_BYTES, LENGTH_BYTES, VALUE_BYTES
+from embeddings.planning.traffic import LENGTH_BYTES, VALUE_BYTES, id_bytes
 from embeddings.sharding import Hardware, TablePlan
 from embeddings.tables import Table
 
@@ -84,7 +84,7 @@ def table_memory(
             state[piece.rank] += values * VALUE_BYTES
         share = piece.rows / table.rows
         vectors = sum(ids) * share if table.sequence else len(ids)
-        inputs = received * (len(ids) * LENGTH_BYTES + sum(ids) * share * ID_BYTES)
+        inputs = received * (len(ids) * LENGTH_BYTES + sum(ids) * share * id_bytes(table))
         outputs = received * vectors * piece.columns * VALUE_BYTES * passes
         activations[piece.rank] += inputs * BATCHES_IN_FLIGHT + outputs
     vectors = sum(ids) if table.sequence else len(ids)
@@ -144,11 +144,11 @@ def moved_bytes(table: Table, plan: TablePlan, optimizer: str, batch: int) -> np
     ids = table.ids_per_sample or (1.0,) * len(table.features)
     per_value, per_row = STATE_BYTES[optimizer]
     delivered = batch * (sum(ids) if table.sequence else len(ids)) * table.dim * VALUE_BYTES
-    given = batch * (len(ids) * LENGTH_BYTES + sum(ids) * ID_BYTES)
+    given = batch * (len(ids) * LENGTH_BYTES + sum(ids) * id_bytes(table))
     moved = np.full(ranks, given + delivered * (1 if table.frozen else 2))
     for piece in plan.pieces:
         looked_up = ranks * batch * sum(ids) * piece.rows / table.rows
-        received = ranks * batch * len(ids) * LENGTH_BYTES + looked_up * ID_BYTES
+        received = ranks * batch * len(ids) * LENGTH_BYTES + looked_up * id_bytes(table)
         vectors = looked_up if table.sequence else ranks * batch * len(ids)
         produced = vectors * piece.columns * VALUE_BYTES
         row = piece.columns * table.bytes_per_value

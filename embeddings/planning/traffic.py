@@ -18,6 +18,7 @@ from embeddings.sharding import Piece, TablePlan
 from embeddings.tables import Table
 
 ID_BYTES = 8  # int64
+WEIGHT_BYTES = 4  # float32, of an id of a weighted table
 LENGTH_BYTES = 8  # int64, one per feature and sample
 VALUE_BYTES = 4  # lookups give float32, whatever the table's precision
 SPLITS_BYTES = 8 * 3  # per pair of ranks and exchange of ids: sizes of lengths and ids, batch size
@@ -92,13 +93,13 @@ def input_bytes(table: Table, plan: TablePlan, batch: int, ranks: int) -> np.nda
 
     Every rank sends to every piece, per feature, a length per sample and the ids that fall on the
     piece's rows: `batch * (LENGTH_BYTES + ids_per_sample * ID_BYTES * piece.rows / table.rows)`. A rank
-    with two pieces (of different columns) gets them twice.
+    with two pieces (of different columns) gets them twice. A weight goes with each id of a weighted table.
     """
     sent = np.zeros((ranks, ranks))
     for piece in plan.pieces:
         share = piece.rows / table.rows
         for ids in _ids(table):
-            sent[:, piece.rank] += batch * (LENGTH_BYTES + ids * ID_BYTES * share)
+            sent[:, piece.rank] += batch * (LENGTH_BYTES + ids * id_bytes(table) * share)
     return sent
 
 
@@ -159,6 +160,11 @@ def by_link(matrix: np.ndarray, hosts: int) -> tuple[float, float]:
     host = np.arange(len(matrix)) // local
     inside = host[:, None] == host[None, :]
     return float(matrix[inside].sum()), float(matrix[~inside].sum())
+
+
+def id_bytes(table: Table) -> int:
+    """Bytes of an id on the wire, its weight included where it has one."""
+    return ID_BYTES + WEIGHT_BYTES if table.weighted else ID_BYTES
 
 
 def _ids(table: Table) -> tuple[float, ...]:

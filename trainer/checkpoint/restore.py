@@ -40,6 +40,12 @@ def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
             f"configuration names {run.fingerprints or 'none'}; point knowledge.* at the stores it was "
             "trained with, or start anew"
         )
+    if description.get("features") != run.features_fingerprint:
+        raise InputError(
+            f"{checkpoint}: was trained with another encoder of features than {run.folder}/features.json "
+            f"(fingerprint {description.get('features')}, here {run.features_fingerprint}): ids and numbers "
+            "would mean something else; put the run's own features.json and ids back"
+        )
     try:
         load_state(checkpoint, run)
     except InputError as error:

@@ -39,10 +39,12 @@ from trainer.checkpoint.state import (
     routes,
     saved_tensors,
 )
+from trainer.features.encoder import FILE, FeatureEncoder
 from trainer.run.session import Run
 
 logger = logging.getLogger(__name__)
 
+PROJECTIONS_PREFIX = f"{MODEL_PREFIX}dense.features."
 TABLES_PREFIX = f"{MODEL_PREFIX}sparse."
 
 
@@ -130,7 +132,11 @@ def warm_start(run: Run, source: Path) -> Carried:
     follow(checkpoint, planned)
     if run.model.module.row_owners is not None:
         run.model.module.row_owners.rebuild()
-    carried.fresh += [name for name in dense if name not in chosen]
+    fresh = [name for name in dense if name not in chosen]
+    carried.fresh += fresh
+    for name in fresh:
+        if name.startswith(PROJECTIONS_PREFIX):  # a new feature has no say yet: all scores stay
+            live[name].detach().zero_()
     carried.left += sorted(saved.keys() - names_on_all_ranks(live))
     if run.runtime.is_main:
         for line in carried.lines():
@@ -157,8 +163,11 @@ def _plan_tables(
             continue
         (rows, width), (rows_before, width_before) = live[name].size(), saved[name].size
         if width != width_before:
+            option = "tables.dim"
+            if table.startswith("feature_"):
+                option = f"features.use.{table.removeprefix('feature_')}.dim"
             raise InputError(
-                f"train.start_from: table {table} of {checkpoint} is {width_before} wide, tables.dim is "
+                f"train.start_from: table {table} of {checkpoint} is {width_before} wide, {option} is "
                 f"{width}; set it to {width_before}"
             )
         found = _old_rows(run, checkpoint, description, table)
@@ -185,6 +194,8 @@ def _plan_tables(
 
 def _old_rows(run: Run, checkpoint: Path, description: dict[str, Any], table: str) -> Tensor:
     """int64 [rows]: the row in the checkpoint of every row of the run's table, -1 for new ids."""
+    if table.startswith("feature_"):
+        return _old_feature_rows(run, checkpoint, table)
     kind, now = description["config"]["tables"], run.config.tables
     if kind["ids"] != now.ids or kind["hash_rows"] != now.hash_rows:
         raise InputError(
@@ -208,6 +219,27 @@ def _old_rows(run: Run, checkpoint: Path, description: dict[str, Any], table: st
     ids: IdMap = {"user": run.encoder.users, "item": run.encoder.items}[table]
     if not isinstance(ids, Vocabulary):
         return torch.arange(ids.rows)  # the same hash gives the same rows
+    return _rows_by_id(checkpoint, table, ids)
+
+
+def _old_feature_rows(run: Run, checkpoint: Path, table: str) -> Tensor:
+    """The same for a feature's table, which may be one of buckets or of a hash."""
+    encoding = run.encoder.features.by_table[table]
+    folder = checkpoint.parent.parent
+    before = FeatureEncoder.load(folder).by_table.get(table)
+    if before is None or (before.kind, before.columns) != (encoding.kind, encoding.columns):
+        raise InputError(f"train.start_from: {folder / FILE} has another feature {encoding.name!r}")
+    if encoding.vocabulary is not None and before.vocabulary is not None:
+        return _rows_by_id(checkpoint, encoding.name, encoding.vocabulary)
+    if before.options != encoding.options:
+        raise InputError(
+            f"train.start_from: {checkpoint} has features.use.{encoding.name} with {before.options}, the "
+            f"configuration with {encoding.options}; they must be the same, or rows would go to other ids"
+        )
+    return torch.arange(encoding.rows)
+
+
+def _rows_by_id(checkpoint: Path, table: str, ids: Vocabulary) -> Tensor:
     path = checkpoint.parent.parent / "ids" / f"{table}.parquet"
     if not path.exists():
         raise InputError(

@@ -2,12 +2,13 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from llm_knowledge.errors import InputError
+from trainer.config.features import FeaturesConfig
 from trainer.config.model import ModelConfig
 from trainer.config.tables import HardwareConfig, ScheduleConfig, Section, TablesConfig
 
@@ -192,6 +193,7 @@ class RunConfig(Section):
     output: str = Field(description="Run directory to create.")
     data: DataConfig
     knowledge: KnowledgeConfig = KnowledgeConfig()
+    features: FeaturesConfig = FeaturesConfig()
     tables: TablesConfig = TablesConfig()
     hardware: HardwareConfig = HardwareConfig()
     model: ModelConfig = ModelConfig()
@@ -203,6 +205,11 @@ class RunConfig(Section):
             raise ValueError(
                 "hardware.sharding_group_size: groups would give the same row to different ids; set it to "
                 "null, or tables.ids to vocabulary or hash"
+            )
+        if self.features.use and self.tables.ids == "hash_zch":
+            raise ValueError(
+                "features.use: not supported yet with tables.ids hash_zch; use zero_collision, which runs "
+                "everywhere, or remove the features"
             )
         return self
 
@@ -347,6 +354,9 @@ def _fields_at(location: tuple[Any, ...], model: type[Section]) -> list[str]:
     """Names of the fields of the section that holds `location`."""
     section: Any = model
     for part in location[:-1]:
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+            continue
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         section = field.annotation if field else None
     return list(section.model_fields) if hasattr(section, "model_fields") else []

@@ -82,6 +82,11 @@ def find_problem(
         for batch in parquet.iter_batches(columns=[column]):
             values = batch.column(0)
             bad, what = pc.is_null(values), "null"
+            if column.startswith(("feature_", "weights_")):  # of which a row may have none
+                bad, what = (
+                    _unusable(values),
+                    "NaN, infinite, or a list with a null or such a number",
+                )
             allowed: Sequence[Any] | None = (0, 1) if column.startswith("label") else None
             if column == "scenario_id":
                 allowed = scenario_ids
@@ -97,3 +102,21 @@ def find_problem(
                 )
             start += len(values)
     return None
+
+
+def _unusable(values: pa.Array) -> pa.Array:
+    """Rows of a feature that no encoder takes: numbers that are not finite, nulls inside lists."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def wrong(numbers: pa.Array) -> pa.Array:
+        if pa.types.is_floating(numbers.type):
+            return pc.fill_null(pc.invert(pc.is_finite(numbers)), False)
+        return pa.array([False] * len(numbers))
+
+    if not pa.types.is_list(values.type):
+        return wrong(values)
+    elements = values.flatten()
+    bad = pc.or_(pc.is_null(elements), wrong(elements))
+    rows = pc.filter(pc.list_parent_indices(values), bad)
+    return pc.is_in(pa.array(range(len(values)), rows.type), value_set=rows.unique())

@@ -8,7 +8,7 @@ DATA/dataset.json
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -99,10 +99,29 @@ class Parent(StrictModel):
     train_rows: int
 
 
+class FeatureInfo(StrictModel):
+    """A feature of the events: their column feature_NAME holds its raw values, null where there is none.
+
+    Attributes:
+        kind: One id, a list of ids, or a number.
+        type: Of the ids; double for numbers.
+        source: Where the values were read: the log, or the catalogue joined by item.
+        column: Their column there.
+        weights: Column of the ids' weights, which are weights_NAME of the events; None: unweighted.
+    """
+
+    kind: Literal["id", "ids", "number"]
+    type: Literal["int64", "string", "double"]
+    source: str
+    column: str
+    weights: str | None = None
+
+
 class DatasetInfo(StrictModel):
     """Content of dataset.json.
 
     Each name in `extra_labels` is a column label_NAME of the events: a further label beside `label`.
+    Each name in `features` is a column feature_NAME.
     `timestamps` says what a timestamp is: seconds since 1970, UTC, or, of a log without a clock, a place in
     the user's own order, which cannot be compared between users. `footers` holds the checksum of each
     Parquet file's footer; pages have checksums of their own, which are looked at when they are read.
@@ -118,6 +137,7 @@ class DatasetInfo(StrictModel):
     history_length: int = HISTORY_LENGTH
     extra_labels: list[str] = Field(default_factory=list)
     timestamps: Literal["seconds", "order"] = "seconds"
+    features: dict[str, FeatureInfo] = Field(default_factory=dict)
     split: SplitInfo
     rows: dict[SplitName, int] = Field(default_factory=dict)
     introduction_rows: int = 0
@@ -181,7 +201,11 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
 
     info = open_dataset(path)
     wanted = event_schema(
-        info.user_id_type, info.item_id_type, info.scenario_id_type, labels=info.extra_labels
+        info.user_id_type,
+        info.item_id_type,
+        info.scenario_id_type,
+        labels=info.extra_labels,
+        features=info.features,
     )
     scenarios = [scenario.scenario_id for scenario in info.scenarios]
     introduction = (INTRODUCTION,) if info.split.held_out else ()
@@ -251,8 +275,26 @@ def arrow_id(kind: str) -> pa.DataType:
     return pa.int64() if kind == "int64" else pa.string()
 
 
+def feature_fields(features: Mapping[str, FeatureInfo]) -> list[tuple[str, pa.DataType]]:
+    """Columns that features have in the events: feature_NAME, and weights_NAME of weighted lists."""
+    import pyarrow as pa
+
+    fields = []
+    for name, feature in features.items():
+        kind = pa.float64() if feature.type == "double" else arrow_id(feature.type)
+        fields.append((f"feature_{name}", pa.list_(kind) if feature.kind == "ids" else kind))
+        if feature.weights is not None:
+            fields.append((f"weights_{name}", pa.list_(pa.float32())))
+    return fields
+
+
 def event_schema(
-    user: str, item: str, scenario: str, truth: Iterable[str] = (), labels: Iterable[str] = ()
+    user: str,
+    item: str,
+    scenario: str,
+    truth: Iterable[str] = (),
+    labels: Iterable[str] = (),
+    features: Mapping[str, FeatureInfo] | None = None,
 ) -> pa.Schema:
     """Arrow schema of a split, from the three id types; further labels int8, `truth` columns float32."""
     import pyarrow as pa
@@ -266,6 +308,7 @@ def event_schema(
         ("history", pa.list_(arrow_id(item))),
     ]
     further = [(f"label_{name}", pa.int8()) for name in labels]
+    further += feature_fields(features or {})
     return pa.schema(fields + further + [(name, pa.float32()) for name in truth])
 
 

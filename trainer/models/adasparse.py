@@ -51,15 +51,15 @@ class AdaSparse(nn.Module):
         num_tasks: int,
     ) -> None:
         super().__init__()
-        dim, widths = block_width(in_features), [in_features, *hidden]
+        self.dim, widths = block_width(in_features), [in_features, *hidden]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
-        self.pruners = nn.ModuleList(Pruner(dim, width) for width in widths)
+        self.pruners = nn.ModuleList(Pruner(self.dim, width) for width in widths)
         self.dropout = Dropout(dropout)
         self.out = nn.Linear(hidden[-1], num_tasks)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps the bottom input [B, in] to logits [B, tasks]; scenarios int64 [B] are not read."""
-        embedding = block(x, SCENARIO)
+        embedding = block(x, SCENARIO, self.dim)
         h = x * self.pruners[0](embedding, x)
         for layer, pruner in zip(self.layers, self.pruners[1:], strict=True):
             h = layer(h).relu()

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from trainer.models.layers import BLOCKS, HISTORY, MLP, block_width
+from trainer.models.layers import HISTORY, MLP, block_width
 
 
 def pairwise_interactions(fields: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ class DeepFM(nn.Module):
         num_tasks: int,
     ) -> None:
         super().__init__()
-        block_width(in_features)  # refuses what is not six blocks
+        self.dim = block_width(in_features)
         self.first_order = nn.Linear(in_features, num_tasks)
         self.deep = MLP(in_features, hidden, dropout)
         self.out = nn.Linear(hidden[-1], num_tasks, bias=False)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps the bottom input [B, in] to logits [B, tasks]; scenarios int64 [B] are not read."""
-        fields = x.unflatten(1, (BLOCKS, -1))[:, : HISTORY + 1]
+        fields = x[:, : (HISTORY + 1) * self.dim].unflatten(1, (HISTORY + 1, -1))
         return self.first_order(x) + pairwise_interactions(fields) + self.out(self.deep(x))

@@ -11,11 +11,12 @@ class EmbeddingGate(nn.Module):
 
     def __init__(self, in_features: int) -> None:
         super().__init__()
-        self.gate = GateUnit(block_width(in_features) + in_features, in_features)
+        self.dim = block_width(in_features)
+        self.gate = GateUnit(self.dim + in_features, in_features)
 
     def factors(self, x: Tensor) -> Tensor:
         """Factors [B, in]; of x only the scenario's block gets a gradient through them."""
-        return self.gate(torch.cat([block(x, SCENARIO), x.detach()], dim=1))
+        return self.gate(torch.cat([block(x, SCENARIO, self.dim), x.detach()], dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Weighs each number of the bottom input [B, in]."""

@@ -59,7 +59,8 @@ class HiNet(nn.Module):
         self.scenarios, self.tasks = num_scenarios, num_tasks
         self.shared = SubExperts(1, in_features, first, dropout)
         self.of_scenarios = SubExperts(num_scenarios, in_features, first, dropout)
-        self.attention = nn.Linear(block_width(in_features), num_scenarios)
+        self.dim = block_width(in_features)
+        self.attention = nn.Linear(self.dim, num_scenarios)
         self.of_tasks = Experts((num_tasks + 1) * TASK_EXPERTS, 3 * first, widths, dropout)
         self.gate = nn.Linear(3 * first, num_tasks * 2 * TASK_EXPERTS)
         self.towers = Towers(num_scenarios, num_tasks, widths[-1], dropout)
@@ -68,7 +69,7 @@ class HiNet(nn.Module):
         """Weights [B, scenarios] of the others; 0 for the sample's own, 1 in sum (0 if alone)."""
         own = F.one_hot(scenario, self.scenarios).bool()
         # A finite mask and a second one: with a single scenario there is nothing to attend to.
-        scores = self.attention(block(x, SCENARIO)).masked_fill(own, -1e9)
+        scores = self.attention(block(x, SCENARIO, self.dim)).masked_fill(own, -1e9)
         return scores.softmax(dim=1).masked_fill(own, 0.0)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:

@@ -67,12 +67,29 @@ class GroupedLinear(nn.Module):
         return grouped_linear(x, self.weight, self.bias, group)
 
 
+class BottomWidth(int):
+    """Width of a bottom input that goes on behind its six blocks: an integer that knows where they end.
+
+    Backbones are told one number. Those that read single blocks ask `block_width` for theirs.
+    """
+
+    dim: int
+
+    def __new__(cls, dim: int, further: int = 0) -> "BottomWidth":
+        """Six blocks of width `dim`, and `further` columns behind them."""
+        width = super().__new__(cls, BLOCKS * dim + further)
+        width.dim = dim
+        return width
+
+
 def block_width(in_features: int) -> int:
-    """Width of one block of the bottom input.
+    """Width of one of the six blocks of the bottom input.
 
     Raises:
-        ValueError: If the input is not made of six equal blocks.
+        ValueError: If the input is a plain number that six equal blocks do not add up to.
     """
+    if isinstance(in_features, BottomWidth):
+        return in_features.dim
     if in_features % BLOCKS:
         raise ValueError(
             f"in_features = {in_features} is not divisible by {BLOCKS}; this backbone reads the bottom input "
@@ -81,9 +98,9 @@ def block_width(in_features: int) -> int:
     return in_features // BLOCKS
 
 
-def block(x: Tensor, which: int) -> Tensor:
-    """One block [B, in / 6] of the bottom input [B, in]; user-level meta layers before it mix the blocks."""
-    return x.chunk(BLOCKS, dim=1)[which]
+def block(x: Tensor, which: int, width: int) -> Tensor:
+    """One block [B, width] of the bottom input [B, in]; user-level meta layers before it mix the blocks."""
+    return x[:, which * width : (which + 1) * width]
 
 
 def mix(experts: Tensor, scores: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from embeddings.tables import FrozenTables, HashZch, SparseFeatures, Table
 from embeddings.zero_collision.remap import ZeroCollisionTables
 from trainer.config.model import MetaConfig, ModelConfig
 from trainer.data.loading.batch import Batch
+from trainer.features.block import BLOCK, FeatureBlocks, FeatureShape, block_width
 from trainer.models import BACKBONES
+from trainer.models.layers import BottomWidth
 from trainer.models.meta import (
     Generator,
     KnowledgeAdapter,
@@ -31,7 +33,7 @@ class Shapes:
     Attributes:
         user_rows: Rows of the user table.
         item_rows: Rows of the item table.
-        history_length: Longest history of a sample.
+        history_length: Longest history of a sample; 0: the model reads none.
         scenarios: Number of scenarios.
         user_vectors: (rows, dim) of the user store, or None.
         item_vectors: (rows, dim) of the item store, or None.
@@ -39,6 +41,8 @@ class Shapes:
             several dates one after the other.
         scenario_stores: Which of the stores by date a row of it is of, int64 [rows], or None.
         label_weights: Weight in the loss of each further label; the first label's is 1.
+        features: What is read besides.
+        features_width: Width of the block that features enter.
     """
 
     user_rows: int
@@ -50,6 +54,8 @@ class Shapes:
     scenario_vectors: Tensor | None = None
     scenario_stores: Tensor | None = None
     label_weights: tuple[float, ...] = ()
+    features: tuple[FeatureShape, ...] = ()
+    features_width: int = 0
 
     @property
     def tasks(self) -> int:
@@ -227,11 +233,14 @@ class DenseModel(nn.Module):
         self.label_weights = shapes.label_weights
         self.scenario_embedding = nn.Embedding(shapes.scenarios, dim)
         nn.init.normal_(self.scenario_embedding.weight, std=0.1)
-        width = 6 * dim
+        width = BottomWidth(dim, block_width(shapes.features, shapes.features_width))
         self.backbone = BACKBONES[config.backbone](
             width, shapes.scenarios, config.hidden, config.dropout, shapes.tasks
         )
         self.meta = MetaNetworks(config.meta, shapes, width, dim) if config.meta.enabled else None
+        self.features = (
+            FeatureBlocks(shapes.features, dim, shapes.features_width) if shapes.features else None
+        )
 
     def forward(
         self,
@@ -239,6 +248,7 @@ class DenseModel(nn.Module):
         sequences: dict[str, JaggedTensor],
         vectors: KeyedTensor | None,
         batch: Batch,
+        weighted: KeyedTensor | None = None,
     ) -> tuple[Tensor, Predictions]:
         """Returns the loss (a sum over samples divided by the batch size) and the predictions."""
         meta = self.meta
@@ -250,8 +260,10 @@ class DenseModel(nn.Module):
             hidden = torch.rand(len(user), device=user.device) < self.user_dropout
             user = user.masked_fill(hidden[:, None], 0.0)
         item = sequences["item"].to_padded_dense(1).squeeze(1)
-        history = sequences["history"].to_padded_dense(self.history_length).sum(1)
-        history = history / batch.ids["history"].lengths().clamp(min=1)[:, None]
+        history = torch.zeros_like(item)
+        if self.history_length:
+            history = sequences["history"].to_padded_dense(self.history_length).sum(1)
+            history = history / batch.ids["history"].lengths().clamp(min=1)[:, None]
         scenario = self.scenario_embedding(batch.scenario)
         read = meta.read(knowledge) if meta is not None else {}
         users, items = (read.get(level, {}) for level in ("user", "item"))
@@ -259,7 +271,14 @@ class DenseModel(nn.Module):
             item = item + items.get("input", 0.0)
             user = user + users.get("input", 0.0)
             scenario = scenario + meta.scenario_as_input(batch.scenario_knowledge)
-        x = torch.cat([user, item, scenario, history, user * item, history * item], dim=1)
+        added: dict[str, Tensor] = {}
+        if self.features is not None:
+            added = self.features(pooled, weighted, batch.ids, batch.numbers)
+            user = user + added.get("user", 0.0)
+            item = item + added.get("item", 0.0)
+            scenario = scenario + added.get("scenario", 0.0)
+        blocks = [user, item, scenario, history, user * item, history * item]
+        x = torch.cat([*blocks, added[BLOCK]] if BLOCK in added else blocks, dim=1)
         h, extra = x, x.new_zeros(())
         codes: dict[str, tuple[Tensor, Tensor | None]] = {}
         if meta is not None:
@@ -321,7 +340,8 @@ class LLM4MSR(nn.Module):
                 dim,
                 ("item", "history"),
                 sequence=True,
-                ids_per_sample=(1, shapes.history_length),
+                # The planner wants more than no ids of a feature that is never fed any.
+                ids_per_sample=(1, shapes.history_length or 1e-3),
             ),
         ]
         frozen = [
@@ -329,10 +349,16 @@ class LLM4MSR(nn.Module):
             for level, shape in (("user", shapes.user_vectors), ("item", shapes.item_vectors))
             if shape
         ]
-        self.tables = [*ids, *frozen]
+        of_features = [feature.table() for feature in shapes.features if feature.rows]
+        weighted = [table for table in of_features if table.weighted]
+        self.tables = [*ids, *of_features, *frozen]
         self.row_owners = row_owners
         self.sparse = SparseFeatures(
-            pooled=ids[:1], sequences=ids[1:], init_std=init_std, hash_zch=hash_zch
+            pooled=[ids[0], *(table for table in of_features if not table.weighted)],
+            sequences=ids[1:],
+            weighted=weighted,
+            init_std=init_std,
+            hash_zch=hash_zch,
         )
         self.knowledge = FrozenTables(frozen) if frozen else None
         self.dense = DenseModel(config, shapes, dim)
@@ -342,5 +368,7 @@ class LLM4MSR(nn.Module):
         if self.row_owners is not None:
             self.row_owners(batch.fresh)
         pooled, sequences = self.sparse(batch.ids)
+        # A collection of its own: to the others weights mean nothing, sharded or not.
+        weighted = self.sparse.look_up_weighted(batch.weighted)
         vectors = self.knowledge(batch.knowledge) if self.knowledge is not None else None
-        return self.dense(pooled, sequences, vectors, batch)
+        return self.dense(pooled, sequences, vectors, batch, weighted)

@@ -71,7 +71,8 @@ class M2M(nn.Module):
         width = hidden[-1]
         self.experts = Experts(EXPERTS, in_features, hidden, dropout)
         self.tasks = nn.Parameter(torch.randn(num_tasks, width))
-        self.scenario = MLP(block_width(in_features), [SCENARIO_WIDTH], dropout=0.0)
+        self.dim = block_width(in_features)
+        self.scenario = MLP(self.dim, [SCENARIO_WIDTH], dropout=0.0)
         self.attention = MetaUnit(2 * width)
         self.score = nn.Linear(2 * width, 1, bias=False)
         self.tower = MetaUnit(width)
@@ -79,7 +80,7 @@ class M2M(nn.Module):
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps the bottom input [B, in] to logits [B, tasks]; scenarios int64 [B] are not read."""
-        s, experts = self.scenario(block(x, SCENARIO)), self.experts(x)
+        s, experts = self.scenario(block(x, SCENARIO, self.dim)), self.experts(x)
         rows, tasks = len(x), len(self.tasks)
         shape = (rows, tasks, EXPERTS, -1)
         pairs = torch.cat(

@@ -34,9 +34,9 @@ class PEPNet(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding_gate = EmbeddingGate(in_features)
-        prior = 2 * block_width(in_features)
-        self.towers = GatedTowers(prior, in_features, hidden, dropout, num_tasks)
+        self.dim = block_width(in_features)
+        self.towers = GatedTowers(2 * self.dim, in_features, hidden, dropout, num_tasks)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps the bottom input [B, in] to logits [B, tasks]; scenarios int64 [B] are not read."""
-        return self.towers(personal_prior(x), self.embedding_gate(x))
+        return self.towers(personal_prior(x, self.dim), self.embedding_gate(x))

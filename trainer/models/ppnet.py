@@ -49,9 +49,9 @@ class GatedTowers(nn.Module):
         return self.out(h).squeeze(-1)
 
 
-def personal_prior(x: Tensor) -> Tensor:
+def personal_prior(x: Tensor, dim: int) -> Tensor:
     """What tells users and items apart: their embeddings [B, 2 * dim] in the bottom input [B, in]."""
-    return torch.cat([block(x, USER), block(x, ITEM)], dim=1)
+    return torch.cat([block(x, USER, dim), block(x, ITEM, dim)], dim=1)
 
 
 class PPNet(nn.Module):
@@ -76,9 +76,9 @@ class PPNet(nn.Module):
         num_tasks: int,
     ) -> None:
         super().__init__()
-        prior = 2 * block_width(in_features)
-        self.towers = GatedTowers(prior, in_features, hidden, dropout, num_tasks)
+        self.dim = block_width(in_features)
+        self.towers = GatedTowers(2 * self.dim, in_features, hidden, dropout, num_tasks)
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Maps the bottom input [B, in] to logits [B, tasks]; scenarios int64 [B] are not read."""
-        return self.towers(personal_prior(x), x)
+        return self.towers(personal_prior(x, self.dim), x)

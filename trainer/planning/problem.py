@@ -184,8 +184,12 @@ def problem_of_config(
         InputError: If configuration, data or stores are not as they should be.
     """
     from trainer.data.dataset import validate_dataset
+    from trainer.features.block import feature_shapes
+    from trainer.features.fit import fit_encoder
+    from trainer.features.resolve import resolve_features
     from trainer.models.llm4msr import LLM4MSR
     from trainer.run.build import make_shapes
+    from trainer.run.features import training_files
     from trainer.run.id_tables import given_rows
     from trainer.run.inputs import open_stores, placements
 
@@ -197,7 +201,10 @@ def problem_of_config(
         rows = dict.fromkeys(rows, config.tables.hash_rows)
     if config.tables.ids in ("zero_collision", "hash_zch"):
         rows = given_rows(config)
-    shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
+    features = resolve_features(config.features, dataset)
+    # Its vocabularies are as large as they will be; nothing is written.
+    encoder = fit_encoder(features, training_files(config))
+    shapes = make_shapes(config, dataset, stores, rows, feature_shapes(features, encoder))
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     hardware = absent_cluster(_with_memory(config.hardware, hbm_gib), cluster)
     samples = batch or config.train.global_batch_size // hardware.ranks

@@ -139,6 +139,8 @@ class SerialStep:
         """Lookups; every result is cut off from what made it, so that gradients can wait as well."""
         model = self._model
         inputs = [(model.sparse.pooled, batch.ids), (model.sparse.sequences, batch.ids)]
+        if model.sparse.weighted is not None:
+            inputs.append((model.sparse.weighted, batch.weighted))
         self._trained = len(inputs)
         if model.knowledge is not None:
             inputs.append((model.knowledge.collection, batch.knowledge))
@@ -180,7 +182,10 @@ class SerialStep:
 
         parts = list(dense.meta.children()) if dense.meta is not None else []
         hooks = [part.register_forward_pre_hook(catch, with_kwargs=True) for part in parts]
-        loss, _ = self._timed("dense forward", lambda: dense(*self._used[:2], known, batch))
+        weighted = self._used[2] if self._trained > 2 else None
+        loss, _ = self._timed(
+            "dense forward", lambda: dense(*self._used[:2], known, batch, weighted)
+        )
         for hook in hooks:
             hook.remove()
         optimizer.zero_grad(set_to_none=True)

@@ -22,10 +22,13 @@ from trainer.config.run import RunConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
 from trainer.distributed.process_group import Runtime, on_all_ranks
+from trainer.features.block import FeatureShape, feature_shapes
+from trainer.features.encoder import FeatureEncoder
 from trainer.models.llm4msr import LLM4MSR, Shapes
 from trainer.models.meta import standardise
+from trainer.run.features import run_encoder
 from trainer.run.hardware import this_cluster
-from trainer.run.id_tables import hash_zch, id_maps, zero_collision_tables
+from trainer.run.id_tables import IdUse, hash_zch, id_maps, zero_collision_tables
 from trainer.run.inputs import Inputs, placements, table_optimizer
 from trainer.run.session import Run
 
@@ -34,10 +37,12 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     """Builds and shards the model, loads this rank's knowledge rows."""
     train, dataset, stores = config.train, inputs.dataset, inputs.stores
     ids = id_maps(config, folder, runtime)
-    encoder = _row_encoder(dataset, stores, ids, tuple(f"label_{n}" for n in config.data.labels))
+    features = run_encoder(config, folder, runtime, inputs.features)
+    labels = tuple(f"label_{name}" for name in config.data.labels)
+    encoder = _row_encoder(config, dataset, stores, ids, labels, features)
 
     rows = {level: one.rows for level, one in ids.items()}
-    shapes = make_shapes(dataset, stores, rows, tuple(config.data.labels.values()))
+    shapes = make_shapes(config, dataset, stores, rows, feature_shapes(inputs.features, features))
     torch.manual_seed(train.seed)
     owners = zero_collision_tables(config, ids)
     model = LLM4MSR(
@@ -101,6 +106,9 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         plan="\n".join(lines) + "\n",
         model=sharded,
         optimizer=optimizer,
+        id_use=IdUse(
+            one.table_name for one in features.encodings if not one.is_number and not one.weights
+        ),
         pipeline=TrainPipelineSparseDist(
             sharded, optimizer, runtime.device, execute_all_batches=True
         ),
@@ -108,17 +116,18 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
 
 
 def make_shapes(
+    config: RunConfig,
     dataset: DatasetInfo,
     stores: dict[str, DatedStores],
     rows: dict[str, int],
-    label_weights: tuple[float, ...],
+    features: tuple[FeatureShape, ...],
 ) -> Shapes:
     """What data, stores and rows of the id tables ("user", "item") say about the model's size."""
     scenario_store = stores.get("scenario")
     return Shapes(
         user_rows=rows["user"],
         item_rows=rows["item"],
-        history_length=dataset.history_length,
+        history_length=dataset.history_length if config.features.history else 0,
         scenarios=len(dataset.scenarios),
         user_vectors=_shape(stores.get("user")),
         item_vectors=_shape(stores.get("item")),
@@ -128,7 +137,9 @@ def make_shapes(
         scenario_stores=torch.from_numpy(scenario_store.store_of_rows())
         if scenario_store
         else None,
-        label_weights=label_weights,
+        label_weights=tuple(config.data.labels.values()),
+        features=features,
+        features_width=config.features.width,
     )
 
 
@@ -141,10 +152,12 @@ def _shape(store: DatedStores | None) -> tuple[int, int] | None:
 
 
 def _row_encoder(
+    config: RunConfig,
     dataset: DatasetInfo,
     stores: dict[str, DatedStores],
     ids: dict[str, IdMap],
     extra_labels: tuple[str, ...],
+    features: FeatureEncoder,
 ) -> RowEncoder:
     scenario_ids = np.array([scenario.scenario_id for scenario in dataset.scenarios])
     order = np.argsort(scenario_ids)
@@ -153,9 +166,10 @@ def _row_encoder(
         items=ids["item"],
         scenarios=SortedKeys(pa.array(scenario_ids[order].tolist())),
         scenario_order=order.astype(np.int64),
-        history_length=dataset.history_length,
+        history_length=dataset.history_length if config.features.history else 0,
         joins={level: KnowledgeJoin(*dated.stores) for level, dated in stores.items()},
         extra_labels=extra_labels,
+        features=features,
     )
 
 

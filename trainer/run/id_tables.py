@@ -1,5 +1,6 @@
 """Ids of a run: how the configured tables map them to rows, and what became of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -136,16 +137,21 @@ def collision_rates(config: RunConfig) -> dict[str, float]:
 
 
 class IdUse:
-    """Counts, on the host, how many ids of the batches have no row of their own."""
+    """Counts, on the host, how many ids of the batches have no row of their own.
 
-    def __init__(self) -> None:
-        self._counts = {table: [0, 0] for table in FEATURES}
+    Args:
+        feature_tables: Tables of features, each read by the ids of its name.
+    """
+
+    def __init__(self, feature_tables: Iterable[str] = ()) -> None:
+        self._read = FEATURES | {table: (table,) for table in feature_tables}
+        self._counts = {table: [0, 0] for table in self._read}
 
     def count(self, ids: KeyedJaggedTensor) -> None:
         """Adds a batch's ids."""
         # As NumPy: PyTorch sums booleans more slowly on a CPU.
         values, offsets, keys = ids.values().numpy(), ids.offset_per_key(), ids.keys()
-        for table, features in FEATURES.items():
+        for table, features in self._read.items():
             for at in map(keys.index, features):
                 part = values[offsets[at] : offsets[at + 1]]
                 self._counts[table][0] += len(part)
@@ -155,10 +161,10 @@ class IdUse:
         """Unknown rates since the last report; collective."""
         totals = torch.tensor(list(self._counts.values()))
         dist.all_reduce(totals)
-        self._counts = {table: [0, 0] for table in FEATURES}
+        self._counts = {table: [0, 0] for table in self._read}
         return {
             f"{table}_unknown_rate": unknown / max(seen, 1)
-            for table, (seen, unknown) in zip(FEATURES, totals.tolist(), strict=True)
+            for table, (seen, unknown) in zip(self._read, totals.tolist(), strict=True)
         }
 
 

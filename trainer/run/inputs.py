@@ -12,6 +12,7 @@ from trainer.config.run import RunConfig
 from trainer.data.dataset import DatasetInfo, validate_dataset
 from trainer.data.loading.loader import check_shares
 from trainer.distributed.process_group import Runtime
+from trainer.features.resolve import Feature, resolve_features
 from trainer.ops.meta_linear import missing_for_fused
 from trainer.run.id_tables import check_device
 
@@ -22,6 +23,7 @@ class Inputs:
 
     dataset: DatasetInfo
     stores: dict[str, DatedStores]
+    features: list[Feature]
 
 
 def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
@@ -62,7 +64,8 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
                 f"data.labels: {config.data.path} has no further label {name!r} (there: {there}); name it "
                 "under labels in the schema and prepare the data again, or remove it"
             )
-    return Inputs(dataset, open_stores(config, dataset))
+    features = resolve_features(config.features, dataset)
+    return Inputs(dataset, open_stores(config, dataset), features)
 
 
 def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, DatedStores]:

@@ -53,6 +53,12 @@ class Run:
     pipeline: TrainPipelineSparseDist
     id_use: IdUse = field(default_factory=IdUse)
 
+    @property
+    def features_fingerprint(self) -> str | None:
+        """Of the encoder of features; None without features."""
+        encoder = self.encoder.features
+        return encoder.fingerprint if encoder.encodings else None
+
     def stream(
         self, splits: Sequence[str], shuffle: bool, since: Continuation | None = None
     ) -> EventStream:

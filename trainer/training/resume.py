@@ -12,6 +12,7 @@ from trainer.checkpoint.directory import checkpoints, read_state
 from trainer.config.run import RunConfig, differences, load_config, save_config
 from trainer.data.dataset import DatasetInfo, open_dataset, split_files
 from trainer.data.fingerprint import fingerprint, new_training_rows
+from trainer.features.encoder import FILE as ENCODER
 from trainer.run.session import Continuation
 
 
@@ -84,8 +85,11 @@ def check_data(config: RunConfig, folder: Path) -> None:
 
 
 def copy_vocabularies(config: RunConfig, folder: Path) -> None:
-    """Gives a run that goes on from another one its vocabularies: rows keep their meaning."""
+    """Gives a run that goes on from another one its ids and encoder: rows keep their meaning."""
     if config.train.continue_from is not None:
+        encoder = Path(config.train.continue_from) / ENCODER
+        if encoder.is_file():
+            shutil.copyfile(encoder, folder / ENCODER)
         source = Path(config.train.continue_from) / "ids"
         if source.is_dir() and not (folder / "ids").exists():
             partial = folder / ".ids.partial"

@@ -10,6 +10,13 @@ from torchrec.streamable import Pipelineable
 from embeddings.zero_collision.row_reset import ReassignedRows
 
 
+def no_ids() -> KeyedJaggedTensor:
+    """Ids of no feature."""
+    return KeyedJaggedTensor(
+        [], torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64)
+    )
+
+
 @dataclass
 class Batch(Pipelineable):
     """B samples; the last batch of a split is padded with rows of weight 0 that own no ids.
@@ -23,6 +30,8 @@ class Batch(Pipelineable):
         label: 0 or 1, float32 [B].
         weight: 1 for a sample, 0 for padding, float32 [B].
         extra_labels: Further labels, 0 or 1, float32 [B, E].
+        numbers: Number features, each with 1 behind it where it is missing, float32 [B, 2 N].
+        weighted: Table rows of the features whose ids have weights.
         fresh: Rows that were given to new ids for this batch, to be cleaned before its lookup.
     """
 
@@ -33,6 +42,8 @@ class Batch(Pipelineable):
     label: Tensor
     weight: Tensor
     extra_labels: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    numbers: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    weighted: KeyedJaggedTensor = field(default_factory=no_ids)
     fresh: ReassignedRows = field(default_factory=ReassignedRows)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":

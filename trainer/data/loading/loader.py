@@ -19,8 +19,9 @@ import torch
 from llm_knowledge.errors import InputError
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.prefetch import BatchFeed, in_background
-from trainer.data.loading.row_encoder import RowEncoder, Rows, collate
+from trainer.data.loading.row_encoder import RowEncoder, Rows
 from trainer.data.loading.row_groups import RowGroups
+from trainer.features.ragged import Ragged
 
 KEPT_BYTES = 64 * 2**20  # of encoded rows: splits that are smaller are read and encoded once
 
@@ -106,9 +107,12 @@ class EventStream:
         self.steps = -(-largest // self._piece)
         self._nothing = self._encode_nothing()
         row_bytes = sum(
-            values.itemsize * math.prod(values.shape[1:]) for values in self._nothing.values()
+            values.itemsize * math.prod(values.shape[1:])
+            for values in self._nothing.values()
+            if isinstance(values, np.ndarray)
         )
         self._keeps = self.total_rows * row_bytes <= KEPT_BYTES
+        self._ragged_bytes = 0  # of the rows that are kept; known only once they are encoded
 
     def tables(self, columns: list[str]) -> Iterator[tuple[pa.Table, Path]]:
         """Reads this rank's rows piece by piece, in the order of the files."""
@@ -152,11 +156,11 @@ class EventStream:
                 ]
             for found in zip(*dealt, strict=True):
                 pieces = [found[n % len(found)][n // len(found)] for n in range(len(streams))]
-                batch = collate(_concatenate(pieces), self.batch_size)
+                batch = self._encoder.collate(_concatenate(pieces), self.batch_size)
                 yield batch if self._pin is None else batch.pin_memory()
 
     def _empty(self) -> Batch:
-        return collate(self._nothing, self.batch_size)
+        return self._encoder.collate(self._nothing, self.batch_size)
 
     def _pieces(self, stream: StreamRange, start: int, stop: int) -> Iterator[Rows]:
         """Yields one stream's rows of each step; none where the stream has ended before the others."""
@@ -221,6 +225,10 @@ class EventStream:
             if not self._keeps:
                 return self._encoder.encode(table.slice(low, high - low), file)
             whole = self._kept[group] = self._encoder.encode(table, file)
+            ragged = [values for values in whole.values() if isinstance(values, Ragged)]
+            self._ragged_bytes += sum(values.nbytes for values in ragged)
+            if self._ragged_bytes > KEPT_BYTES:
+                self._keeps, self._kept = False, {}
         return {name: values[low:high] for name, values in whole.items()}
 
     def _encode_nothing(self) -> Rows:
@@ -252,4 +260,11 @@ def check_shares(global_batch_size: int, streams: int, world_size: int) -> None:
 def _concatenate(pieces: list[Rows]) -> Rows:
     if len(pieces) == 1:
         return pieces[0]
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    return {name: _join([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _join(pieces: list[np.ndarray | Ragged]) -> np.ndarray | Ragged:
+    ragged = [piece for piece in pieces if isinstance(piece, Ragged)]
+    if ragged:
+        return Ragged.concatenate(ragged)
+    return np.concatenate([piece for piece in pieces if isinstance(piece, np.ndarray)])

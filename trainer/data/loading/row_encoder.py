@@ -1,6 +1,6 @@
 """Rows of the log as the model needs them: ids to table rows, keys to store rows, rows to a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +12,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.ids import IdMap, SortedKeys
 from llm_knowledge.errors import InputError
 from trainer.data.checks import find_problem
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import Batch, no_ids
+from trainer.features.encoder import IDS, NUMBERS, FeatureEncoder
+from trainer.features.encoding import MISSING
+from trainer.features.ragged import Ragged
 
 COLUMNS = ["user_id", "item_id", "scenario_id", "timestamp", "label", "history"]
-Rows = dict[str, np.ndarray]  # column name to an array whose first dimension is the row
+Rows = dict[str, np.ndarray | Ragged]  # column name to an array whose first dimension is the row
 
 
 class Joinable(Protocol):
@@ -74,11 +77,12 @@ class RowEncoder:
     history_length: int
     joins: dict[str, KnowledgeJoin]  # level to join; absent levels are never eligible
     extra_labels: tuple[str, ...] = ()  # columns label_NAME
+    features: FeatureEncoder = field(default_factory=lambda: FeatureEncoder([]))
 
     @property
     def columns(self) -> list[str]:
         """What `encode` reads."""
-        return [*COLUMNS, *self.extra_labels]
+        return list(dict.fromkeys([*COLUMNS, *self.extra_labels, *self.features.columns]))
 
     def encode(self, table: pa.Table, source: Path) -> Rows:
         """Encodes `columns` of one piece of a file.
@@ -87,7 +91,7 @@ class RowEncoder:
             InputError: If a value is null, a label is not 0 or 1, or a scenario of the log is not one
                 of the dataset's.
         """
-        for column in self.columns:
+        for column in (*COLUMNS, *self.extra_labels):
             if table[column].null_count:
                 raise self._problem(source, column, "has a null")
         timestamps = table["timestamp"].to_numpy()
@@ -123,7 +127,12 @@ class RowEncoder:
             "history": _last_columns(flat, lengths, self.history_length),
             "history_length": np.minimum(lengths, self.history_length),
             **{f"{level}_knowledge": rows for level, rows in joined.items()},
+            **self.features.encode(table, source),
         }
+
+    def collate(self, rows: Rows, batch_size: int) -> Batch:
+        """A batch of rows that were encoded here, see `collate`."""
+        return collate(rows, batch_size, self.features)
 
     def _problem(self, source: Path, column: str, text: str) -> InputError:
         """Names the first bad row of the file, or says `text` where the file has none any more."""
@@ -142,11 +151,15 @@ def _last_columns(flat: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarr
     return np.where(inside, flat[np.minimum(at, len(flat) - 1)], 0)
 
 
-def collate(rows: Rows, batch_size: int) -> Batch:
+def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
     """Builds a batch of exactly `batch_size` samples, padding with samples of weight 0 and no ids."""
+    rows = {name: values for name, values in encoded.items() if isinstance(values, np.ndarray)}
     count = len(rows["label"])
     present = np.zeros(batch_size, dtype=np.int64)
     present[:count] = 1
+
+    ragged = {name: values for name, values in encoded.items() if isinstance(values, Ragged)}
+    weighted = {name: one for name, one in ragged.items() if one.weights is not None}
 
     def padded(values: np.ndarray, fill: int = 0) -> torch.Tensor:
         full = np.full((batch_size, *values.shape[1:]), fill, dtype=values.dtype)
@@ -160,6 +173,12 @@ def collate(rows: Rows, batch_size: int) -> Batch:
             "user": (rows["user"], present),
             "item": (rows["item"], present),
             "history": (rows["history"][inside], padded(lengths).numpy()),
+            **single_valued(rows[IDS], [one.table_name for one in features.single], batch_size),
+            **{
+                name: (one.values, padded(one.lengths).numpy())
+                for name, one in ragged.items()
+                if one.weights is None
+            },
         }
     )
     knowledge = _keyed(
@@ -177,12 +196,36 @@ def collate(rows: Rows, batch_size: int) -> Batch:
         label=padded(rows["label"]),
         weight=torch.from_numpy(present.astype(np.float32)),
         extra_labels=padded(rows["extra_labels"]),
+        numbers=padded(rows[NUMBERS]),
+        weighted=_keyed(
+            {name: (one.values, padded(one.lengths).numpy()) for name, one in weighted.items()},
+            [one.weights for one in weighted.values() if one.weights is not None],
+        )
+        if weighted
+        else no_ids(),
     )
 
 
-def _keyed(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> KeyedJaggedTensor:
+def single_valued(
+    table_rows: np.ndarray, names: list[str], batch_size: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Values and lengths [B] of features with one id or none, from table rows int64 [n, features]."""
+    columns = np.ascontiguousarray(table_rows.T)
+    present = columns != MISSING
+    lengths = np.zeros((len(names), batch_size), dtype=np.int64)
+    lengths[:, : len(table_rows)] = present
+    return {
+        name: (columns[number][present[number]], lengths[number])
+        for number, name in enumerate(names)
+    }
+
+
+def _keyed(
+    features: dict[str, tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None = None
+) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=list(features),
         values=torch.from_numpy(np.concatenate([values for values, _ in features.values()])),
         lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in features.values()])),
+        weights=torch.from_numpy(np.concatenate(weights)) if weights is not None else None,
     )

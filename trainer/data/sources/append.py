@@ -22,10 +22,12 @@ from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
     SPLITS,
     DatasetInfo,
+    FeatureInfo,
     Parent,
     SplitInfo,
     SplitName,
     event_schema,
+    feature_fields,
     item_fields,
     split_files,
     validate_dataset,
@@ -72,6 +74,7 @@ def append_parquet(
         with open_log(con, raw, rules, schema, scratch) as log:
             events = log.events
             _check_kinds(base, info, log.kinds)
+            _check_features(base, info, log.features, schema)
             past = parquet_sql([file for files in parts.values() for file in files])
             split = _boundaries(con, raw, base, events, past, info)
             new_items = scratch / "items.parquet"
@@ -80,10 +83,12 @@ def append_parquet(
             check_texts(con, events, folder / "items.parquet", rules, schema)
             types = (info.user_id_type, info.item_id_type, info.scenario_id_type)
             staging = Staging(
-                scratch / "staged", event_schema(*types, labels=info.extra_labels), fraction=True
+                scratch / "staged",
+                event_schema(*types, labels=info.extra_labels, features=info.features),
+                fraction=True,
             )
             # What lies before the day counts as its profile window: it gives histories, no rows.
-            day = _with_last_positives(events, list(parts.values()), info)
+            day = _with_last_positives(log.with_features, list(parts.values()), info)
             stage_log(con, day, staging, scratch, split)
         users = con.execute(
             f"SELECT count(*) FROM (SELECT user_id FROM {events} UNION SELECT user_id FROM {past})"
@@ -153,6 +158,26 @@ def _check_kinds(base: Path, info: DatasetInfo, kinds: dict[str, str]) -> None:
             raise InputError(f"{role}: is {kinds[role]} in the new files, {wanted} in {base}")
 
 
+def _check_features(
+    base: Path, info: DatasetInfo, features: dict[str, FeatureInfo], schema: Path
+) -> None:
+    for name in sorted(info.features.keys() | features.keys()):
+        before, now = info.features.get(name), features.get(name)
+        if before is None or now is None:
+            raise InputError(
+                f"{schema}: feature {name!r} is {'new' if before is None else 'missing'}: the features of "
+                f"{base} are {sorted(info.features)}; declare the same, or prepare the whole log anew"
+            )
+        for part in ("kind", "type"):
+            if getattr(before, part) != getattr(now, part):
+                raise InputError(
+                    f"{schema}: feature {name!r}: {part} is {getattr(now, part)} in the new files, "
+                    f"{getattr(before, part)} in {base}"
+                )
+        if (before.weights is None) != (now.weights is None):
+            raise InputError(f"{schema}: feature {name!r}: weights differ from those of {base}")
+
+
 def _boundaries(
     con: duckdb.DuckDBPyConnection,
     raw: Path,
@@ -189,6 +214,7 @@ def _with_last_positives(events: str, parts: list[list[Path]], info: DatasetInfo
     columns = ", ".join(
         ["user_id, item_id, scenario_id, timestamp, label"]
         + [f"label_{name}" for name in info.extra_labels]
+        + [name for name, _ in feature_fields(info.features)]
     )
     past = " UNION ALL ".join(
         f"SELECT {columns}, filename, file_row_number FROM "

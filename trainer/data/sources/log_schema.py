@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llm_knowledge.yaml_files import read_yaml
 from trainer.data.dataset import (
@@ -97,6 +104,61 @@ class LogNegatives(StrictModel):
         return self
 
 
+FEATURE_NAME = "^[a-z][a-z0-9_]*$"
+NOT_YET = ("users", "counters", "sequences")
+# What the program reads of every row by these names already.
+RESERVED = ("user", "item", "scenario", "history", "label", "timestamp")
+
+
+class Feature(StrictModel):
+    """A column that the model may read.
+
+    Attributes:
+        kind: id (one value), ids (a list of them) or number.
+        source: `from` in the file: log, or catalogue.
+        column: Its name there; by default the feature's.
+        separator: kind ids: splits a column of text into the list.
+        weights: kind ids: column with one number per id.
+        timeless: Of a number of a table that does not say since when it holds: it is known to be no
+            statistic over later events.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    kind: Literal["id", "ids", "number"]
+    source: Literal["log", "catalogue"] = Field(default="log", alias="from")
+    column: str | None = None
+    separator: str | None = Field(default=None, min_length=1)
+    weights: str | None = None
+    timeless: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_yet(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("from") == "users":
+            raise ValueError("from: users is not supported yet; join the column to the log")
+        if isinstance(value, dict) and "text" in value:
+            raise ValueError("text (features in prompts) is not supported yet; remove it")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Feature:
+        for option in ("separator", "weights"):
+            if getattr(self, option) is not None and self.kind != "ids":
+                raise ValueError(f"{option} goes with kind ids only")
+        if self.separator is not None and self.weights is not None:
+            raise ValueError("weights need a column of lists, not text with a separator")
+        dated = self.kind != "number" or self.source == "log"
+        if not dated and not self.timeless:
+            raise ValueError(
+                "a number of the catalogue holds for all times: a statistic over the whole log would tell "
+                "of later events; say timeless: true if it is none (a price, a length)"
+            )
+        if dated and self.timeless:
+            raise ValueError("timeless goes with numbers of the catalogue only")
+        return self
+
+
 class SplitChoice(StrictModel):
     """Split rule; give `boundaries` (three seconds since 1970) or `fractions`.
 
@@ -142,6 +204,8 @@ class LogSchema(StrictModel):
     """What a user's own log means: content of the YAML file given as --schema.
 
     `labels` names further labels and their columns, in the order of the funnel: {purchase: is_buy}.
+    `features` names the columns that a model may read, `ignore` patterns of those that nothing reads; any
+    other column is named in a warning, and with `strict` refused.
     """
 
     name: str = "log"
@@ -149,6 +213,11 @@ class LogSchema(StrictModel):
     labels: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str] = Field(
         default_factory=dict
     )
+    features: dict[Annotated[str, Field(pattern=FEATURE_NAME)], Feature] = Field(
+        default_factory=dict
+    )
+    ignore: list[str] = Field(default_factory=list)
+    strict: bool = False
     timestamp_unit: Literal["seconds", "milliseconds", "microseconds", "nanoseconds"] = "seconds"
     catalogue: Catalogue | None = None
     scenarios: list[Scenario] = Field(min_length=1)
@@ -196,6 +265,30 @@ class LogSchema(StrictModel):
             raise ValueError("columns.label: none goes with negatives.per_positive only")
         if self.negatives is not None and "negative_name" not in self.model_fields_set:
             self.negative_name = None  # sampled rows are no dislikes
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_yet(cls, value: Any) -> Any:
+        for section in NOT_YET if isinstance(value, dict) else ():
+            if section in value:
+                raise ValueError(f"{section}: not supported yet; remove the section")
+        return value
+
+    @model_validator(mode="after")
+    def _check_features(self) -> LogSchema:
+        for name, feature in self.features.items():
+            if name in RESERVED:
+                raise ValueError(f"features.{name}: the name is taken; call the feature otherwise")
+            if feature.source == "catalogue" and self.catalogue is None:
+                raise ValueError(
+                    f"features.{name}: from catalogue, but the schema has no catalogue"
+                )
+        if self.features and self.samples_negatives:
+            raise ValueError(
+                "features: not supported yet together with negatives.per_positive, whose rows would carry "
+                "their positive's values; sample negatives before, or remove the features"
+            )
         return self
 
 

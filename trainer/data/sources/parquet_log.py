@@ -14,12 +14,21 @@ from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
     SPLITS,
     DatasetInfo,
+    FeatureInfo,
     IdType,
     Negatives,
     SplitInfo,
     event_schema,
 )
 from trainer.data.sources.catalogue import check_texts, write_items
+from trainer.data.sources.feature_columns import (
+    check_feature_values,
+    describe_features,
+    feature_casts,
+    feature_columns,
+    join_catalogue,
+    report_unread,
+)
 from trainer.data.sources.log_checks import (
     check_labels,
     check_scenarios,
@@ -53,11 +62,15 @@ class RawLog:
             within the second.
         kinds: Kind of each role's column.
         raw: The files.
+        features: What the features are.
+        with_features: SQL of the events with the features that are joined to them.
     """
 
     events: str
     kinds: dict[str, str]
     raw: RawFiles
+    features: dict[str, FeatureInfo]
+    with_features: str
 
 
 @contextlib.contextmanager
@@ -85,16 +98,29 @@ def open_log(
     check_scenarios(rules, schema, kinds["scenario_id"])
     if raw.rows == 0:
         raise InputError(f"{path}: the log has no rows")
+    own = {name: one for name, one in rules.features.items() if one.source == "log"}
+    features = describe_features(raw, own)
+    read = [*log_columns(rules).values(), *feature_columns(features).values()]
+    report_unread(raw, read, rules, schema)
     with raw.explained():
         check_values(con, raw, rules, kinds)
         check_labels(con, raw, rules, schema)
-        events = _events_sql(raw, rules, kinds)
+        check_feature_values(con, raw, features, rules.features)
+        events = _events_sql(raw, rules, kinds, features)
         if rules.columns.timestamp is None and rules.columns.order is None:
             events = _number_rows(con, events, scratch)
-        yield RawLog(events, kinds, raw)
+        whole = events
+        if rules.catalogue is not None:
+            item_kind = kinds["item_id"]
+            whole, joined = join_catalogue(con, events, rules.catalogue, item_kind, rules, schema)
+            features |= joined
+        ordered = {name: features[name] for name in rules.features}
+        yield RawLog(events, kinds, raw, ordered, whole)
 
 
-def _events_sql(raw: RawFiles, rules: LogSchema, kinds: dict[str, str]) -> str:
+def _events_sql(
+    raw: RawFiles, rules: LogSchema, kinds: dict[str, str], features: dict[str, FeatureInfo]
+) -> str:
     """SQL that turns the log's columns into ours."""
     columns = log_columns(rules)
     items = []
@@ -113,6 +139,9 @@ def _events_sql(raw: RawFiles, rules: LogSchema, kinds: dict[str, str]) -> str:
     items += [f"CAST({quote_name(role)} AS TINYINT) AS {quote_name(role)}" for role in labels]
     if rules.columns.label is None:
         items.append("1::TINYINT AS label")
+    columns |= feature_columns(features)
+    as_sql |= feature_casts(features, rules.features)
+    items += list(feature_columns(features))
     return f"(SELECT {', '.join(items)} FROM {raw.sql(columns, as_sql)})"
 
 
@@ -188,13 +217,13 @@ def prepare_parquet(
             user, item, scenario = (
                 _id_type(log.kinds[role]) for role in ("user_id", "item_id", "scenario_id")
             )
-            form = event_schema(user, item, scenario, labels=rules.labels)
+            form = event_schema(user, item, scenario, labels=rules.labels, features=log.features)
             staging = Staging(scratch / "staged", form, fraction=True)
             sampler = None
             if rules.negatives is not None and rules.samples_negatives:
                 ids = [scenario.scenario_id for scenario in rules.scenarios]
                 sampler = NegativeSampler(con, log.events, ids, rules.negatives)
-            stage_log(con, log.events, staging, scratch, split, sampler)
+            stage_log(con, log.with_features, staging, scratch, split, sampler)
         info = DatasetInfo(
             name=rules.name,
             source={"kind": "parquet", "files": len(log.raw.files), "rows": log.raw.rows},
@@ -203,6 +232,7 @@ def prepare_parquet(
             item_id_type=item,
             scenario_id_type=scenario,
             extra_labels=list(rules.labels),
+            features=log.features,
             timestamps="seconds" if rules.has_clock else "order",
             split=split,
             negatives=_negatives_info(rules),

@@ -15,7 +15,7 @@ from tests.helpers.training_data import make_inputs
 from trainer.data.dataset import split_files
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.loader import EventStream, StreamRange
-from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder, collate
+from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
 from trainer.data.loading.row_groups import RowGroups
 
 USERS, ITEMS = 40, 40
@@ -308,7 +308,7 @@ def test_history_keeps_the_newest_items_in_order(inputs: tuple[Path, Path]) -> N
     histories = [[1, 2, 3], [], list(range(30))]
     column = pa.array(histories, type=pa.list_(pa.int64()))
     table = table.set_column(table.schema.get_field_index("history"), "history", column)
-    batch = collate(encoder.encode(table, Path("x")), 4)
+    batch = encoder.collate(encoder.encode(table, Path("x")), 4)
     jagged = batch.ids["history"]
     assert jagged.lengths().tolist() == [3, 0, 20, 0]
     assert (jagged.values() - 1).tolist() == [1, 2, 3, *range(10, 30)]

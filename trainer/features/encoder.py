@@ -1,0 +1,176 @@
+"""The one place where raw columns become what the model reads: in training, scoring and serving; no torch.
+
+RUN/features.json    columns, options, moments, boundaries, rows of every feature
+RUN/ids/NAME.parquet the vocabulary of feature NAME, in row order
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from embeddings.ids import Vocabulary
+from llm_knowledge.errors import InputError
+from trainer.data.checks import find_problem
+from trainer.features.encoding import Encoding, UnusableError, options_of
+from trainer.features.ragged import Ragged
+from trainer.features.resolve import Feature
+
+FILE = "features.json"
+FORMAT_VERSION = 1
+IDS = "feature_ids"
+NUMBERS = "feature_numbers"
+
+
+class FeatureEncoder:
+    """Maps rows of raw columns to rows of tables and numbers; each row by itself.
+
+    Args:
+        encodings: One per feature, fitted.
+    """
+
+    def __init__(self, encodings: Sequence[Encoding]) -> None:
+        self.encodings = list(encodings)
+        self.single = [
+            one for one in encodings if not one.is_number and one.kind in ("id", "number", "cross")
+        ]
+        self.lists = [one for one in encodings if one.kind == "ids"]
+        self.numbers = [one for one in encodings if one.is_number]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that `encode` reads."""
+        named = [column for one in self.encodings for column in (*one.columns, one.weights)]
+        return list(dict.fromkeys(column for column in named if column is not None))
+
+    @property
+    def by_table(self) -> dict[str, Encoding]:
+        """Encodings of the features that have a table, by its name."""
+        return {one.table_name: one for one in self.encodings if not one.is_number}
+
+    def encode(self, table: pa.Table, source: Path | None = None) -> dict[str, np.ndarray | Ragged]:
+        """Encodes rows.
+
+        Args:
+            table: n rows with `columns`; null where a row has no value.
+            source: File that they are from, for messages.
+
+        Returns:
+            "feature_ids": rows of the tables, int64 [n, single-valued features], -1 where there is no
+            value; "feature_numbers": float32 [n, 2 * numbers], each with 1 behind it where it is
+            missing; and the name of each list's table to its rows, ragged [n].
+
+        Raises:
+            InputError: A number is not finite, or a list has a null; names file, column and row.
+        """
+        try:
+            ids = [one.single(table) for one in self.single]
+            numbers = [one.numbers(table) for one in self.numbers]
+            lists = {one.table_name: one.ragged(table) for one in self.lists}
+        except UnusableError as error:
+            column = str(error)
+            problem = find_problem(source, column) if source is not None else None
+            raise problem or InputError(
+                f"{source or 'a row'}: column {column!r} has a number that is not finite, a null in a list, "
+                "or weights that do not fit its ids; give a number, or null where there is none"
+            ) from None
+        shape = (len(table), 0)
+        return {
+            IDS: np.stack(ids, axis=1) if ids else np.zeros(shape, dtype=np.int64),
+            NUMBERS: np.concatenate(numbers, axis=1) if numbers else np.zeros(shape, np.float32),
+            **lists,
+        }
+
+    # ------------------------------------------------------------ on disk
+
+    def save(self, folder: Path) -> None:
+        """Writes vocabularies, then features.json by rename: where it is, the encoder is whole."""
+        (folder / "ids").mkdir(exist_ok=True)
+        for one in self.encodings:
+            if one.vocabulary is not None:
+                one.vocabulary.save(folder / "ids" / f"{one.name}.parquet")
+        entries = {one.name: _entry(one) for one in self.encodings}
+        content = {"format_version": FORMAT_VERSION, "features": entries}
+        partial = folder / f".{FILE}.partial"
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(partial, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> FeatureEncoder:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: A file is missing or damaged.
+        """
+        file = folder / FILE
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            version = content["format_version"]
+            if version != FORMAT_VERSION:
+                raise InputError(
+                    f"{file}: format_version is {version}, this program reads {FORMAT_VERSION}"
+                )
+            return cls([_encoding(folder, name, one) for name, one in content["features"].items()])
+        except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+            raise InputError(
+                f"{file}: the features' encoder is missing or damaged ({error}); copy the run again, or "
+                "train a new one"
+            ) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies everything that values are transformed with, vocabularies included."""
+        digest = hashlib.sha256()
+        for one in self.encodings:
+            digest.update(json.dumps([one.name, _entry(one)], sort_keys=True).encode())
+            if one.vocabulary is not None:
+                for buffer in pa.concat_arrays([one.vocabulary.keys]).buffers()[1:]:
+                    digest.update(buffer)
+        return digest.hexdigest()[:32]
+
+    def check(self, features: Sequence[Feature], where: Path) -> None:
+        """Checks that the encoder is that of these features.
+
+        Raises:
+            InputError: One is missing, or encoded otherwise.
+        """
+        have = {one.name: one for one in self.encodings}
+        for name in {**have, **{one.name: one for one in features}}:
+            wanted = next((one for one in features if one.name == name), None)
+            if wanted is None or name not in have:
+                raise InputError(
+                    f"features.use: {name} is {'not ' if wanted is None else ''}configured, the encoder in "
+                    f"{where / FILE} has features {', '.join(have) or 'none'}; configure the same, or begin "
+                    "a new run"
+                )
+            before, now = have[name].options, options_of(wanted)
+            if (before, have[name].columns) != (now, wanted.columns):
+                raise InputError(
+                    f"features.use.{name}: is encoded with {before} of {have[name].columns} in "
+                    f"{where / FILE}, configured are {now} of {wanted.columns}; configure the same, or "
+                    "begin a new run"
+                )
+
+
+def _entry(encoding: Encoding) -> dict[str, Any]:
+    """What features.json says of a feature."""
+    fields = dataclasses.fields(Encoding)
+    entry = {one.name: getattr(encoding, one.name) for one in fields}
+    del entry["name"], entry["vocabulary"]
+    lists = {name: list(entry[name]) for name in ("columns", "boundaries")}
+    return entry | lists | {"vocabulary": encoding.vocabulary is not None}
+
+
+def _encoding(folder: Path, name: str, entry: dict[str, Any]) -> Encoding:
+    tuples = {part: tuple(entry[part]) for part in ("columns", "boundaries")}
+    path = folder / "ids" / f"{name}.parquet"
+    vocabulary = Vocabulary.load(path) if entry["vocabulary"] else None
+    return Encoding(name=name, **(entry | tuples | {"vocabulary": vocabulary}))
