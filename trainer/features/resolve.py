@@ -62,12 +62,13 @@ def resolve_features(config: FeaturesConfig, dataset: DatasetInfo) -> list[Featu
     """Checks the options of every feature against what it is.
 
     Returns:
-        The features, in the order of the configuration.
+        The features by name: the order of a configuration's keys, which a saved one need not keep, never
+        decides which number or table is which.
 
     Raises:
         InputError: A feature of no column, or an option that would be ignored; says what to do.
     """
-    return [_resolve(name, use, dataset.features) for name, use in config.use.items()]
+    return [_resolve(name, use, dataset.features) for name, use in sorted(config.use.items())]
 
 
 def _resolve(name: str, use: FeatureUse, declared: Mapping[str, FeatureInfo]) -> Feature:

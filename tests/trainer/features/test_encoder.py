@@ -294,3 +294,12 @@ def test_ragged_rows_are_sliced_taken_and_joined() -> None:
     assert content(Ragged.concatenate([rows[3:], rows[:3]])) == lists[3:] + lists[:3]
     assert len(rows[5:].values) == 0
     assert rows.nbytes == 8 * 6 + 8 * 5 + 4 * 6
+
+
+def test_the_order_of_the_configuration_decides_nothing(
+    data: Path, encoder: FeatureEncoder
+) -> None:
+    backwards = FeaturesConfig(use=dict(reversed(list(USE.items()))))
+    other = fit_encoder(resolve_features(backwards, open_dataset(data)), files(data, *TRAINED))
+    assert other.fingerprint == encoder.fingerprint
+    assert [one.name for one in other.encodings] == [one.name for one in encoder.encodings]
