@@ -32,13 +32,23 @@ def candidates(kernel: str, itemsize: int, columns: int, depth: int) -> list[Lin
     least_n, least_k = (32 if itemsize == 4 or one < 64 else 64 for one in (columns, depth))
     widths = [one for one in (32, 64, 128, 256) if least_n <= one <= max(columns, 32)]
     depths = [one for one in (32, 64, 128, 256) if least_k <= one <= max(depth, 32)]
+    of_weight = kernel == "backward_weight"
     for bm, bn, bk, warps, stages in itertools.product(
         (64, 128), widths, depths, (4, 8), (2, 3, 4)
     ):
-        once = kernel != "backward_weight" and bk >= depth  # the resident operand is loaded once
+        once = not of_weight and bk >= depth  # the resident operand is loaded once
         staged = bk * (bn if once else bm + bn) * stages + (bm * bk if once else 0)
-        if staged * itemsize <= 200 * 1024 and bm * bn <= 128 * 128:
-            tile = Tile(bm, bn, bk, warps, stages)
+        if staged * itemsize > 200 * 1024 or bm * bn > 128 * 128:
+            continue
+        forms: list[dict[str, int]] = [{}]
+        if of_weight and itemsize == 2 and stages == 3 and bk == 64:
+            forms.append({"slices": 2})
+        if once and itemsize == 2 and warps == 8 and bm * bn == 128 * 64:
+            forms.append({"registers": 128})  # for which there is room in a second block
+        if once and itemsize == 2 and bk > 64 and stages == 3 and kernel == "forward":
+            forms += [form | {"stages_before_hopper": 2} for form in forms]
+        for form in forms:
+            tile = Tile(bm, bn, bk, warps, stages, **form)
             found.append((kernel, itemsize, columns, bk if once else None, tile))
     return found
 
@@ -54,16 +64,25 @@ def sweep(
     from triton.runtime.errors import OutOfResources
 
     from trainer.ops import triton_diagonal, triton_meta
-    from trainer.ops.triton_tiles import TILES, choose_tile
+    from trainer.ops.triton_tiles import TILES, choose_tile, transposed_gates
 
     batch, rank, i, o = shape
     sizes = [(batch, i), (batch, rank), (rank + 1, o, i), (rank + 1, o), (batch, o)]
     h, g, weight, bias, dz = ((torch.randn(*one) * i**-0.5).to(device, dtype) for one in sizes)
     gate = (dz, g, bias, bias)  # h, g, weight, bias of diagonals
+    gates = transposed_gates(g)
     kernels: dict[str, tuple[Callable[[], Any], int, int]] = {
         "forward": (lambda: triton_meta.fused_forward(h, g, weight, bias, "relu"), o, i),
-        "backward_input": (lambda: triton_meta.launch_backward_input(dz, h, g, weight), i, o),
-        "backward_weight": (lambda: triton_meta.launch_backward_weight(dz, h, g, weight), i, 0),
+        "backward_input": (
+            lambda: triton_meta.launch_backward_input(dz, h, gates, weight, bias, i),
+            i,
+            o,
+        ),
+        "backward_weight": (
+            lambda: triton_meta.launch_backward_weight(dz, h, gates, weight),
+            i,
+            0,
+        ),
         "diagonal_forward": (lambda: triton_diagonal.fused_forward(*gate, "relu"), o, rank + 1),
         "diagonal_backward_input": (
             lambda: triton_diagonal.launch_backward_input(dz, *gate),
@@ -100,7 +119,13 @@ def winners(rows: list[dict[str, Any]]) -> list[str]:
         table_first = list(group)  # as `sweep` orders them
         best = min(table_first, key=lambda row: row["ms"])
         kernel, itemsize, columns, depth, tile = best["line"]
-        sizes = f"Tile({tile.bm}, {tile.bn}, {tile.bk}, {tile.warps}, {tile.stages})"
+        sizes = f"Tile({tile.bm}, {tile.bn}, {tile.bk}, {tile.warps}, {tile.stages}"
+        sizes += f", slices={tile.slices}" * (tile.slices > 1)
+        sizes += f", registers={tile.registers}" * (tile.registers is not None)
+        sizes += f", stages_before_hopper={tile.stages_before_hopper}" * bool(
+            tile.stages_before_hopper
+        )
+        sizes += ")"
         text.append(
             f'    ("{kernel}", {itemsize}, {columns}, {depth}, {sizes}),'
             f"  # {best['ms']:.4f} ms; {table_first[0]['ms']:.4f} with the table's tile"

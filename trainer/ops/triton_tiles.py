@@ -6,6 +6,7 @@ which is how they are tested without a GPU.
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _WIDEN = tl.constexpr(INTERPRETING)
 
 # One compiled variant for every batch size and rank. Widths are padded to a multiple of 16 by the
-# launchers: loads that cannot be vectorised cost so many registers that the tiles would spill.
+# launchers, and shares of the batch are multiples of a block: loads that cannot be vectorised cost so
+# many registers that the tiles would spill.
 any_size = triton.jit(
-    do_not_specialize=["ROWS", "RANK", "rows_per_share"], do_not_specialize_on_alignment=["g"]
+    do_not_specialize=["ROWS", "RANK", "WIDTH", "slices_per_part", "parts"],
+    do_not_specialize_on_alignment=["g"],
 )
 ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4}
 
@@ -70,13 +73,21 @@ def activate_tile(z, ACTIVATION: tl.constexpr):
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes (rows, columns, depth of the product), warps and pipeline stages of a program."""
+    """Block sizes (rows, columns, depth of the product), warps and pipeline stages of a program.
+
+    `slices` are those whose weights' gradient a program sums at a time. `registers` is the most that a
+    thread may have on Hopper, where the compiler would otherwise take a few more and a second block
+    had no room. `stages_before_hopper` are fewer than `stages` where those make a thread spill there.
+    """
 
     bm: int
     bn: int
     bk: int
     warps: int
     stages: int
+    slices: int = 1
+    registers: int | None = None
+    stages_before_hopper: int | None = None
 
 
 # (kernel, bytes per element, most columns, most depth) -> tile; None = any. The first that fits is
@@ -86,18 +97,20 @@ class Tile:
 TILES: list[tuple[str, int, int | None, int | None, Tile]] = [
     ("forward", 2, 32, 64, Tile(64, 32, 64, 4, 3)),
     ("forward", 2, None, 64, Tile(128, 64, 64, 8, 3)),
-    ("forward", 2, None, 128, Tile(128, 64, 128, 8, 2)),
+    ("forward", 2, None, 128, Tile(128, 64, 128, 8, 3, 1, 128, 2)),
+    ("forward", 2, None, 256, Tile(128, 64, 256, 8, 3, 1, None, 2)),
     ("forward", 2, None, None, Tile(128, 128, 64, 8, 3)),
     ("forward", 4, None, 64, Tile(64, 32, 64, 4, 2)),
     ("forward", 4, None, None, Tile(64, 32, 32, 4, 3)),
     ("backward_input", 2, 32, 64, Tile(64, 32, 64, 4, 3)),
     ("backward_input", 2, None, 64, Tile(64, 64, 64, 4, 3)),
-    ("backward_input", 2, None, 128, Tile(64, 64, 128, 4, 2)),
+    ("backward_input", 2, None, 128, Tile(128, 64, 128, 8, 3, registers=128)),
+    ("backward_input", 2, None, 256, Tile(128, 64, 256, 8, 3)),
     ("backward_input", 2, None, None, Tile(64, 128, 64, 8, 3)),
     ("backward_input", 4, None, 64, Tile(64, 32, 64, 8, 2)),
     ("backward_input", 4, None, None, Tile(64, 32, 32, 8, 3)),
-    ("backward_weight", 2, 64, None, Tile(64, 64, 64, 4, 3)),
-    ("backward_weight", 2, None, None, Tile(128, 128, 64, 8, 2)),
+    ("backward_weight", 2, 64, None, Tile(64, 64, 64, 4, 3, slices=2)),
+    ("backward_weight", 2, None, None, Tile(64, 128, 64, 8, 3, slices=2)),
     ("backward_weight", 4, None, None, Tile(64, 64, 32, 4, 2)),
     # Of diagonal slices, 16 at a time.
     ("diagonal_forward", 2, None, None, Tile(32, 64, 16, 8, 2)),
@@ -131,9 +144,19 @@ def choose_tile(kernel: str, itemsize: int, columns: int, depth: int) -> tuple[T
 
 
 def constants(kernel: Any, tile: Tile, one_k: bool, precision: str) -> dict[str, Any]:
-    """The compile-time constants that a kernel has, but for the activation (forward only)."""
+    """The compile-time constants that a kernel has, but for the activation and the tail of columns."""
     values = {"PRECISION": precision, "ONE_K": one_k, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+    values["SLICES"] = tile.slices
     return {name: value for name, value in values.items() if name in kernel.arg_names}
+
+
+def compiler_options(tile: Tile, capability: int) -> dict[str, Any]:
+    """How Triton compiles a program with a tile for a GPU of a compute capability, 80 or 90."""
+    if capability >= 90:
+        stages, registers = tile.stages, tile.registers
+    else:  # where operands of tensor cores lie in registers
+        stages, registers = tile.stages_before_hopper or tile.stages, None
+    return {"num_warps": tile.warps, "num_stages": stages, "maxnreg": registers}
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -168,8 +191,7 @@ def start(
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](
             *arguments,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **compiler_options(tile, _capability(arguments[0].device)),
             **constants(kernel, tile, one_k, precision_of(arguments[0].dtype)),
             **further,
         )
@@ -184,6 +206,14 @@ def padded(one: Tensor, *widths: int) -> Tensor:
     return one.clone() if one.data_ptr() % 16 else one
 
 
+def _capability(device: torch.device) -> int:
+    """Of a GPU, as 80 or 90; the interpreter's is that of a Hopper."""
+    if device.type != "cuda":
+        return 90
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has; under the interpreter a few, so that a batch is shared out as on a GPU."""
     if device.type != "cuda":
@@ -191,12 +221,47 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def transposed_gates(g: Tensor) -> Tensor:
+    """g~ as float32 [r+1, B filled up to a multiple of 16]: rows that are read side by side.
+
+    Numbers of 2 bytes could neither be copied to shared memory ahead of their use nor be read alike by
+    the kernels that scale in float32.
+    """
+    rows, rank = g.shape
+    gates = g.new_empty(rank + 1, triton.cdiv(rows, 16) * 16, dtype=torch.float32)
+    gates[:rank, :rows] = g.t()
+    gates[rank] = 1.0
+    return gates
+
+
+@cache
+def ways_to_split(processors: int, programs: int, most: int) -> int:
+    """Parts, at most `most`, of every program, such that two a multiprocessor are busy to the end.
+
+    Of a few programs more than fit at once, the last would run alone. Parts have to be added up, so
+    the fewest are taken that come within a fifth of the best.
+    """
+
+    def rounds(parts: int) -> float:
+        return triton.cdiv(programs * parts, 2 * processors) / parts
+
+    best = min(rounds(parts) for parts in range(1, max(most, 1) + 1))
+    return next(parts for parts in range(1, most + 1) if rounds(parts) <= 1.2 * best)
+
+
 def share_of_batch(processors: int, programs: int, rows: int, widest: int, block: int) -> int:
     """Rows of a part of the batch that the weights' kernel sums apart, a multiple of `block`.
 
-    Parts are made so that every multiprocessor has work, and so that what they read of the widest input
-    is numbered by 32 bits.
+    Parts have 512 rows at least, and what they read of the widest input is numbered by 32 bits.
     """
-    shares = max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(rows, 512)))
-    wanted = triton.cdiv(triton.cdiv(rows, shares), block) * block
-    return min(wanted, 2**31 // widest // block * block)
+    shares = ways_to_split(processors, programs, min(triton.cdiv(rows, 512), 2 * processors))
+    even = triton.cdiv(triton.cdiv(rows, shares), block) * block
+    return min(even, 2**31 // widest // block * block)
+
+
+def slices_of_a_part(processors: int, programs: int, slices: int) -> int:
+    """Slices that a program of the forward pass, or of its gradient, goes through.
+
+    All, or a part of them, four at least, where the batch is too small to keep a GPU busy.
+    """
+    return triton.cdiv(slices, ways_to_split(processors, programs, max(slices // 4, 1)))

@@ -34,7 +34,8 @@ CASES: dict[str, tuple[int, int, int | None, int, str]] = {
     "second_tile_of_columns": (70, 16, 60, 100, "leaky_relu"),
     "rank_beyond_a_block": (33, 40, 16, 33, "tanh"),
     "depth_of_128": (65, 3, 128, 96, "sigmoid"),
-    "depth_loop": (40, 4, 200, 136, "leaky_relu"),
+    "depth_loop": (20, 3, 264, 136, "leaky_relu"),
+    "depth_loop_of_outputs": (20, 3, 136, 264, "relu"),
     "several_shares": (1100, 2, 20, 12, "relu"),
     "diagonal": (37, 5, None, 20, "relu"),
     "diagonal_of_one": (1, 1, None, 1, "none"),
@@ -86,8 +87,13 @@ def errors_of(case: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, f
     activation = CASES[case][-1]
     *tensors, dy = inputs_of(case, dtype, device)
     ours = run(lambda *a: meta_linear(*a, activation=activation, strategy="fused"), tensors, dy)
-    again = run(lambda *a: meta_linear(*a, activation=activation, strategy="fused"), tensors, dy)
-    assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+    if (
+        dtype == torch.float32 or device == "cuda"
+    ):  # the interpreter's other type says no more of it
+        again = run(
+            lambda *a: meta_linear(*a, activation=activation, strategy="fused"), tensors, dy
+        )
+        assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
     assert all(one.dtype == dtype and one.is_contiguous() for one in ours)
     function = (lambda z: z) if activation == "none" else getattr(torch.nn.functional, activation)
     leaves = [one.double().requires_grad_() for one in tensors]
@@ -156,10 +162,109 @@ def largest(diagonal: bool) -> int:
     return seen.bytes
 
 
+def infinite_gradient(width: int) -> bool:
+    """Whether gradients of a loss that overflowed are what reference makes of them, padded or not."""
+    torch.manual_seed(width)
+    # All of one sign, or what is infinite would cancel to no number for reference too.
+    tensors = [torch.rand(*size) for size in ((9, width), (9, 3), (4, 20, width), (4, 20))]
+    dy = torch.randn(9, 20)
+    dy[4, 7] = torch.inf
+    pair = [
+        run(lambda *a, s=strategy: meta_linear(*a, strategy=s), tensors, dy)
+        for strategy in ("fused", "reference")
+    ]
+    assert bool(pair[1][2][4].isposinf().all())
+    return all(torch.allclose(a, b, 1e-4, 1e-4, equal_nan=True) for a, b in zip(*pair, strict=True))
+
+
+def error_of_cancelled_gates() -> float:
+    """Relative error of dg in bfloat16 where its two parts, of weights and of biases, nearly cancel."""
+    torch.manual_seed(0)
+    h, g, weight, dy = (
+        torch.randn(*size).bfloat16() for size in ((1, 32), (1, 4), (5, 32, 32), (1, 32))
+    )
+    bias = -torch.einsum("roi,i->ro", weight.float(), h[0].float()).bfloat16()
+    _, _, dg, _, _ = run(lambda *a: meta_linear(*a, strategy="fused"), [h, g, weight, bias], dy)
+    layers = torch.einsum("roi,i->ro", weight.double(), h[0].double()) + bias.double()
+    exact = layers[:-1] @ dy[0].double()
+    return ((dg[0].double() - exact).norm() / exact.norm()).item()
+
+
+def gradients_inside_autocast(dtype: torch.dtype) -> list[bool]:
+    """Whether gradients of a float32 layer, and of one in autocast, are the same taken inside autocast."""
+    *tensors, dy = inputs_of("small", torch.float32)
+    same = []
+    for is_cast in (False, True):
+        found = []
+        for inside in (False, True):
+            leaves = [one.clone().requires_grad_() for one in tensors]
+            with torch.autocast("cpu", dtype, enabled=is_cast):
+                y = meta_linear(*leaves, strategy="fused", activation="relu")
+            with torch.autocast("cpu", dtype, enabled=inside):
+                found.append(torch.autograd.grad(y, leaves, dy.to(y.dtype)))
+        same.append(all(torch.equal(a, b) for a, b in zip(*found, strict=True)))
+    return same
+
+
+def counted_traffic() -> dict[str, list[int]]:
+    """Bytes of loads and stores, within their masks, as the interpreter runs them and by the formula."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from trainer.ops import triton_meta
+    from trainer.ops.traffic import traffic
+    from trainer.ops.triton_tiles import transposed_gates
+
+    moved: list[int] = []
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+
+    def count(pointers: Any, mask: Any) -> None:
+        moved.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def counting_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    interpreter_builder.create_masked_load = counting_load
+    interpreter_builder.create_masked_store = counting_store
+    found = {}
+    # Parts of slices, several shares, tiles of columns, and depths beyond a block.
+    shapes = [(70, 9, 16, 80), (530, 2, 32, 16), (20, 2, 272, 16), (20, 2, 16, 272)]
+    for rows, rank, i, o in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            sizes = [(rows, i), (rows, rank), (rank + 1, o, i), (rank + 1, o), (rows, o)]
+            h, g, weight, bias, dz = (torch.randn(*size).to(dtype) for size in sizes)
+            gates = transposed_gates(g)
+            inputs = (dz, h, gates, weight)
+            calls = {
+                "forward": functools.partial(triton_meta.fused_forward, h, g, weight, bias, "relu"),
+                "backward_input": functools.partial(
+                    triton_meta.launch_backward_input, *inputs, bias, i
+                ),
+                "backward_weight": functools.partial(triton_meta.launch_backward_weight, *inputs),
+            }
+            for kernel, call in calls.items():
+                moved.clear()
+                call()
+                formula = traffic(
+                    kernel, rows, rank, i, o, itemsize=dtype.itemsize, processors=4
+                ).l2
+                found[f"{kernel} {rows} {i} {o} {dtype}"] = [sum(moved), formula]
+    interpreter_builder.create_masked_load, interpreter_builder.create_masked_store = load, store
+    return found
+
+
 def facts_of_the_rest() -> dict[str, Any]:
     from benchmarks.layer_tiles import sweep, winners
 
     return {
+        "traffic": counted_traffic(),
+        "infinite": [infinite_gradient(width) for width in (20, 24, 64, 80)],
+        "cancelled": error_of_cancelled_gates(),
+        "autocast": [gradients_inside_autocast(one) for one in (torch.bfloat16, torch.float16)],
         "largest": [largest(diagonal) for diagonal in (False, True)],
         "sweep": winners(sweep((33, 2, 16, 16), 2, "cpu", torch.float32, most=2)),
     }
@@ -280,12 +385,40 @@ def test_float32_is_multiplied_as_the_user_asked(monkeypatch: pytest.MonkeyPatch
 def test_shares_of_the_batch_are_numbered_by_32_bits(programs: int, rows: int, widest: int) -> None:
     from trainer.ops.triton_tiles import share_of_batch
 
-    found = share_of_batch(132, programs, rows, widest, 64)
-    assert found % 64 == 0
-    assert found * widest <= 2**31
-    shares = -(-rows // found)
-    # Two programs for each multiprocessor, but for small batches, whose shares stay at 512 rows.
-    assert shares * programs >= 2 * 132 or found <= 512
+    share = share_of_batch(132, programs, rows, widest, 64)
+    assert share % 64 == 0
+    assert share * widest <= 2**31
+    assert share >= min(320, rows)  # of few rows no more parts than one per 512
+
+
+@pytest.mark.parametrize(
+    ("programs", "most", "expected"),
+    [
+        (16, 8, 7),  # B = 1,024, 128 to 128, r = 32: 112 programs of 264 that fit
+        (64, 8, 4),  # B = 4,096: 256 at once; with five parts, 56 of 320 would run alone
+        (256, 8, 1),  # B = 16,384
+        (300, 8, 3),  # 900 in four rounds of a third each, 1.33 in place of 2
+        (1, 1, 1),
+        (264, 100, 1),
+    ],
+)
+def test_small_grids_are_split_until_the_last_round_is_full(
+    programs: int, most: int, expected: int
+) -> None:
+    from trainer.ops.triton_tiles import slices_of_a_part, ways_to_split
+
+    assert ways_to_split(132, programs, most) == expected
+    if most == 8:
+        assert slices_of_a_part(132, programs, 33) == -(-33 // expected)
+
+
+def test_the_interpreter_goes_through_parts_of_the_slices() -> None:
+    """What the case with the highest rank is there for: seven parts of six slices, the last of five."""
+    from trainer.ops.triton_tiles import multiprocessors, slices_of_a_part
+
+    rows, rank, *_ = CASES["rank_beyond_a_block"]
+    assert rows <= 64  # one program without a split
+    assert slices_of_a_part(multiprocessors(torch.device("cpu")), 1, rank + 1) == 6
 
 
 @pytest.mark.slow
@@ -305,6 +438,48 @@ def test_autocast_shared_knowledge_compile_and_opcheck(
     assert rest["shared"]
     assert rest["compiled"] == {"same": [True] * 10, "frames": 1}
     assert rest["opcheck"] == ["SUCCESS"]
+
+
+@pytest.mark.slow
+def test_traffic_by_formula_is_what_the_kernels_load_and_store(interpreted: dict[str, Any]) -> None:
+    counts = interpreted["rest"]["traffic"]
+    assert len(counts) == 24
+    assert {name: pair for name, pair in counts.items() if pair[0] != pair[1]} == {}
+
+
+def test_traffic_by_hand() -> None:
+    """B = 16,384, r = 32, 128 to 128: 128 x 2 programs of 128 rows and 64 columns."""
+    from trainer.ops.traffic import traffic
+
+    found = traffic("forward", 16_384, 32, 128, 128)
+    assert found.programs == 256
+    assert found.flops == 2 * 16_384 * 33 * 128 * 128
+    h_and_weight = 256 * 2 * (128 * 128 + 33 * 64 * 128)
+    gates_and_biases = 256 * (2 * 4 * 33 * 128 + 2 * 33 * 64)
+    assert found.l2 == h_and_weight + gates_and_biases + 2 * 16_384 * 128
+    arrays = 2 * (2 * 16_384 * 128 + 33 * 128 * 129) + 4 * 33 * 16_384
+    assert found.memory == arrays
+    assert found.bound() == pytest.approx(found.flops_per_l2_byte * 5.5e12 / 989e12)
+
+
+@pytest.mark.slow
+def test_what_is_infinite_stays_so_whatever_the_padding(interpreted: dict[str, Any]) -> None:
+    assert interpreted["rest"]["infinite"] == [True] * 4
+
+
+@pytest.mark.slow
+def test_parts_of_a_gradient_that_cancel_meet_before_they_are_rounded(
+    interpreted: dict[str, Any],
+) -> None:
+    """The sum is rounded once, to 8 bits; a part rounded before left an error as large as the sum."""
+    assert interpreted["rest"]["cancelled"] < 8e-3
+
+
+@pytest.mark.slow
+def test_gradients_taken_inside_autocast_are_those_of_the_forward_pass(
+    interpreted: dict[str, Any],
+) -> None:
+    assert interpreted["rest"]["autocast"] == [[True, True]] * 2
 
 
 @pytest.mark.slow
