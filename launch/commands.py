@@ -5,11 +5,18 @@
 
 import argparse
 import json
+import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_knowledge.errors import InputError
 
+if TYPE_CHECKING:
+    from launch.cluster.job import JobConfig
+    from trainer.config.run import RunConfig
+
+logger = logging.getLogger(__name__)
 HOSTS_MEET_SECONDS = 600
 
 
@@ -327,10 +334,29 @@ def launch_stage(options: argparse.Namespace, words: list[str]) -> int | None:
     )
     stage = {"extract": ["knowledge", "extract"]}.get(options.stage, [options.stage])
     # Wrong arguments fail here, not on a cluster.
-    inner = options.parser.parse_args([*stage, *options.arguments])
+    of_stage = options.parser.parse_args([*stage, *options.arguments])
+    if getattr(of_stage, "processes", 1) != 1:
+        raise InputError(
+            f"--processes {of_stage.processes}: the job starts the processes; say how many by -j HOSTSxN"
+        )
     if options.stage in ("train", "pipeline"):
         from trainer.config.run import load_config
 
-        for path in inner.config if options.stage == "train" else [inner.config]:
-            load_config(path, inner.set)
+        for path in of_stage.config if options.stage == "train" else [of_stage.config]:
+            _check_ranks(load_config(path, of_stage.set), job)
     return submit(options.stage, options.arguments, job, options.dryrun)
+
+
+def _check_ranks(config: "RunConfig", job: "JobConfig") -> None:
+    """Checks that a run can be shared among the ranks of a job, which would find out one by one."""
+    from trainer.data.loading.loader import check_shares
+
+    fewest, most, processes = job.size
+    for hosts in range(fewest, most + 1):
+        ranks = hosts * processes
+        try:
+            check_shares(config.train.global_batch_size, config.data.streams, ranks)
+        except InputError as error:
+            if hosts in (fewest, most):
+                raise InputError(f"hosts {job.hosts}, which is {ranks} ranks: {error}") from None
+            logger.warning("hosts %s: a job of %d hosts would stop: %s", job.hosts, hosts, error)

@@ -5,8 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import launch.commands as run
+from launch.arguments import CommandParser
 from launch.logs import LEVELS as LOG_LEVELS
 from trainer.evaluation.metrics import SEGMENTS
+
+Commands = argparse._SubParsersAction
+CONTINUES = "the same command goes on where it stopped"
 
 
 def _add_overrides(
@@ -23,40 +27,72 @@ def _add_processes(
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Builds the parser of `llm4msr`; `options.run(options, words)` runs what was asked for."""
-    root = argparse.ArgumentParser(
+    root = CommandParser(
         prog="llm4msr",
         description="Multi-scenario recommendation lifted by a frozen language model, from log to report.",
         epilog="example: llm4msr quickstart --out quickstart",
     )
+    root.set_defaults(parser=root)
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (
+        _add_quickstart,
+        _add_prepare,
+        _add_simulate,
+        _add_knowledge,
+        _add_train,
+        _add_plan,
+        _add_evaluate,
+        _add_compare,
+        _add_report,
+        _add_profile,
+        _add_pipeline,
+        _add_launch,
+    ):
+        add(commands)
+    return root
 
-    def command(
-        parent: "argparse._SubParsersAction[argparse.ArgumentParser]",
-        name: str,
-        run: Callable[[argparse.Namespace, list[str]], int | None],
-        text: str,
-        example: str,
-    ) -> argparse.ArgumentParser:
-        parser = parent.add_parser(
-            name, help=text, description=text, epilog=f"example: llm4msr {example}"
-        )
-        parser.set_defaults(run=run, parser=root)
-        parser.add_argument(
-            "--log-level",
-            choices=LOG_LEVELS,
-            default="info",
-            help="least severe messages that are shown (default: info)",
-        )
-        return parser
 
+def command(
+    parent: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], int | None],
+    text: str,
+    example: str,
+    when_interrupted: str = "",
+) -> argparse.ArgumentParser:
+    """Adds a command with its example, and with the options that every command has.
+
+    Args:
+        parent: Where it is added.
+        name: What is typed.
+        run: What it runs, see `launch.commands`.
+        text: What it does.
+        example: A whole command line, without the program.
+        when_interrupted: How to go on after Ctrl-C.
+    """
+    parser = parent.add_parser(
+        name, help=text, description=text, epilog=f"example: llm4msr {example}"
+    )
+    parser.set_defaults(run=run, when_interrupted=when_interrupted)
+    parser.add_argument(
+        "--log-level",
+        choices=LOG_LEVELS,
+        default="info",
+        help="least severe messages that are shown (default: info)",
+    )
+    return parser
+
+
+def _add_quickstart(commands: Commands) -> None:
     p = command(
         commands,
         "quickstart",
         run.run_quickstart,
         "Takes real data (MovieLens) through the whole system and compares every arm.",
         "quickstart --out quickstart",
+        CONTINUES,
     )
     p.add_argument(
         "--out",
@@ -72,6 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
     _add_processes(p, "training processes", default=2)
 
+
+def _add_prepare(commands: Commands) -> None:
     p = command(
         commands,
         "prepare",
@@ -119,6 +157,8 @@ def build_parser() -> argparse.ArgumentParser:
         "what is chosen there is chosen for new users too (default: 0)",
     )
 
+
+def _add_simulate(commands: Commands) -> None:
     p = command(
         commands,
         "simulate",
@@ -136,6 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         p.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
 
+
+def _add_knowledge(commands: Commands) -> None:
     knowledge = commands.add_parser(
         "knowledge", help="Prompts, frozen language model, knowledge stores."
     )
@@ -146,6 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         run.extract,
         "Writes prompts, reads them with a frozen language model, keeps the hidden states as a store.",
         "knowledge extract --data data/movielens --level all --out knowledge/movielens --processes 2",
+        CONTINUES,
     )
     _add_processes(p, "workers on this machine")
     from llm_knowledge.extraction.config import add_arguments
@@ -207,6 +250,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_refresh_arguments(p)
 
+
+def _add_train(commands: Commands) -> None:
     p = command(
         commands,
         "train",
@@ -214,12 +259,15 @@ def build_parser() -> argparse.ArgumentParser:
         "Trains one run; several configurations run one after the other.",
         "train --config launch/configs/movielens.yaml --set train.seed=1 --set output=runs/seed-1 "
         "--processes 2",
+        "the same command with --resume goes on from the newest checkpoint",
     )
     p.add_argument("--config", type=Path, nargs="+", required=True, help="YAML files, one per run")
     _add_overrides(p)
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     _add_processes(p)
 
+
+def _add_plan(commands: Commands) -> None:
     p = command(
         commands,
         "plan",
@@ -244,6 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(p, "override a field, e.g. hardware.inter_host_gbs=25; repeatable")
     p.add_argument("--out", type=Path, help="JSON file to write: bytes per rank, every piece")
 
+
+def _add_evaluate(commands: Commands) -> None:
     p = command(
         commands,
         "evaluate",
@@ -256,6 +306,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--reuse-predictions", action="store_true", help="do not score again")
     _add_overrides(p, "override a field, e.g. data.path=PLACE of the moved data")
 
+
+def _add_compare(commands: Commands) -> None:
     p = command(
         commands,
         "compare",
@@ -270,6 +322,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--segment", choices=SEGMENTS, help="only these impressions")
     p.add_argument("--out", type=Path, help="JSON file to write")
 
+
+def _add_report(commands: Commands) -> None:
     p = command(
         commands,
         "report",
@@ -282,6 +336,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, default=Path("report.html"), help="(default: report.html)")
 
+
+def _add_profile(commands: Commands) -> None:
     from trainer.profiling.meta_layer import add_arguments as add_meta_layer_arguments
 
     profile = commands.add_parser("profile", help="Where the time goes.")
@@ -317,12 +373,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_profile_train_arguments(p)
 
+
+def _add_pipeline(commands: Commands) -> None:
     p = command(
         commands,
         "pipeline",
         run.run_pipeline,
         "Extracts what a run joins, trains it, evaluates, reports; complete stages are skipped.",
         "pipeline --config launch/configs/movielens.yaml --processes 2",
+        CONTINUES,
     )
     p.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     _add_overrides(p)
@@ -331,6 +390,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_processes(p)
 
+
+def _add_launch(commands: Commands) -> None:
     p = command(
         commands,
         "launch",
@@ -353,4 +414,3 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="A=B", help="override a field of the job"
     )
     p.add_argument("--dryrun", action="store_true", help="show what would be submitted")
-    return root

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.yaml_files import read_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Raised where the code below makes another prompt of the same template and profile: a store, its dates and
@@ -135,9 +135,7 @@ def load_template(name_or_path: str | Path, level: str) -> Template:
         shipped = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.yaml")))
         raise InputError(f"template {str(name_or_path)!r} is neither a file nor one of: {shipped}")
     try:
-        template = Template.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: not readable as YAML: {error}") from error
+        template = Template.model_validate(read_yaml(file))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -24,7 +24,10 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
+    # Underscores as in 100_000_000 are YAML 1.1's, and much used.
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -71,10 +74,42 @@ def read_yaml(file: Path, what: str = "file") -> Any:
     if not file.is_file():
         raise InputError(f"{file}: is no regular file; give a {what} in YAML")
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as YAML: {error}") from None
+    return parse_yaml(text, str(file))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Reads YAML from text.
+
+    Args:
+        text: one document.
+        source: where it stands, for messages.
+
+    Raises:
+        InputError: It is no YAML, gives a key twice, or holds text that no file name can hold.
+    """
+    try:
+        document = yaml.load(text, _Loader)
+        _check_texts(document, "", set())
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
         raise InputError(
-            f"{file}: cannot be read as YAML: {' '.join(str(error).split())}"
+            f"{source}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from None
     except RecursionError:
-        raise InputError(f"{file}: cannot be read as YAML: nested too deeply") from None
+        raise InputError(f"{source}: cannot be read as YAML: nested too deeply") from None
+    return document
+
+
+def _check_texts(value: Any, key: str, seen: set[int]) -> None:
+    """Refuses text with a NUL or half a character, at which the system would stumble later."""
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{key or 'the text'}: {value!r} holds what no file name can hold")
+    elif isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, part in pairs:
+            _check_texts(name, key, seen)
+            _check_texts(part, f"{key}.{name}".removeprefix("."), seen)

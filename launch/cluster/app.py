@@ -101,8 +101,7 @@ def _command(words: list[str], job: JobConfig, torchrun: Sequence[str]) -> str:
     if job.timeout_minutes:
         seconds = round(job.timeout_minutes * 60)
         run = ["timeout", "--signal", "TERM", "--kill-after", "60", str(seconds), *run]
-    quoted = shlex.join(run).replace("$", "$$")
-    work = shlex.join(["-m", "launch", *words]).replace("$", "$$")
+    quoted, work = _quote(run), _quote(["-m", "launch", *words])
     if hosts == 1:
         # Nobody else has to reach the processes of one host: they meet in files, behind no port.
         folder = f'folder=$$(mktemp -d) && export {job_store.FILE}="$$folder/ranks"'
@@ -112,6 +111,15 @@ def _command(words: list[str], job: JobConfig, torchrun: Sequence[str]) -> str:
     find = f"host=$${{{specs.macros.rank0_env}:=localhost}}; {RESOLVE.replace('$', '$$')}; "
     meet = f'--rdzv-id {specs.macros.app_id} --rdzv-endpoint "$$host:{job.port or free_port()}"'
     return f"{find}exec {quoted} {meet} {work}"
+
+
+def _quote(words: list[str]) -> str:
+    """Words of a shell's command that reach it through torchx as they are.
+
+    torchx replaces ${NAME} where it builds the app, and its Slurm scheduler replaces `${app_id}` once more
+    in the finished script, quoted or not: so the dollar stands apart from the brace.
+    """
+    return shlex.join(words).replace("${", "$''{").replace("$", "$$")
 
 
 def free_port() -> int:

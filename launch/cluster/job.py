@@ -5,7 +5,7 @@ The two are kept apart so that a run can be continued elsewhere, or by torchrun,
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from pydantic import Field, field_validator
 
 from trainer.config.run import load_section
 from trainer.config.tables import Section
+
+LINE_ENDS = "\x7f\x85\u2028\u2029"
 
 
 class Machine(Section):
@@ -55,6 +57,11 @@ class JobConfig(Section):
         default=None, gt=0, description="Then the job gets SIGTERM, and SIGKILL a minute later."
     )
     env: dict[str, str | int | float] = Field(default={}, description="Environment variables.")
+    secrets: dict[str, str] = Field(
+        default={},
+        description="Environment variables by reference, so that no value stands in a manifest: secret/key "
+        "of a Kubernetes secret, or what AWS Batch calls valueFrom.",
+    )
     mounts: list[str] = Field(
         default=[],
         description="Of containers, e.g. `type=bind,src=/data,dst=/data,readonly`; "
@@ -83,7 +90,18 @@ class JobConfig(Section):
             raise ValueError("MIN:MAXxPROCESSES needs 1 <= MIN <= MAX")
         return value
 
-    @field_validator("env")
+    @field_validator(
+        "scheduler", "image", "log_dir", "mounts", "options", "env", "secrets", "resource"
+    )
+    @classmethod
+    def _on_one_line(cls, value: Any) -> Any:
+        """Refuses what would begin a line of its own in the script or manifest that is submitted."""
+        for text in _texts_in(value):
+            if any(ord(character) < 32 or character in LINE_ENDS for character in text):
+                raise ValueError(f"{text!r} holds a line break or another control character")
+        return value
+
+    @field_validator("env", "secrets")
     @classmethod
     def _names_of_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
@@ -96,6 +114,17 @@ class JobConfig(Section):
         """Fewest hosts, hosts, processes per host."""
         fewest, hosts, processes = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", self.hosts).groups()  # type: ignore[union-attr]
         return int(fewest or hosts), int(hosts), int(processes)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Section):
+        yield from _texts_in(value.model_dump())
+    elif isinstance(value, dict | list):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        for part in parts:
+            yield from _texts_in(part)
 
 
 def load_job(file: Path | None, overrides: Iterable[str] = (), **flags: str | None) -> JobConfig:

@@ -10,6 +10,7 @@ import torchx.specs as specs
 import yaml
 
 from launch.cluster.job import JobConfig
+from launch.cluster.manifests import kubernetes_command, kubernetes_secrets
 from llm_knowledge.errors import InputError
 
 OPTIONS = ("namespace", "queue", "service_account", "priority_class")
@@ -75,8 +76,11 @@ def _pod(role: specs.Role, job: JobConfig) -> dict[str, Any]:
             {
                 "name": role.name,
                 "image": role.image,
-                "command": [role.entrypoint, *role.args],
-                "env": [{"name": key, "value": value} for key, value in role.env.items()],
+                "command": kubernetes_command([role.entrypoint, *role.args]),
+                "env": [
+                    *({"name": key, "value": value} for key, value in role.env.items()),
+                    *kubernetes_secrets(job),
+                ],
                 "resources": {"requests": amounts, "limits": dict(amounts)},
                 "volumeMounts": mounts,
             }

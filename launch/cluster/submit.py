@@ -1,5 +1,6 @@
 """`llm4msr launch`: a stage through a torchx scheduler."""
 
+import logging
 import subprocess
 import sys
 import threading
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.job import JobConfig
+from launch.cluster.manifests import check_secrets, complete, exposed
 from llm_knowledge.errors import InputError
 
+logger = logging.getLogger(__name__)
 JOBSET = "jobset"
 # Those whose processes end with this one; the others keep the job.
 LOCAL = ("local_cwd", "local_docker")
@@ -100,6 +103,14 @@ def _check(job: JobConfig) -> None:
         )
     if name not in BARE and not job.image:
         raise InputError(f"image: {name} needs one; build it from launch/Dockerfile")
+    check_secrets(job)
+    if name != "local_cwd":
+        for variable in exposed(job):
+            logger.warning(
+                "env.%s: looks like a secret, and its value stands in what is submitted: name where it is "
+                "kept in secrets, or on Slurm export it in the shell that submits",
+                variable,
+            )
     if name == "slurm" and (wrong := [key for key, value in job.env.items() if "," in str(value)]):
         raise InputError(f"env.{wrong[0]}: slurm's srun --export cannot carry a comma")
     if name == "local_cwd" and job.retries:
@@ -126,7 +137,9 @@ def _plan(runner: Any, app: Any, job: JobConfig) -> Any:
                 options |= known.cfg_from_str(f"{key}={value}")
         if name == "local_cwd" and job.log_dir:
             options.setdefault("log_dir", job.log_dir)
-        return runner.dryrun(app, name, known.resolve(options))
+        plan = runner.dryrun(app, name, known.resolve(options))
+        complete(plan.request, job)
+        return plan
     except InvalidRunConfigException as error:
         raise InputError(f"options: {str(error).splitlines()[0]}") from error
     except ImportError as error:

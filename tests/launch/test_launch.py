@@ -20,7 +20,7 @@ pytest.importorskip("torchx")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("launch")
-    run = make_config(*make_inputs(root), root / "run", train__epochs=1)
+    run = make_config(*make_inputs(root), root / "run", train__epochs=1, data__streams=32)
     return write_config(run, root / "config.yaml")
 
 
@@ -103,13 +103,55 @@ def test_dollars_of_arguments_reach_the_job_as_they_are(tmp_path: Path) -> None:
     from launch.cluster.app import build
     from launch.cluster.job import load_job
 
-    words = ["--set", "name=$HOME ${app_id} $$ 'x'"]
+    words = ["--set", "name=$HOME ${app_id} $$ 'x' $(id)"]
     [role] = build("train", words, load_job(None)).roles
     values = macros.Values(img_root="", app_id="7", replica_id="0", rank0_env="HOST")
     text = values.apply(role).args[1].replace("exec torchrun", 'printf "%s\\n"')
+    assert "${app_id}" not in text  # torchx's Slurm scheduler replaces it in the finished script
     lines = subprocess.run(["bash", "-c", text], capture_output=True, text=True).stdout.splitlines()
     assert lines[-1] == words[1]
     assert lines[lines.index("--rdzv-id") + 1] == "7"
+
+
+def test_a_job_file_means_what_it_says(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "scheduler: slurm\nhosts: 1x2\noptions: {time: 24:30:00, partition: NO}\nenv: {ON: on, N: 010}\n"
+    )
+    shown = shown_by_dryrun(capsys, config, "--job", str(job))
+    assert "--partition=NO --time=24:30:00" in shown
+    assert "ON=on,N=010" in shown
+    job.write_text("scheduler: slurm\nhosts: 1x2\nhosts: 2x2\n")
+    assert launch(config, "--job", str(job), "--dryrun") == 2
+    assert "line 3: the key hosts is given twice, first in line 2" in capsys.readouterr().err
+
+
+def test_processes_of_a_job_are_said_once(
+    config: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "--config", str(config), "--processes", "4"]
+    assert main(["launch", "train", "--dryrun", "--", *words[1:]]) == 2
+    assert "--processes 4: the job starts the processes" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words) == 2
+    assert "--processes 4: a launcher has started this command" in capsys.readouterr().err
+
+
+def test_what_looks_like_a_secret_is_warned_of(config: Path, capsys: pytest.CaptureFixture) -> None:
+    env = "env={WANDB_API_KEY: k, KEYBOARD: k, NCCL_DEBUG: WARN, DB: 'pg://me:pw@host/x'}"
+    words = ["--scheduler", "slurm", "--cfg", "partition=main", "--set", env, "--dryrun"]
+    assert launch(config, *words) == 0
+    warned = re.findall(r"warning: env\.(\w+): looks like a secret", capsys.readouterr().err)
+    assert warned == ["WANDB_API_KEY", "DB"]
+
+
+def test_aws_batch_takes_secrets_by_reference(config: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--scheduler", "aws_batch", "--cfg", "queue=gpus", "--image", "llm4msr:cuda"]
+    shown = shown_by_dryrun(capsys, config, *words, "--set", "secrets.TOKEN=arn:aws:ssm:x")
+    assert re.search(r"secrets:\s+- name: TOKEN\s+valueFrom: arn:aws:ssm:x", shown)
 
 
 def test_container_job(config: Path, capsys: pytest.CaptureFixture) -> None:
@@ -140,7 +182,21 @@ def test_container_job(config: Path, capsys: pytest.CaptureFixture) -> None:
         (["--set", "retries=1"], "retries: local_cwd starts a job once"),
         (["--set", "retires=1"], "retires: no such field; did you mean retries?"),
         (["--set", "env.A-B=c"], "A-B is not a variable's name"),
-        (["--job", "nowhere.yaml"], "nowhere.yaml: cannot read"),
+        (
+            ["--scheduler", "slurm", "--cfg", "partition=a\n#SBATCH --uid=0"],
+            "partition.*line break",
+        ),
+        (["--set", 'log_dir="/l\\u2028m"'], "log_dir: .*line break"),
+        (["--set", 'env.A="1\\n2"'], "env: .*line break"),
+        (["--image", "a\nb", "--scheduler", "jobset"], "image: .*line break"),
+        (["--set", "secrets.TOKEN=a/b"], "secrets: local_cwd knows none"),
+        (
+            ["--scheduler", "jobset", "--image", "x", "--set", "secrets.A=b"],
+            "secrets.A: 'b': write",
+        ),
+        (["-j", "3x3"], "hosts 3x3, which is 9 ranks: data.streams: 32 streams"),
+        (["-j", "1:3x2"], "hosts 1:3x2, which is 6 ranks"),
+        (["--job", "nowhere.yaml"], "nowhere.yaml: no such"),
     ],
 )
 def test_bad_jobs_are_refused_before_anything_is_submitted(

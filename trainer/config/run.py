@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.yaml_files import parse_yaml, read_yaml
 from trainer.config.features import FeaturesConfig
 from trainer.config.model import ModelConfig
 from trainer.config.tables import HardwareConfig, ScheduleConfig, Section, TablesConfig
@@ -265,12 +266,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise InputError(f"--set {assignment}: {parent} was set to a value before")
-        try:
-            node[leaf] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"--set {assignment}: the value is not valid YAML ({error})"
-            ) from error
+        node[leaf] = parse_yaml(text, f"--set {assignment}")
     return tree
 
 
@@ -302,14 +298,7 @@ def load_section(model: type[Kind], path: Path | None, overrides: list[str] | No
     """
     values: Any = {}
     if path is not None:
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the configuration ({error.strerror})") from error
-        except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, no date
-            raise InputError(f"{path}: not valid YAML: {error}") from error
-        except RecursionError:
-            raise InputError(f"{path}: not valid YAML: nested too deeply") from None
+        values = read_yaml(path) or {}
         if not isinstance(values, dict):
             raise InputError(
                 f"{path}: a configuration is a mapping of sections, found {type(values).__name__}"

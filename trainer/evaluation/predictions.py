@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llm_knowledge.dataset_files import part_files, split_files
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
+from llm_knowledge.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     import duckdb
@@ -65,14 +66,12 @@ def read_run(path: Path) -> RunDirectory:
     Raises:
         InputError: `config.yaml` is absent, is not YAML, or lacks `name` or `train.seed`.
     """
-    import yaml
-
     path = Path(path)
     file = path / "config.yaml"
     if not file.is_file():
         raise InputError(f"{path}: not a run directory, config.yaml is missing. Check the path.")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_yaml(file)
         arm, seed = str(config["name"]), int(config["train"]["seed"])
         data = Path(config["data"]["path"])
         places = [data, path / data]
@@ -80,7 +79,9 @@ def read_run(path: Path) -> RunDirectory:
         for section in ("model", "knowledge"):
             if not isinstance(config.get(section) or {}, dict):
                 raise ValueError(f"{section} is no section")
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(
             f"{file}: name, train.seed, data.path: not readable ({error!r})."
         ) from error

@@ -91,7 +91,11 @@ class Watch:
         self.progress()
         self._thread.start()
         if threading.current_thread() is threading.main_thread():  # others may not
-            for number, act in ((signal.SIGTERM, self._told_to_end), (signal.SIGUSR1, self._trace)):
+            acts = {signal.SIGTERM: self._told_to_end, signal.SIGUSR1: self._trace}
+            # A terminal that closes ends a job as a scheduler does, unless nohup says otherwise.
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                acts[signal.SIGHUP] = self._told_to_end
+            for number, act in acts.items():
                 before = signal.signal(number, act)
                 self._undo.append(functools.partial(signal.signal, number, before))
         return self

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
@@ -12,6 +11,7 @@ from embeddings.placement import Placement, PlanError, check_groups
 from embeddings.sharding import Hardware
 from embeddings.tables import Table
 from llm_knowledge.errors import InputError
+from llm_knowledge.yaml_files import read_yaml
 from trainer.config.run import RunConfig, load_config, parse_overrides
 from trainer.config.tables import HardwareConfig, Kernel, Section, Sharding
 from trainer.run.hardware import Cluster, absent_cluster
@@ -114,12 +114,7 @@ def problem_of_file(
     Raises:
         InputError: If the file is not what it should be; every wrong field is named.
     """
-    try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+    values: Any = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a mapping with the key tables is needed")
     for key, value in parse_overrides(overrides).items():

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,17 @@ def check(name: str, document: Any) -> None:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kubernetes")
-    return write_config(make_config(root / "data", None, root / "run"), root / "config.yaml")
+    return write_config(
+        make_config(root / "data", None, root / "run", data__streams=32), root / "config.yaml"
+    )
 
 
 def dryrun(
-    capsys: pytest.CaptureFixture, config: Path, scheduler: str, *words: str
+    capsys: pytest.CaptureFixture,
+    config: Path,
+    scheduler: str,
+    *words: str,
+    arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
     command = ["launch", "train", "--scheduler", scheduler, "--image", "registry/llm4msr:cuda"]
     command += ["--cfg", "queue=research", "--resource", "h100x8", "--set", "retries=2"]
@@ -65,7 +72,8 @@ def dryrun(
         "--set",
         "mounts=['type=bind,src=/fast,dst=/fast', 'type=volume,src=runs,dst=/runs']",
     ]
-    assert main([*command, *words, "--dryrun", "--", "--config", str(config)]) == 0
+    of_stage = ["--config", str(config), *arguments]
+    assert main([*command, *words, "--dryrun", "--", *of_stage]) == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
@@ -95,8 +103,33 @@ def test_jobset_manifest(config: Path, capsys: pytest.CaptureFixture, hosts: str
     assert environment["LLM4MSR_FIRST_HOST"] == f"{name}-hosts-0-0.{name}"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
     if hosts == "4x8":
-        assert "host=${LLM4MSR_FIRST_HOST:=localhost};" in container["command"][2]
-        assert '--rdzv-endpoint "$host:29400"' in container["command"][2]
+        # Kubernetes makes one dollar of two.
+        assert "host=$${LLM4MSR_FIRST_HOST:=localhost};" in container["command"][2]
+        assert '--rdzv-endpoint "$$host:29400"' in container["command"][2]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schema"), [("kubernetes", "volcano-job"), ("jobset", "jobset")]
+)
+def test_secrets_are_references_and_dollars_of_arguments_stay(
+    config: Path, capsys: pytest.CaptureFixture, scheduler: str, schema: str
+) -> None:
+    secret = ["--set", "secrets.WANDB_API_KEY=tracking/key"]
+    document = dryrun(
+        capsys, config, scheduler, *secret, arguments=["--set", "output=x$(WANDB_API_KEY)$$y"]
+    )
+    check(schema, document)
+    spec = document["spec"]
+    if scheduler == "jobset":
+        pod = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    else:
+        pod = spec["tasks"][0]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["env"][-1] == {
+        "name": "WANDB_API_KEY",
+        "valueFrom": {"secretKeyRef": {"name": "tracking", "key": "key"}},
+    }
+    assert "'output=x$$(WANDB_API_KEY)$$$$y'" in container["command"][2]
 
 
 @pytest.mark.parametrize("name", ["volcano-job", "jobset"])
