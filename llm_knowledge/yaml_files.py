@@ -24,9 +24,8 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver(
-    # Underscores as in 100_000_000 are YAML 1.1's, and much used.
     "tag:yaml.org,2002:int",
-    re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"),
+    re.compile(r"^[-+]?(0|[1-9][0-9]*)$"),
     list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
@@ -59,12 +58,42 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
-def read_yaml(file: Path, what: str = "file") -> Any:
+class _GroupedDigitsLoader(_Loader):
+    """Takes 100_000_000 for a number, too, as YAML 1.1 did; where ids may stand, it is a word."""
+
+
+_GroupedDigitsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[1-9][0-9_]*$"), list("-+123456789")
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that one of the two rules of YAML would read as something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_GroupedDigitsLoader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {
+            *yaml.SafeDumper.yaml_implicit_resolvers,
+            *_GroupedDigitsLoader.yaml_implicit_resolvers,
+        }
+    }
+
+
+def dump_yaml(document: Any) -> str:
+    """Writes a document so that `read_yaml`, and every other reader, reads the same values."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False)
+
+
+def read_yaml(file: Path, what: str = "file", grouped_digits: bool = False) -> Any:
     """Reads a YAML file.
 
     Args:
         file: the file.
         what: what it is, for messages: "schema file".
+        grouped_digits: whether 100_000 is a number; for files in which no ids stand.
 
     Raises:
         InputError: It is absent, no regular file, no UTF-8 or no YAML, or gives a key twice.
@@ -77,21 +106,22 @@ def read_yaml(file: Path, what: str = "file") -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as YAML: {error}") from None
-    return parse_yaml(text, str(file))
+    return parse_yaml(text, str(file), grouped_digits)
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str, grouped_digits: bool = False) -> Any:
     """Reads YAML from text.
 
     Args:
         text: one document.
         source: where it stands, for messages.
+        grouped_digits: whether 100_000 is a number.
 
     Raises:
         InputError: It is no YAML, gives a key twice, or holds text that no file name can hold.
     """
     try:
-        document = yaml.load(text, _Loader)
+        document = yaml.load(text, _GroupedDigitsLoader if grouped_digits else _Loader)
         _check_texts(document, "", set())
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
         raise InputError(

@@ -96,9 +96,10 @@ class JobConfig(Section):
     @classmethod
     def _on_one_line(cls, value: Any) -> Any:
         """Refuses what would begin a line of its own in the script or manifest that is submitted."""
-        for text in _texts_in(value):
+        for key, text in _texts_in(value):
             if any(ord(character) < 32 or character in LINE_ENDS for character in text):
-                raise ValueError(f"{text!r} holds a line break or another control character")
+                where = f"{key}: " if key else ""
+                raise ValueError(f"{where}{text!r} holds a line break or another control character")
         return value
 
     @field_validator("env", "secrets")
@@ -116,15 +117,19 @@ class JobConfig(Section):
         return int(fewest or hosts), int(hosts), int(processes)
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+def _texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a value, with the key that it stands under; keys are texts, too."""
     if isinstance(value, str):
-        yield value
+        yield key, value
     elif isinstance(value, Section):
-        yield from _texts_in(value.model_dump())
-    elif isinstance(value, dict | list):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        for part in parts:
-            yield from _texts_in(part)
+        yield from _texts_in(value.model_dump(), key)
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts_in(name, key)
+            yield from _texts_in(part, str(name))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts_in(part, key)
 
 
 def load_job(file: Path | None, overrides: Iterable[str] = (), **flags: str | None) -> JobConfig:

@@ -7,11 +7,11 @@ import secrets
 from typing import Any
 
 import torchx.specs as specs
-import yaml
 
 from launch.cluster.job import JobConfig
 from launch.cluster.manifests import kubernetes_command, kubernetes_secrets
 from llm_knowledge.errors import InputError
+from llm_knowledge.yaml_files import dump_yaml
 
 OPTIONS = ("namespace", "queue", "service_account", "priority_class")
 HOSTS = "hosts"
@@ -60,7 +60,7 @@ def manifest(app: specs.AppDef, job: JobConfig) -> str:
             "replicatedJobs": [{"name": HOSTS, "replicas": 1, "template": {"spec": hosts}}],
         },
     }
-    return yaml.safe_dump(document, sort_keys=False)
+    return dump_yaml(document)
 
 
 def _pod(role: specs.Role, job: JobConfig) -> dict[str, Any]:

@@ -121,11 +121,12 @@ def test_a_job_file_means_what_it_says(
         "scheduler: slurm\nhosts: 1x2\noptions: {time: 24:30:00, partition: NO}\nenv: {ON: on, N: 010}\n"
     )
     shown = shown_by_dryrun(capsys, config, "--job", str(job))
-    assert "--partition=NO --time=24:30:00" in shown
+    assert "--partition=NO" in shown
+    assert "--time=24:30:00" in shown
     assert "ON=on,N=010" in shown
     job.write_text("scheduler: slurm\nhosts: 1x2\nhosts: 2x2\n")
     assert launch(config, "--job", str(job), "--dryrun") == 2
-    assert "line 3: the key hosts is given twice, first in line 2" in capsys.readouterr().err
+    assert "the key 'hosts' of line 2" in capsys.readouterr().err
 
 
 def test_processes_of_a_job_are_said_once(

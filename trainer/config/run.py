@@ -4,11 +4,10 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from llm_knowledge.errors import InputError
-from llm_knowledge.yaml_files import parse_yaml, read_yaml
+from llm_knowledge.yaml_files import dump_yaml, parse_yaml, read_yaml
 from trainer.config.features import FeaturesConfig
 from trainer.config.model import ModelConfig
 from trainer.config.tables import HardwareConfig, ScheduleConfig, Section, TablesConfig
@@ -266,7 +265,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise InputError(f"--set {assignment}: {parent} was set to a value before")
-        node[leaf] = parse_yaml(text, f"--set {assignment}")
+        node[leaf] = parse_yaml(text, f"--set {assignment}", grouped_digits=True)
     return tree
 
 
@@ -298,7 +297,7 @@ def load_section(model: type[Kind], path: Path | None, overrides: list[str] | No
     """
     values: Any = {}
     if path is not None:
-        values = read_yaml(path) or {}
+        values = read_yaml(path, grouped_digits=True) or {}
         if not isinstance(values, dict):
             raise InputError(
                 f"{path}: a configuration is a mapping of sections, found {type(values).__name__}"
@@ -314,7 +313,7 @@ def load_section(model: type[Kind], path: Path | None, overrides: list[str] | No
 
 def save_config(config: BaseModel, path: Path) -> None:
     """Writes the resolved configuration as YAML, every field included."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    path.write_text(dump_yaml(config.model_dump()), encoding="utf-8")
 
 
 def differences(

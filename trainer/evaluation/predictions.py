@@ -71,7 +71,7 @@ def read_run(path: Path) -> RunDirectory:
     if not file.is_file():
         raise InputError(f"{path}: not a run directory, config.yaml is missing. Check the path.")
     try:
-        config = read_yaml(file)
+        config = read_yaml(file, grouped_digits=True)
         arm, seed = str(config["name"]), int(config["train"]["seed"])
         data = Path(config["data"]["path"])
         places = [data, path / data]

@@ -114,7 +114,7 @@ def problem_of_file(
     Raises:
         InputError: If the file is not what it should be; every wrong field is named.
     """
-    values: Any = read_yaml(path)
+    values: Any = read_yaml(path, grouped_digits=True)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a mapping with the key tables is needed")
     for key, value in parse_overrides(overrides).items():
