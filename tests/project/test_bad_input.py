@@ -406,7 +406,7 @@ def test_evaluation_of_a_run_without_checkpoints(
 
 def test_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    refuse(capsys, "train", "--config", file, says=("run.yaml", "No such file"))
+    refuse(capsys, "train", "--config", file, says=("run.yaml", "no such file"))
     file.write_text("train: [1")
     refuse(capsys, "train", "--config", file, says=("run.yaml", "YAML", "line 1"))
     file.write_text("- train")
