@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from llm_knowledge.dataset_files import part_files, split_files
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
-from llm_knowledge.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     import duckdb
@@ -66,6 +65,8 @@ def read_run(path: Path) -> RunDirectory:
     Raises:
         InputError: `config.yaml` is absent, is not YAML, or lacks `name` or `train.seed`.
     """
+    from llm_knowledge.yaml_files import read_yaml  # help and the op's commands start without YAML
+
     path = Path(path)
     file = path / "config.yaml"
     if not file.is_file():
