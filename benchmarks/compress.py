@@ -27,8 +27,9 @@ DIM, RANK, NOISE, ROWS_PER_PART = 4_096, 256, 0.02, 4_096
 
 def write_source(path: Path, rows: int) -> None:
     """A float16 store of random vectors, part by part."""
+    from llm_knowledge.files import new_directory
     from llm_knowledge.store.manifest import Cutoff, Manifest, ModelInfo, TemplateInfo
-    from llm_knowledge.store.writer import new_directory, write_manifest, write_part
+    from llm_knowledge.store.writer import write_manifest, write_part
 
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(RANK, DIM)).astype(np.float32) / DIM**0.5

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
@@ -19,6 +15,7 @@ from llm_knowledge.encoding.encoder import BLOCK_TEXTS
 from llm_knowledge.errors import InputError
 from llm_knowledge.extraction.progress import Progress
 from llm_knowledge.extraction.workers import Workers, wait_until
+from llm_knowledge.files import new_file, remove_abandoned, workspace
 from llm_knowledge.locks import directory_lock
 from llm_knowledge.profiles.dataset import Dataset, ProfileOptions, profile_batches
 from llm_knowledge.prompts import Renderer, Template, default_template, load_template
@@ -40,6 +37,8 @@ from llm_knowledge.store.reader import check_footer, open_part, verify
 from llm_knowledge.store.writer import write_manifest, write_part
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from llm_knowledge.encoding.encoder import Encoder
@@ -153,10 +152,7 @@ class Job:
                 raise InputError(f"{out}: holds files of something else ({strangers[0]}); choose a "
                                  f"new directory")  # fmt: skip
             write_manifest(out, wanted)
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
-        for spilled in out.glob(".spill.*"):
-            shutil.rmtree(spilled, ignore_errors=True)
+        remove_abandoned(out)
         self._build_profiles(wanted.job)
         with open_part(self.profiles) as profiles:
             return [index for index in range(profiles.num_row_groups)
@@ -170,23 +166,20 @@ class Job:
                     return
         options = profile_options(self.config, self.template)
         rows = self._chunk()
-        temporary = self.config.out / f".profiles.{os.getpid()}.tmp"
         writer = None
-        with tempfile.TemporaryDirectory(dir=self.config.out, prefix=".spill.") as scratch:
-            batches = profile_batches(self.dataset, self.config.level, options, rows, Path(scratch))
-            try:
-                for batch in batches:
-                    schema = batch.schema.with_metadata({JOB_KEY: job.encode()})
-                    writer = writer or pq.ParquetWriter(temporary, schema, compression="zstd")
-                    writer.write_batch(batch.replace_schema_metadata(schema.metadata), rows)
-            except OSError as error:
-                raise InputError(f"{temporary}: cannot be written ({error})") from error
-            finally:
-                if writer:
-                    writer.close()
-        if writer is None:
-            raise InputError(f"{self.config.data}: no {self.config.level} to extract")
-        os.replace(temporary, self.profiles)
+        with workspace(self.profiles) as scratch:
+            batches = profile_batches(self.dataset, self.config.level, options, rows, scratch)
+            with new_file(self.profiles) as temporary:
+                try:
+                    for batch in batches:
+                        schema = batch.schema.with_metadata({JOB_KEY: job.encode()})
+                        writer = writer or pq.ParquetWriter(temporary, schema, compression="zstd")
+                        writer.write_batch(batch.replace_schema_metadata(schema.metadata), rows)
+                finally:
+                    if writer:
+                        writer.close()
+                if writer is None:
+                    raise InputError(f"{self.config.data}: no {self.config.level} to extract")
 
     def _chunk(self) -> int:
         """Keys of one part: by the number of keys alone, never by the number of workers."""

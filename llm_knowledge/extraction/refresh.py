@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import workspace
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -213,8 +213,8 @@ def _parts(
     options = profile_options(config, job.template)
     seen, index, unmet = np.zeros(len(old), bool), 0, set(forget)
     waiting: list[tuple[int, _Chunk]] = []
-    with tempfile.TemporaryDirectory(dir=out, prefix=".spill.") as scratch:
-        batches = profile_batches(job.dataset, config.level, options, job._chunk(), Path(scratch))
+    with workspace(out / "profiles") as scratch:
+        batches = profile_batches(job.dataset, config.level, options, job._chunk(), scratch)
         for batch in batches:
             unmet -= set(batch["key"].to_pylist()) if unmet else set()
             chunk = _compare(old, job, batch, forget, done, seen)

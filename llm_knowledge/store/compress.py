@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import new_directory
 from llm_knowledge.store.dated import DatedStores, store_paths
 from llm_knowledge.store.manifest import Compression, DType, Manifest, Part, file_checksum
 from llm_knowledge.store.reader import PROJECTION, KnowledgeStore, check_projection, verify
-from llm_knowledge.store.writer import new_directory, write_manifest, write_part
+from llm_knowledge.store.writer import write_manifest, write_part
 from llm_knowledge.vectors import unit_length
 
 BLOCK_BYTES = 64 << 20  # float32 rows that are in memory at a time

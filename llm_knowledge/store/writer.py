@@ -13,7 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm_knowledge.errors import InputError
-from llm_knowledge.locks import directory_lock
+from llm_knowledge.files import (
+    check_new_directory,
+    new_directory,
+    new_file,
+    remove_abandoned,
+    write_text,
+)
+from llm_knowledge.locks import LOCK, directory_lock
 from llm_knowledge.store.manifest import (
     CONTROLS,
     DTYPES,
@@ -35,21 +42,7 @@ ROW_GROUP_BYTES = 64 << 20
 def write_manifest(path: str | Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` by rename: a reader sees the old or the new one, never half."""
     path = Path(path)
-    write_bytes(path / "manifest.json", (manifest.model_dump_json(indent=1) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name in the same folder, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); check space and rights") from error
+    write_text(path / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
 
 
 def write_part(
@@ -84,20 +77,19 @@ def write_part(
                          f"[{rows} > 0, {manifest.dim}]")  # fmt: skip
     raw, scale = _to_bytes(vectors, manifest.dtype, path / name)
     table = _part_table(manifest, index, keys, raw, scale, prompts, answers, cutoffs)
-    temporary = path / f".{name}.{os.getpid()}.tmp"
     group = max(1, min(65_536, ROW_GROUP_BYTES // max(1, raw.shape[1])))
-    try:
-        pq.write_table(table, temporary, row_group_size=group, compression="zstd",
-                       compression_level=1, use_dictionary=False, write_page_checksum=True,
-                       write_statistics=["key", "cutoff"])  # fmt: skip
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+    with new_file(path / name) as temporary:
+        pq.write_table(
+            table,
+            temporary,
+            row_group_size=group,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=False,
+            write_page_checksum=True,
+            write_statistics=["key", "cutoff"],
+        )
         checksum = file_checksum(temporary)
-        os.replace(temporary, path / name)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path / name}: cannot be written ({error}); check space and rights") \
-            from error  # fmt: skip
     low, high = table["key"][0].as_py(), table["key"][-1].as_py()
     return Part(file=name, rows=rows, key_min=low, key_max=high, checksum=checksum)
 
@@ -158,33 +150,6 @@ def _part_table(
 
 
 @contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary directory beside ``path`` that takes its name at the end of the block.
-
-    Nothing is left of it if the block raises.
-
-    Raises:
-        InputError: ``path`` is a file or not empty, or cannot be written.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; choose a new directory for the store")
-    if path.exists() and any(path.iterdir()):
-        raise InputError(f"{path}: is not empty; choose a new directory for the store")
-    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        building.mkdir(parents=True)
-        yield building
-        if path.exists():
-            path.rmdir()
-        os.replace(building, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); check space and rights") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)  # is gone by then, unless something failed
-
-
-@contextmanager
 def resumed_directory(path: str | Path, wanted: Manifest) -> Iterator[Path]:
     """As ``new_directory``, but what a killed run of the same job has written is there again.
 
@@ -194,30 +159,26 @@ def resumed_directory(path: str | Path, wanted: Manifest) -> Iterator[Path]:
     Raises:
         InputError: as ``new_directory``; another run of this job is going on.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        what = "is not empty" if path.is_dir() else "is a file"
-        raise InputError(f"{path}: {what}; choose a new directory for the store")
+    path = Path(os.path.abspath(path))
+    check_new_directory(path)
     building = path.with_name(f".{path.name}.partial")
     keep = False
     with directory_lock(building):
         try:
+            remove_abandoned(building)
             if not _is_of_job(building, wanted):
                 for file in building.iterdir():
-                    if file.name != ".lock":
+                    if file.name != LOCK:
                         shutil.rmtree(file) if file.is_dir() else file.unlink()
                 write_manifest(building, wanted)
             yield building
-            for leftover in [*building.glob(".*.tmp"), *building.glob(".spill.*")]:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            if path.exists():
-                path.rmdir()
-            (building / ".lock").unlink()
+            (building / LOCK).unlink()
             os.replace(building, path)
         except OSError as error:
             keep = True
-            raise InputError(f"{path}: cannot be written ({error}); check space and rights") \
-                from error  # fmt: skip
+            raise InputError(
+                f"{path}: cannot be written ({error}); check space and rights"
+            ) from error
         except BaseException as error:
             full = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
             keep = full or not isinstance(error, Exception)

@@ -333,7 +333,7 @@ def test_two_runs_on_one_directory(tmp_path, bert):
     data = random_dataset(tmp_path / "data")
     with (
         directory_lock(tmp_path / "out"),
-        pytest.raises(InputError, match=rf"another run is writing here \(pid {os.getpid()} on"),
+        pytest.raises(InputError, match=rf"another run is writing here \(process {os.getpid()} on"),
     ):
         extract(config(data, tmp_path / "out", bert))
     extract(config(data, tmp_path / "out", bert))
