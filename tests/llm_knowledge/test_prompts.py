@@ -400,10 +400,10 @@ def test_absent_and_broken_template_files(tmp_path):
     with pytest.raises(InputError, match="neither a file"):
         load_template("../templates/user", "user")
     (tmp_path / "t.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="not readable as YAML"):
+    with pytest.raises(InputError, match="cannot be read as YAML"):
         load_template(tmp_path / "t.yaml", "user")
     (tmp_path / "t.yaml").write_text("!!python/object/apply:os.system ['true']")
-    with pytest.raises(InputError, match="not readable as YAML"):
+    with pytest.raises(InputError, match="cannot be read as YAML"):
         load_template(tmp_path / "t.yaml", "user")
 
 

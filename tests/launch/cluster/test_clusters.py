@@ -105,7 +105,7 @@ def on_hosts(
     ended = []
     for process in started:
         try:
-            output, _ = process.communicate(timeout=150)
+            output, _ = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             for other in started:
                 other.terminate()
@@ -203,7 +203,7 @@ def test_slurm_runs_a_job_and_runs_it_again_after_a_node_was_lost(
 ) -> None:
     def run(*words: str) -> str:
         done = subprocess.run(
-            words, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=60
+            words, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -272,7 +272,7 @@ def test_slurm_cancels_a_job_and_refuses_a_bad_one(
             env=slurm,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     refused = launch("--cfg", "partition=nowhere")

@@ -240,7 +240,7 @@ def test_a_damaged_encoder_and_one_of_other_features_are_refused(
     encoder.save(tmp_path)
     features = resolve_features(FeaturesConfig(use=USE), open_dataset(data))
     encoder.check(features, tmp_path)
-    with pytest.raises(InputError, match=r"place_by_author is not configured"):
+    with pytest.raises(InputError, match=r"words is not configured"):
         encoder.check(features[:-1], tmp_path)
     other = USE | {"age": FeatureUse(transform="log")}
     with pytest.raises(InputError, match=r"features\.use\.age: is encoded with .*'scale'"):
