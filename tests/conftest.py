@@ -15,6 +15,8 @@ os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 ONE_PER_MACHINE = ("namespaces", "slurm")
 
 
+# First: xdist reads the groups in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Makes each file one unit of work for the parallel workers, files with slow tests first.
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -41,7 +42,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_ranks_killed_at_random_times_lose_nothing(found: dict[str, Any]) -> None:
     kills = found["kills"]
     assert (kills["kills"], kills["wrong"]) == (KILLS, []), kills
-    assert max(kills["seconds_until_survivors_end"]) < 30  # they do not wait for the dead
+    # They do not wait for the dead, but where one dies while groups are made: then for their timeout.
+    assert statistics.median(kills["seconds_until_survivors_end"]) < 10
+    assert max(kills["seconds_until_survivors_end"]) < 55
 
 
 def test_a_rank_told_to_end_makes_all_save_their_last_step(found: dict[str, Any]) -> None:

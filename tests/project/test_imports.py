@@ -134,3 +134,13 @@ def test_help_is_instant_and_shows_an_example(words: list[str]) -> None:
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert not loaded & heavy
     assert seconds < 5, "importtime slows it down; without it help takes about 0.1 s"
+
+
+def test_every_process_group_says_how_long_it_waits() -> None:
+    """A new group has torch's half hour otherwise, whatever the default group was given."""
+    for package in MAY_IMPORT:
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("dist.new_group"):
+                    named = {keyword.arg for keyword in node.keywords}
+                    assert "timeout" in named, f"{file.relative_to(ROOT)}:{node.lineno}"

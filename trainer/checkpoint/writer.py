@@ -5,6 +5,7 @@ import errno
 import shutil
 import threading
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,7 +44,11 @@ class CheckpointWriter:
         self._keep = (train.keep_checkpoints, train.keep_best)
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
-        self._group = dist.new_group(backend="gloo") if train.checkpoint_async else None
+        self._group: dist.ProcessGroup | None = None
+        if train.checkpoint_async:
+            # Said once more: a new group has torch's half hour, not the timeout of the default group.
+            timeout = timedelta(seconds=train.timeout_seconds)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def save(self, state: LoopState) -> None:
         """Saves the run as it is now.
