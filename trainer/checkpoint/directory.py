@@ -12,41 +12,62 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from llm_knowledge.errors import InputError
 from llm_knowledge.json_files import read_json
+from llm_knowledge.store.manifest import file_checksum, fingerprint_of
 from trainer.checkpoint.loop_state import LoopState
 
-if TYPE_CHECKING:  # which imports this module
-    pass
-
-
 DESCRIPTION = "checkpoint.json"
-
-
 FORMAT_VERSION = 2
+SET_ASIDE = ".replaced.partial"  # suffix of a checkpoint whose step is being saved again
 
 
-def finish(partial: Path, target: Path, description: dict[str, Any]) -> None:
-    """Describes what was written into `partial` and renames it to `target`, replacing what is there."""
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+def finish(
+    partial: Path, target: Path, description: dict[str, Any], checksums: dict[str, str]
+) -> None:
+    """Describes what was written into `partial` and renames it to `target`, replacing what is there.
+
+    Args:
+        partial: The folder that all ranks have written into.
+        target: Its name once it is whole.
+        description: What `checkpoint.json` says besides files and checksums.
+        checksums: Of files that other ranks have written, by name; the other files are read here.
+    """
+    files = sorted(partial.iterdir())
+    sums = {file.name: checksums.get(file.name) or file_checksum(file) for file in files}
+    sizes = {file.name: file.stat().st_size for file in files}
+    content = description | {"files": sizes, "checksums": sums}
     with (partial / DESCRIPTION).open("w", encoding="utf-8") as file:
-        json.dump(description | {"files": sizes}, file, indent=1)
+        json.dump(content | {"checksum": fingerprint_of(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     if target.exists():
-        # Aside rather than away: only a rename lies between the old one and the new one.
-        replaced = target.with_suffix(".replaced.partial")
+        # Aside rather than away: only a rename lies between the old one and the new one, and
+        # `recover` undoes it where the second rename never came.
+        replaced = target.with_suffix(SET_ASIDE)
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     partial.rename(target)
 
 
+def recover(folder: Path) -> None:
+    """Gives checkpoints their names back that were set aside by a writer that died before it was done.
+
+    For the owner of the run alone: to a writer that lives it would come in between.
+    """
+    for replaced in folder.glob(f"step-*{SET_ASIDE}"):
+        target = replaced.with_name(replaced.name.removesuffix(SET_ASIDE))
+        if not target.exists():
+            replaced.rename(target)
+
+
 def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     """Removes leftovers of killed writers, and all but the newest and the best checkpoints."""
+    recover(folder)
     for leftover in folder.glob("step-*.partial"):
         shutil.rmtree(leftover)
     found = checkpoints(folder)
@@ -78,11 +99,17 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
         _loop_state(description)
     except (InputError, ValidationError):
         return None
-    return description
+    content = {name: value for name, value in description.items() if name != "checksum"}
+    # Those of version 0.1 have none.
+    whole = description.get("checksum", "") in ("", fingerprint_of(content))
+    return description if whole else None
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """Says what is wrong with a checkpoint: None, or which file is missing or cut short."""
+    """Says what is wrong with a checkpoint: None, or which file is missing or cut short.
+
+    Contents are not read, see `problem_within`.
+    """
     if not checkpoint.is_dir():
         return "there is no such checkpoint"
     description = _read(checkpoint)
@@ -102,6 +129,24 @@ def problem_of(checkpoint: Path) -> str | None:
     return None
 
 
+def problem_within(checkpoint: Path, share: slice = slice(None)) -> str | None:
+    """Says what is wrong with a checkpoint, its contents read and compared with their checksums.
+
+    Args:
+        checkpoint: The checkpoint; those of version 0.1 have no checksums.
+        share: Which of its files to read: ranks divide them.
+    """
+    if problem := problem_of(checkpoint):
+        return problem
+    for name, checksum in list(read_description(checkpoint).get("checksums", {}).items())[share]:
+        try:
+            if file_checksum(checkpoint / name) != checksum:
+                return f"{name} has another checksum than when it was written"
+        except InputError as error:
+            return str(error)
+    return None
+
+
 def read_description(checkpoint: Path) -> dict[str, Any]:
     """Reads `checkpoint.json`.
 
@@ -109,10 +154,15 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
         InputError: If the checkpoint is not whole.
     """
     if problem := problem_of(checkpoint):
-        raise InputError(
-            f"{checkpoint}: the checkpoint is damaged: {problem}; remove it to go on from an older one"
-        )
+        raise damaged(checkpoint, problem)
     return _read(checkpoint) or {}
+
+
+def damaged(checkpoint: Path, problem: str) -> InputError:
+    """The error about a checkpoint that is not whole."""
+    return InputError(
+        f"{checkpoint}: the checkpoint is damaged: {problem}; remove it to go on from an older one"
+    )
 
 
 def read_state(checkpoint: Path) -> LoopState:

@@ -49,8 +49,11 @@ class LoopState:
         self.finished = self.step == total or self.evaluations_without_gain >= patience
 
     def forget_best(self) -> None:
-        """Lets the next evaluation be the best: the checkpoint of the best one is damaged."""
-        self.best_step, self.best_auc = 0, None
+        """Lets the next evaluation be the best: the checkpoint of the best one is damaged.
+
+        A finished run has no next one: its last step is the best that there is.
+        """
+        self.best_step, self.best_auc = (self.step, self.auc) if self.finished else (0, None)
 
     def leave_out(self, steps: Iterable[int]) -> None:
         """Leaves out the batches of these steps, from 0, from now on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:  # which imports this module
 from trainer.checkpoint.directory import (
     best_of,
     checkpoints,
-    problem_of,
+    damaged,
+    problem_within,
     read_description,
     read_state,
+    recover,
 )
 from trainer.checkpoint.loop_state import LoopState
 
@@ -33,6 +35,8 @@ def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
     Raises:
         InputError: If the checkpoint is damaged, of another model, or of other knowledge stores.
     """
+    if problem := _problem(checkpoint):
+        raise damaged(checkpoint, problem)
     description = read_description(checkpoint)
     if description["fingerprints"] != run.fingerprints:
         raise InputError(
@@ -59,6 +63,14 @@ def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
     return state
 
 
+def _problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks; each reads its share of the files."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    problems: list[str | None] = [None] * ranks
+    dist.all_gather_object(problems, problem_within(checkpoint, slice(rank, None, ranks)))
+    return next((problem for problem in problems if problem), None)
+
+
 def restore_newest(run: Run, folder: Path) -> LoopState | None:
     """Restores the newest checkpoint that is whole; says which ones were passed over.
 
@@ -68,15 +80,16 @@ def restore_newest(run: Run, folder: Path) -> LoopState | None:
     Raises:
         InputError: If there are checkpoints and none is whole, or the newest one does not fit.
     """
-    answer: list[Any] = [None]
+    listed: list[list[Path]] = [[]]
     if run.runtime.is_main:  # one rank looks, so that all take the same
-        answer[0] = [(path, problem_of(path)) for path in reversed(checkpoints(folder))]
-    dist.broadcast_object_list(answer)
-    found: list[tuple[Path, str | None]] = answer[0]
-    if not found:
+        recover(folder)
+        listed[0] = list(reversed(checkpoints(folder)))
+    dist.broadcast_object_list(listed)
+    if not listed[0]:
         return None
     skipped = []
-    for path, problem in found:
+    for path in listed[0]:
+        problem = _problem(path)
         if problem is None:
             break
         skipped.append(f"{path}: {problem}")
@@ -87,9 +100,12 @@ def restore_newest(run: Run, folder: Path) -> LoopState | None:
         )
     state = load_checkpoint(path, run)
     best = best_of(folder, state)
-    if state.best_step and dict(found).get(best, "missing") is not None:
-        skipped.append(f"{best}: the best checkpoint is not whole; the next evaluation is the best")
+    if state.best_step and best != path and (problem := _problem(best)):
         state.forget_best()
+        instead = "this one" if state.finished else "the next evaluation"
+        skipped.append(
+            f"{best}: the best checkpoint is not whole: {problem}; {instead} is the best"
+        )
     if run.runtime.is_main:
         for line in [*(f"skipped {line}" for line in skipped), f"resumed from {path}"]:
             logger.info(line)

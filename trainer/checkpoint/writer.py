@@ -21,6 +21,7 @@ from torchrec.distributed.types import ShardedTensor
 from embeddings.optimizer import update_count
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
+from llm_knowledge.store.manifest import file_checksum
 from trainer.checkpoint.directory import FORMAT_VERSION, finish, prune
 from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.state import live_state
@@ -108,11 +109,24 @@ class CheckpointWriter:
         except OSError as error:
             raise InputError(_failure(target, self._run.runtime.rank, error)) from error
 
+        checksums = self._checksums(partial)
+
         def end() -> None:
-            finish(partial, target, description)
+            finish(partial, target, description, checksums)
             prune(self._folder, *self._keep)
 
         self._on_main(end, target)
+
+    def _checksums(self, partial: Path) -> dict[str, str]:
+        """Checksums of what all ranks have written, each rank having read its own files."""
+        rank = self._run.runtime.rank
+        own = on_all_ranks(
+            lambda: {file.name: file_checksum(file) for file in partial.glob(f"__{rank}_*")},
+            self._group,
+        )
+        everywhere: list[dict[str, str]] = [{}] * self._run.runtime.world_size
+        dist.all_gather_object(everywhere, own, group=self._group)
+        return {name: checksum for of_rank in everywhere for name, checksum in of_rank.items()}
 
     def _on_main(self, action: Any, target: Path) -> None:
         """Runs an action on rank 0; what the file system refuses is raised on every rank."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -22,7 +23,13 @@ from tests.drills.restore_matrix import whole_state
 from tests.helpers.training_data import make_config, make_inputs, write_stores
 from tests.trainer.training.test_train import ENVIRONMENT, ROOT, lines
 from trainer.checkpoint import writer as checkpoint_writer
-from trainer.checkpoint.directory import checkpoints, problem_of, prune, read_state
+from trainer.checkpoint.directory import (
+    checkpoints,
+    problem_of,
+    problem_within,
+    prune,
+    read_state,
+)
 from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint
 from trainer.checkpoint.writer import CheckpointWriter
@@ -189,6 +196,7 @@ def test_the_newest_and_the_best_are_kept(inputs: tuple[Path, Path], tmp_path: P
         copied = shutil.copytree(source, folder / f"step-{step:08d}")
         description = json.loads((copied / "checkpoint.json").read_text())
         description["loop"] |= {"step": step, "auc": auc, "best_step": 3 if step > 2 else 0}
+        del description["checksum"]  # as version 0.1 wrote it
         (copied / "checkpoint.json").write_text(json.dumps(description))
     (folder / "step-00000009.partial").mkdir()  # what a killed writer leaves
     prune(folder, keep_last=3, keep_best=2)
@@ -223,13 +231,21 @@ def lose_a_file(checkpoint: Path) -> str:
     return r"\.metadata is missing"
 
 
+def flip_a_bit(checkpoint: Path) -> str:
+    file = next(checkpoint.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return rf"{file.name} has another checksum than when it was written"
+
+
 def lose_the_description(checkpoint: Path) -> str:
     (checkpoint / "checkpoint.json").write_text('{"format_')
     return r"checkpoint\.json is missing or damaged"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [cut_short, lose_a_file, lose_the_description])
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lose_a_file, lose_the_description])
 def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(
     inputs: tuple[Path, Path],
     tmp_path: Path,
@@ -251,6 +267,71 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 21))
     assert not list(folder.glob("*.partial"))
     assert all(problem_of(path) is None for path in checkpoints(folder))
+
+
+def test_every_flipped_bit_is_found(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = train(make_config(*inputs, tmp_path / "run", train__epochs=1))
+    checkpoint = checkpoints(run / "checkpoints")[-1]
+    assert problem_within(checkpoint) is None
+    generator = random.Random(0)
+    for file in sorted(checkpoint.iterdir()):
+        content = file.read_bytes()
+        for _ in range(50):
+            damaged = bytearray(content)
+            damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+            file.write_bytes(damaged)
+            assert problem_within(checkpoint) is not None
+        file.write_bytes(content)
+    assert problem_within(checkpoint) is None
+
+
+@pytest.mark.parametrize("moment", ["set aside", "complete"])
+def test_a_crash_while_a_step_is_saved_again_loses_no_copy(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    config = make_config(*inputs, tmp_path / "run", train__checkpoint_every=3)
+    interrupt_at(7, monkeypatch, config)
+    folder = tmp_path / "run/checkpoints"
+    newest = checkpoints(folder)[-1]
+    assert newest.name == "step-00000006"
+    # What `finish` leaves when it is killed between its two renames.
+    shutil.copytree(newest, folder / "step-00000006.partial")
+    newest.rename(folder / "step-00000006.replaced.partial")
+    if moment == "complete":
+        (folder / "step-00000006.partial").rename(newest)
+    resumed = restored_at(config, monkeypatch)
+    assert resumed == 6
+
+
+def restored_at(config: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Resumes a run; returns the step that it goes on from, by what the loop gets."""
+    steps: list[int] = []
+    opened = RunLog.__init__
+
+    def note(self: RunLog, run: Any, step: int) -> None:
+        steps.append(step)
+        opened(self, run, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "__init__", note)
+        train(config, resume=True)
+    return steps[0]
+
+
+def test_a_finished_run_without_its_best_checkpoint_takes_its_last(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Next to nothing is learned, so that an evaluation without gain ends it.
+    options = {"train__learning_rate": 1e-12, "tables__learning_rate": 1e-12, "train__patience": 1}
+    config = make_config(*inputs, tmp_path / "run", **options)
+    run = train(config)
+    best, last = names(run)
+    assert json.loads((run / "summary.json").read_text())["best_step"] == int(best[-8:])
+    flip_a_bit(run / "checkpoints" / best)
+    train(config, resume=True)
+    told = capsys.readouterr().err
+    assert re.search(r"best checkpoint is not whole: .* checksum .*; this one is the best", told)
+    assert json.loads((run / "summary.json").read_text())["best_step"] == int(last[-8:])
 
 
 def test_only_damaged_checkpoints_are_refused(
