@@ -169,7 +169,8 @@ def _constraint(table: Table, placement: Placement, hardware: Hardware) -> Param
         else [kernel, *["dense"] * (dense and kernel == "fused")],
         min_partition=columns if kind in ("column_wise", "grid_shard") else None,
         pooling_factors=list(table.ids_per_sample) or [1.0] * len(table.features),
-        cache_params=CacheParams(load_factor=placement.cache_load_factor)
+        # Rows are brought into the cache while the batch before trains (`PrefetchTrainPipelineSparseDist`).
+        cache_params=CacheParams(load_factor=placement.cache_load_factor, prefetch_pipeline=True)
         if placement.kernel == "uvm_caching"
         else None,
         key_value_params=KeyValueParams(ssd_storage_directory=placement.directory)

@@ -121,7 +121,12 @@ class ZeroCollisionTables(nn.Module):
                 width = slices[feature].stop - slices[feature].start
                 rows[slices[feature]] = table_rows[begin : begin + width]
                 begin += width
-        remapped = KeyedJaggedTensor(ids.keys(), torch.from_numpy(rows), lengths=ids.lengths())
+        remapped = KeyedJaggedTensor(
+            ids.keys(),
+            torch.from_numpy(rows),
+            lengths=ids.lengths(),
+            length_per_key=ids.length_per_key(),
+        )
         return remapped, self._reassigned_here(assigned) if assign else ReassignedRows()
 
     def forward(self, reassigned: ReassignedRows) -> None:

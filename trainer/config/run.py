@@ -13,6 +13,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.tables import HardwareConfig, ScheduleConfig, Section, TablesConfig
 
 Split = Literal["profile", "train", "valid", "test"]
+Precision = Literal["float32", "tf32", "bf16"]
 
 Kind = TypeVar("Kind", bound=Section)
 
@@ -149,6 +150,12 @@ class TrainConfig(Section):
         default=None,
         description="Run directory to go on from, on data that later events were appended to: its best "
         "checkpoint is the beginning, and only rows that it has not seen are trained on.",
+    )
+    precision: Precision | None = Field(
+        default=None,
+        description="Of the products of the dense part: float32; tf32, on a GPU only; bf16, by autocast, "
+        "where weights, their gradients and updates, tables, loss and predictions stay float32. Default: "
+        "bf16 on a GPU, float32 on a CPU.",
     )
     seed: int = Field(
         default=0, ge=0, description="Seeds initialisation, shuffling, dropout and noise."

@@ -1,5 +1,6 @@
 """The model: sharded ids and frozen knowledge in, a backbone with meta layers around it, logits out."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -224,10 +225,16 @@ class MetaNetworks(nn.Module):
 
 
 class DenseModel(nn.Module):
-    """Everything after the lookups: data-parallel, the same on every rank."""
+    """Everything after the lookups: data-parallel, the same on every rank.
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, dim: int) -> None:
+    With `autocast` its products are made in bfloat16; parameters, loss and predictions stay float32.
+    """
+
+    def __init__(
+        self, config: ModelConfig, shapes: Shapes, dim: int, autocast: bool = False
+    ) -> None:
         super().__init__()
+        self.autocast = autocast
         self.history_length = shapes.history_length
         self.user_dropout = config.user_dropout
         self.label_weights = shapes.label_weights
@@ -251,6 +258,43 @@ class DenseModel(nn.Module):
         weighted: KeyedTensor | None = None,
     ) -> tuple[Tensor, Predictions]:
         """Returns the loss (a sum over samples divided by the batch size) and the predictions."""
+        products = (
+            torch.autocast(batch.label.device.type, torch.bfloat16)
+            if self.autocast
+            else nullcontext()
+        )
+        with products:
+            logits, extra, known = self._score(pooled, sequences, vectors, batch, weighted)
+        logits = logits.to(batch.label.dtype)
+        # Divided by the batch size, not by the number of samples: on every rank and in a last, padded
+        # batch each sample counts once and equally.
+        losses = F.binary_cross_entropy_with_logits(
+            logits[:, 0], batch.label, batch.weight, reduction="sum"
+        )
+        for task, label_weight in enumerate(self.label_weights):
+            losses = losses + label_weight * F.binary_cross_entropy_with_logits(
+                logits[:, task + 1], batch.extra_labels[:, task], batch.weight, reduction="sum"
+            )
+        logits = logits.detach()
+        found = Predictions(
+            logits[:, 0],
+            batch.label,
+            batch.weight,
+            batch.scenario,
+            known["user"],
+            logits[:, 1:],
+        )
+        return losses / len(batch.label) + extra, found
+
+    def _score(
+        self,
+        pooled: KeyedTensor,
+        sequences: dict[str, JaggedTensor],
+        vectors: KeyedTensor | None,
+        batch: Batch,
+        weighted: KeyedTensor | None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns logits [B, tasks], the alignment loss, and which samples have knowledge, bool [B]."""
         meta = self.meta
         # Of the levels that are configured, standardised, [B, dim] each.
         knowledge = vectors if vectors is not None else {}
@@ -295,25 +339,7 @@ class DenseModel(nn.Module):
             logits = logits + meta.match(
                 (users["match"], items["match"]), knowledge["user"], knowledge["item"], both, codes
             )
-        # Divided by the batch size, not by the number of samples: on every rank and in a last, padded
-        # batch each sample counts once and equally.
-        losses = F.binary_cross_entropy_with_logits(
-            logits[:, 0], batch.label, batch.weight, reduction="sum"
-        )
-        for task, label_weight in enumerate(self.label_weights):
-            losses = losses + label_weight * F.binary_cross_entropy_with_logits(
-                logits[:, task + 1], batch.extra_labels[:, task], batch.weight, reduction="sum"
-            )
-        logits = logits.detach()
-        found = Predictions(
-            logits[:, 0],
-            batch.label,
-            batch.weight,
-            batch.scenario,
-            known["user"],
-            logits[:, 1:],
-        )
-        return losses / len(batch.label) + extra, found
+        return logits, extra, known
 
 
 class LLM4MSR(nn.Module):
@@ -330,6 +356,7 @@ class LLM4MSR(nn.Module):
         init_std: float,
         row_owners: ZeroCollisionTables | None = None,
         hash_zch: HashZch | None = None,
+        autocast: bool = False,
     ) -> None:
         super().__init__()
         ids = [
@@ -361,7 +388,7 @@ class LLM4MSR(nn.Module):
             hash_zch=hash_zch,
         )
         self.knowledge = FrozenTables(frozen) if frozen else None
-        self.dense = DenseModel(config, shapes, dim)
+        self.dense = DenseModel(config, shapes, dim, autocast)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
         """Joins ids and knowledge by key, then predicts."""

@@ -1,6 +1,6 @@
 """From a configuration to the live objects of a run; training and evaluation both begin here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +8,23 @@ import pyarrow as pa
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import (
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineSparseDist,
+)
 
 from embeddings.ids import IdMap, SortedKeys
 from embeddings.optimizer import fuse_optimizer
 from embeddings.placement import PlanError
 from embeddings.replicated import train_replicated_tables
-from embeddings.sharding import describe_plan, format_plan, plan_sharding, shard, sharders
+from embeddings.sharding import (
+    TablePlan,
+    describe_plan,
+    format_plan,
+    plan_sharding,
+    shard,
+    sharders,
+)
 from embeddings.tables import load_frozen_rows
 from llm_knowledge.errors import InputError
 from llm_knowledge.store.dated import DatedStores
@@ -30,6 +40,7 @@ from trainer.run.features import run_encoder
 from trainer.run.hardware import this_cluster
 from trainer.run.id_tables import IdUse, hash_zch, id_maps, zero_collision_tables
 from trainer.run.inputs import Inputs, placements, table_optimizer
+from trainer.run.precision import choose_precision, set_precision
 from trainer.run.session import Run
 
 
@@ -45,8 +56,16 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     shapes = make_shapes(config, dataset, stores, rows, feature_shapes(inputs.features, features))
     torch.manual_seed(train.seed)
     owners = zero_collision_tables(config, ids)
+    precision = choose_precision(train.precision, runtime.device.type)
+    set_precision(precision)
     model = LLM4MSR(
-        config.model, shapes, config.tables.dim, config.tables.init_std, owners, hash_zch(config)
+        config.model,
+        shapes,
+        config.tables.dim,
+        config.tables.init_std,
+        owners,
+        hash_zch(config),
+        autocast=precision == "bf16",
     )
     fuse_optimizer(model.sparse.parameters(), table_optimizer(config))
     batch_size = train.global_batch_size // runtime.world_size
@@ -62,6 +81,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     if group_size is not None:
         copies = runtime.world_size // group.ranks
         lines.append(f"in each of {copies} groups of {group.ranks} ranks")
+    lines += ["", f"dense part: products in {precision}"]
     if model.dense.meta is not None:
         lines += ["", "meta layers", *model.dense.meta.strategies(batch_size, runtime.device.type)]
     torch.manual_seed(
@@ -109,10 +129,14 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         id_use=IdUse(
             one.table_name for one in features.encodings if not one.is_number and not one.weights
         ),
-        pipeline=TrainPipelineSparseDist(
-            sharded, optimizer, runtime.device, execute_all_batches=True
-        ),
+        pipeline=pipeline_of(tables)(sharded, optimizer, runtime.device, execute_all_batches=True),
     )
+
+
+def pipeline_of(tables: Iterable[TablePlan]) -> type[TrainPipelineSparseDist]:
+    """The pipeline of a training step: where a table has a cache, its misses are fetched a batch ahead."""
+    cached = any(table.kernel == "fused_uvm_caching" for table in tables)
+    return PrefetchTrainPipelineSparseDist if cached else TrainPipelineSparseDist
 
 
 def make_shapes(

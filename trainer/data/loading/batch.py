@@ -12,9 +12,8 @@ from embeddings.zero_collision.row_reset import ReassignedRows
 
 def no_ids() -> KeyedJaggedTensor:
     """Ids of no feature."""
-    return KeyedJaggedTensor(
-        [], torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64)
-    )
+    nothing = torch.empty(0, dtype=torch.int64)
+    return KeyedJaggedTensor([], nothing, lengths=nothing, length_per_key=[])
 
 
 @dataclass

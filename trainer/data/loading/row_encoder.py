@@ -228,4 +228,6 @@ def _keyed(
         values=torch.from_numpy(np.concatenate([values for values, _ in features.values()])),
         lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in features.values()])),
         weights=torch.from_numpy(np.concatenate(weights)) if weights is not None else None,
+        # Said here, on the host: a model on a GPU would wait for the device to count them.
+        length_per_key=[len(values) for values, _ in features.values()],
     )

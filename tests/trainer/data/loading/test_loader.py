@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from embeddings.ids import SortedKeys, Vocabulary
 from llm_knowledge.errors import InputError
@@ -211,6 +212,18 @@ def test_string_ids_and_lists_of_strings(tmp_path: Path) -> None:
     names = [ids["user_id"][row - 1].as_py() for row in batch.ids["user"].values().tolist()]
     assert names == table["user_id"].to_pylist()
     assert batch.ids["history"].values().tolist() == [1, 2] * len(table)
+
+
+def test_the_host_knows_how_many_ids_each_feature_has(inputs: tuple[Path, Path]) -> None:
+    """Else a model on a GPU would stop and ask it, in every step."""
+    (stream,) = streams(inputs, 1, 64, ["train"])
+    batch = next(iter(stream.batches(0)))
+    for copied in (batch, batch.to(torch.device("cpu"))):
+        for ids in (copied.ids, copied.knowledge, copied.weighted):
+            counts = ids.length_per_key_or_none()
+            assert counts is not None
+            lengths = ids.lengths().view(len(counts), -1) if counts else torch.zeros(0, 1)
+            assert counts == lengths.sum(1).tolist()
 
 
 def test_null_inside_a_list(inputs: tuple[Path, Path]) -> None:
