@@ -14,8 +14,8 @@ SPARK := $(if $(shell command -v java),$(VENV)/.installed-spark)
 
 .PHONY: quickstart test test-quick lint docs setup clean
 
-# Two workers, each with whole files (tests/conftest.py says which tests stay together).
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# Two workers, each with whole files, slow ones first (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 quickstart: setup
 	$(VENV)/bin/llm4msr quickstart --out $(OUT)

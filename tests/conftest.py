@@ -11,28 +11,15 @@ from launch.logs import set_up_logging
 # connection whose destructor waits for its thread, would never end.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
-# Network namespaces and a Slurm have names and addresses that a machine has once.
-ONE_PER_MACHINE = ("namespaces", "slurm")
 
-
-# First: xdist reads the groups in a hook of the same name.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Makes each file one unit of work for the parallel workers, files with slow tests first.
+    """Puts files with slow tests first, so that no worker ends with one that it began last.
 
-    A file's fixtures are then made once, and no worker ends with a slow file that it began last. All
-    that a machine has only once is one unit.
+    Parallel workers take whole files (`--dist loadfile`): a file's fixtures are made once, and what a
+    machine has only once, such as the names of network namespaces, is used by one file.
     """
-    groups = {
-        item: "local_cluster"
-        if any(item.get_closest_marker(name) for name in ONE_PER_MACHINE)
-        else item.nodeid.partition("::")[0]
-        for item in items
-    }
-    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: groups[item] not in slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
