@@ -105,8 +105,9 @@ class FeatureInfo(StrictModel):
     Attributes:
         kind: One id, a list of ids, or a number.
         type: Of the ids; double for numbers.
-        source: Where the values were read: the log, or the catalogue joined by item.
-        column: Their column there.
+        source: Where the values were read: the log, the catalogue joined by item, or counters, which were
+            made of the log's earlier events.
+        column: Their column there; of a counter what it counts, in words.
         weights: Column of the ids' weights, which are weights_NAME of the events; None: unweighted.
     """
 

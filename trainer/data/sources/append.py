@@ -33,6 +33,7 @@ from trainer.data.dataset import (
     validate_dataset,
 )
 from trainer.data.sources.catalogue import check_texts, write_items
+from trainer.data.sources.counters import add_counters
 from trainer.data.sources.log_schema import LogSchema, load_schema
 from trainer.data.sources.parquet_log import open_log
 from trainer.data.sources.staging import (
@@ -88,7 +89,8 @@ def append_parquet(
                 fraction=True,
             )
             # What lies before the day counts as its profile window: it gives histories, no rows.
-            day = _with_last_positives(log.with_features, list(parts.values()), info)
+            counted = add_counters(con, log.with_features, rules, scratch, past)
+            day = _with_last_positives(counted, list(parts.values()), info)
             stage_log(con, day, staging, scratch, split)
         users = con.execute(
             f"SELECT count(*) FROM (SELECT user_id FROM {events} UNION SELECT user_id FROM {past})"
@@ -168,7 +170,8 @@ def _check_features(
                 f"{schema}: feature {name!r} is {'new' if before is None else 'missing'}: the features of "
                 f"{base} are {sorted(info.features)}; declare the same, or prepare the whole log anew"
             )
-        for part in ("kind", "type"):
+        counted = "counters" in (before.source, now.source)
+        for part in ("kind", "type", *(("column",) if counted else ())):
             if getattr(before, part) != getattr(now, part):
                 raise InputError(
                     f"{schema}: feature {name!r}: {part} is {getattr(now, part)} in the new files, "

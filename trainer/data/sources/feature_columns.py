@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llm_knowledge.errors import InputError
 from trainer.data.dataset import FeatureInfo
-from trainer.data.sources.log_schema import Catalogue, Feature, LogSchema
+from trainer.data.sources.feature_schema import Feature
+from trainer.data.sources.log_schema import Catalogue, LogSchema
 from trainer.data.sources.raw_columns import kind_of, literal, require_column
 from trainer.data.sources.raw_files import RawFiles
 

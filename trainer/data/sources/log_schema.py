@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -21,6 +20,13 @@ from trainer.data.dataset import (
     SplitName,
     StrictModel,
     explain_validation,
+)
+from trainer.data.sources.feature_schema import (
+    FEATURE_NAME,
+    RESERVED,
+    Counter,
+    Feature,
+    check_counter,
 )
 
 DEFAULT_FRACTIONS: dict[SplitName, float] = {
@@ -104,59 +110,7 @@ class LogNegatives(StrictModel):
         return self
 
 
-FEATURE_NAME = "^[a-z][a-z0-9_]*$"
-NOT_YET = ("users", "counters", "sequences")
-# What the program reads of every row by these names already.
-RESERVED = ("user", "item", "scenario", "history", "label", "timestamp")
-
-
-class Feature(StrictModel):
-    """A column that the model may read.
-
-    Attributes:
-        kind: id (one value), ids (a list of them) or number.
-        source: `from` in the file: log, or catalogue.
-        column: Its name there; by default the feature's.
-        separator: kind ids: splits a column of text into the list.
-        weights: kind ids: column with one number per id.
-        timeless: Of a number of a table that does not say since when it holds: it is known to be no
-            statistic over later events.
-    """
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    kind: Literal["id", "ids", "number"]
-    source: Literal["log", "catalogue"] = Field(default="log", alias="from")
-    column: str | None = None
-    separator: str | None = Field(default=None, min_length=1)
-    weights: str | None = None
-    timeless: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_yet(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("from") == "users":
-            raise ValueError("from: users is not supported yet; join the column to the log")
-        if isinstance(value, dict) and "text" in value:
-            raise ValueError("text (features in prompts) is not supported yet; remove it")
-        return value
-
-    @model_validator(mode="after")
-    def _check(self) -> Feature:
-        for option in ("separator", "weights"):
-            if getattr(self, option) is not None and self.kind != "ids":
-                raise ValueError(f"{option} goes with kind ids only")
-        if self.separator is not None and self.weights is not None:
-            raise ValueError("weights need a column of lists, not text with a separator")
-        dated = self.kind != "number" or self.source == "log"
-        if not dated and not self.timeless:
-            raise ValueError(
-                "a number of the catalogue holds for all times: a statistic over the whole log would tell "
-                "of later events; say timeless: true if it is none (a price, a length)"
-            )
-        if dated and self.timeless:
-            raise ValueError("timeless goes with numbers of the catalogue only")
-        return self
+NOT_YET = ("users", "sequences")
 
 
 class SplitChoice(StrictModel):
@@ -204,8 +158,9 @@ class LogSchema(StrictModel):
     """What a user's own log means: content of the YAML file given as --schema.
 
     `labels` names further labels and their columns, in the order of the funnel: {purchase: is_buy}.
-    `features` names the columns that a model may read, `ignore` patterns of those that nothing reads; any
-    other column is named in a warning, and with `strict` refused.
+    `features` names the columns that a model may read, `counters` counts and rates of the past, `ignore`
+    patterns of columns that nothing reads; any other column is named in a warning, and with `strict`
+    refused.
     """
 
     name: str = "log"
@@ -214,6 +169,9 @@ class LogSchema(StrictModel):
         default_factory=dict
     )
     features: dict[Annotated[str, Field(pattern=FEATURE_NAME)], Feature] = Field(
+        default_factory=dict
+    )
+    counters: dict[Annotated[str, Field(pattern=FEATURE_NAME)], Counter] = Field(
         default_factory=dict
     )
     ignore: list[str] = Field(default_factory=list)
@@ -275,16 +233,27 @@ class LogSchema(StrictModel):
                 raise ValueError(f"{section}: not supported yet; remove the section")
         return value
 
+    @field_validator("features", "counters")
+    @classmethod
+    def _check_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in value if name in RESERVED]:
+            raise ValueError(f"{taken[0]}: the name is taken; call it otherwise")
+        return value
+
     @model_validator(mode="after")
     def _check_features(self) -> LogSchema:
         for name, feature in self.features.items():
-            if name in RESERVED:
-                raise ValueError(f"features.{name}: the name is taken; call the feature otherwise")
             if feature.source == "catalogue" and self.catalogue is None:
                 raise ValueError(
                     f"features.{name}: from catalogue, but the schema has no catalogue"
                 )
-        if self.features and self.samples_negatives:
+        for name, counter in self.counters.items():
+            if name in self.features:
+                raise ValueError(f"counters.{name}: is a feature too; call the counter otherwise")
+            check_counter(name, counter, self.features, self.labels)
+        if self.counters and not self.has_clock:
+            raise ValueError("counters: the log has no clock, so nothing is earlier than an event")
+        if (self.features or self.counters) and self.samples_negatives:
             raise ValueError(
                 "features: not supported yet together with negatives.per_positive, whose rows would carry "
                 "their positive's values; sample negatives before, or remove the features"

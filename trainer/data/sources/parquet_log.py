@@ -21,6 +21,7 @@ from trainer.data.dataset import (
     event_schema,
 )
 from trainer.data.sources.catalogue import check_texts, write_items
+from trainer.data.sources.counters import add_counters, describe_counters
 from trainer.data.sources.feature_columns import (
     check_feature_values,
     describe_features,
@@ -62,8 +63,8 @@ class RawLog:
             within the second.
         kinds: Kind of each role's column.
         raw: The files.
-        features: What the features are.
-        with_features: SQL of the events with the features that are joined to them.
+        features: What the features are, counters included.
+        with_features: SQL of the events with the features that are joined to them; without counters.
     """
 
     events: str
@@ -115,6 +116,7 @@ def open_log(
             whole, joined = join_catalogue(con, events, rules.catalogue, item_kind, rules, schema)
             features |= joined
         ordered = {name: features[name] for name in rules.features}
+        ordered |= describe_counters(rules.counters)
         yield RawLog(events, kinds, raw, ordered, whole)
 
 
@@ -223,7 +225,8 @@ def prepare_parquet(
             if rules.negatives is not None and rules.samples_negatives:
                 ids = [scenario.scenario_id for scenario in rules.scenarios]
                 sampler = NegativeSampler(con, log.events, ids, rules.negatives)
-            stage_log(con, log.with_features, staging, scratch, split, sampler)
+            events = add_counters(con, log.with_features, rules, scratch)
+            stage_log(con, events, staging, scratch, split, sampler)
         info = DatasetInfo(
             name=rules.name,
             source={"kind": "parquet", "files": len(log.raw.files), "rows": log.raw.rows},
