@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from llm_knowledge.encoding.loading import text_model
 from llm_knowledge.encoding.tokens import pad
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Answers:
     """
 
     def __init__(self, language_model: Any, limit: int, tokenizer: Any) -> None:
-        self.model = getattr(language_model, language_model.base_model_prefix)
+        self.model = text_model(getattr(language_model, language_model.base_model_prefix))
         self.head = language_model.get_output_embeddings()
         self.limit, self.tokenizer = limit, tokenizer
         ends = getattr(language_model.generation_config, "eos_token_id", None)

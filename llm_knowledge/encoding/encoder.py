@@ -20,6 +20,7 @@ from llm_knowledge.encoding.loading import (
     find_device,
     load,
     refuse_answers,
+    text_model,
     token_limit,
 )
 from llm_knowledge.encoding.model_files import default_model_path as default_model_path
@@ -40,8 +41,17 @@ BLOCK_TEXTS = 1024
 # A prefix is shared from so many tokens, texts and share of all tokens on: below, it gains nothing.
 PREFIX_TOKENS, PREFIX_TEXTS, PREFIX_SHARE = 16, 4, 0.1
 
-# A way of reading is tried once, on the beginnings of two texts.
+# A way of reading is tried once, on the beginnings of two texts. A model that it does not suit may
+# raise any of these.
 TRIED_TOKENS = 24
+SHAPE_ERRORS = (
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+)
 
 Pooling = Literal["auto", "mean", "paragraphs", "last"]
 State = Literal["prompt", "answer"]
@@ -166,7 +176,8 @@ class Encoder:
         refuse_answers(answer_tokens, state, self.kind, self.pooling)
         loaded = load(self.path, getattr(torch, precision), self.device, trust_remote_code,
                       None if packs else attention, answer_tokens > 0, config_only=accelerated)  # fmt: skip
-        self.tokenizer, self.config, self.model = loaded.tokenizer, loaded.config, loaded.model
+        self.tokenizer, self.config = loaded.tokenizer, loaded.config
+        self.model: Any = None if loaded.model is None else text_model(loaded.model)
         self._answers: Answers | None = None
         if answer_tokens:
             from llm_knowledge.encoding.answers import Answers
@@ -196,7 +207,7 @@ class Encoder:
             self._share = prefix_reuse == "auto" and self._reader.shares
         if compilation != "off":
             self.model.compile(mode=compilation, dynamic=True)
-        self._packs_checked = attention == "packed"
+        self._packs_checked, self._must_pack = False, attention == "packed"
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         self.dim = int(self.config.hidden_size)
 
@@ -334,8 +345,11 @@ class Encoder:
     def _agrees(self, ids: list[list[int]], prefix: SharedPrefix) -> bool:
         """Whether this model gives the same vectors with the prefix as without; tried once."""
         two = _middle(ids, len(prefix.tokens) + TRIED_TOKENS)
-        if self._same(self._forward(two), self._forward(two, prefix)):
-            return True
+        try:
+            if self._same(self._forward(two), self._forward(two, prefix)):
+                return True
+        except SHAPE_ERRORS as error:
+            _raise_out_of_memory(error)
         warnings.warn(f"{self.name}: its vectors change when the prompts' common beginning is "
                       f"computed once; each prompt is computed whole", stacklevel=2)  # fmt: skip
         return False
@@ -348,11 +362,14 @@ class Encoder:
         two, packing = _middle(ids, TRIED_TOKENS), self._reader.packing
         try:
             packed = self._reader.read(two).cpu().numpy()
-        except (NotImplementedError, TypeError):  # an attention with a mask or a bias of its own
+        except SHAPE_ERRORS as error:  # an attention with a mask, a bias or shapes of its own
+            _raise_out_of_memory(error)
             packed = np.zeros((len(two), self.dim), np.float32)
         self._reader.packing = None
         if self._same(self._reader.read(two).cpu().numpy(), packed):
             self._reader.packing = packing
+        elif self._must_pack:
+            raise InputError("--attention packed: this model has an attention of its own; use auto")
 
     def _same(self, one: np.ndarray, other: np.ndarray) -> bool:
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
@@ -396,6 +413,14 @@ class Encoder:
         computed, shared = self._reader.positions(ids, prefix), len(prefix.tokens) if prefix else 0
         self.counters.computed += computed
         self.counters.padding += computed - sum(map(len, ids)) + shared * len(ids)
+
+
+def _raise_out_of_memory(error: Exception) -> None:
+    """Raises an error again that says nothing about a way of reading."""
+    from llm_knowledge.encoding.reader import out_of_memory
+
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        raise error
 
 
 def _middle(ids: list[list[int]], tokens: int) -> list[list[int]]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_knowledge.encoding.model_files import is_half_of_both
 from llm_knowledge.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,6 +18,9 @@ if TYPE_CHECKING:
 
 # Sentence encoders are trained on short texts; a decoder reads the instruction and the items.
 ENCODER_TOKENS, DECODER_TOKENS = 256, 1024
+
+# Masks and positions that older versions of transformers saved beside the weights.
+_OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids|(attn|attention)\.bias)$")
 
 
 @dataclass
@@ -34,7 +41,7 @@ def load(
     head: bool,
     config_only: bool = False,
 ) -> Loaded:
-    """Load a model from a directory, safetensors only.
+    """Loads a model from a directory, safetensors only.
 
     Args:
         path: the model directory.
@@ -45,29 +52,131 @@ def load(
         head: with the language-model head.
         config_only: no weights; another backend loads them.
 
-    Raises:
-        InputError: the model or its tokenizer cannot be loaded.
-    """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    Returns:
+        Tokenizer, configuration and model; of a model that also reads images or sound, the
+        configuration of its text part.
 
-    # AutoModel drops the language-model head; the report of it says nothing new.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    how = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    kind = AutoModelForCausalLM if head else AutoModel
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded, or weights and configuration are
+            those of different models.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    allowed: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **how)
-        if config_only:
-            return Loaded(tokenizer, AutoConfig.from_pretrained(path, **how))
-        model = kind.from_pretrained(path, dtype=dtype, use_safetensors=True,
-                                     attn_implementation=attention, **how)  # fmt: skip
+        with _without_load_reports():
+            tokenizer = AutoTokenizer.from_pretrained(path, **allowed)
+            config = AutoConfig.from_pretrained(path, **allowed)
+            if config_only:
+                return Loaded(tokenizer, config.get_text_config())
+            # What is quantised cannot be moved afterwards: it is loaded where it is to stay.
+            quantised = getattr(config, "quantization_config", None) is not None
+            model, report = _model_class(config, head).from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `refuse_other_weights` names them
+                device_map={"": device} if quantised else None,
+                **allowed,
+            )
+        if not quantised:
+            model.to(device)
     except Exception as error:  # any of a dozen kinds: what the directory holds is user input
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{path}: the model cannot be loaded: {text[0]}") from error
-    model.config.use_cache = False
-    model.to(device).eval().requires_grad_(False)
-    return Loaded(tokenizer, model.config, model)
+    refuse_other_weights(path, model, report)
+    model.eval().requires_grad_(False)
+    loaded = Loaded(tokenizer, model.config.get_text_config(), model)
+    loaded.config.use_cache = False
+    return loaded
+
+
+@contextmanager
+def _without_load_reports() -> Iterator[None]:
+    """Keeps transformers from reporting on a load, which `refuse_other_weights` judges.
+
+    Its settings are those of the whole process: they are put back.
+    """
+    from transformers.utils import logging
+
+    verbosity, progress_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bars:
+            logging.enable_progress_bar()
+
+
+def _model_class(config: Any, head: bool) -> Any:
+    """The class of transformers that loads a configuration, with a language-model head or not."""
+    import transformers
+
+    if not head:
+        half = is_half_of_both(config.to_dict())
+        return transformers.AutoModelForTextEncoding if half else transformers.AutoModel
+    if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def text_model(model: Any) -> Any:
+    """The part of a model that reads text: all of it, unless the model reads images or sound too."""
+    from transformers import PreTrainedModel
+
+    text_config = model.config.get_text_config()
+    if text_config is model.config:
+        return model
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.config is text_config), model)
+
+
+def refuse_other_weights(path: Path, model: Any, report: dict[str, Any]) -> None:
+    """Refuses weights that are fewer or more than those that the configuration asks for.
+
+    Heads that are not read do not matter: a pooler may be missing, and what stands outside of the
+    body (the head of a masked or causal language model, a classifier, a tower for images) may be
+    left over or missing. Tied weights are not missing.
+
+    Args:
+        path: the model directory, for the message.
+        model: as loaded.
+        report: `output_loading_info` of transformers: missing, unexpected and mismatched names.
+
+    Raises:
+        InputError: a tensor that is read is missing, left over, or of another shape.
+    """
+    text, head = text_model(model), model.get_output_embeddings()
+    modules = {id(part) for body in (text, head) if body is not None for part in body.modules()}
+    read = {name for name, part in model.named_modules() if id(part) in modules}
+    prefix = next(name for name, part in model.named_modules() if part is text)
+    prefix += "." if prefix else ""
+    children = {name for name, _ in text.named_children()} - {"pooler"}
+
+    def is_read(name: str) -> bool:
+        return name.rpartition(".")[0] in read and "pooler" not in name.split(".")
+
+    def is_of_body(name: str) -> bool:
+        names = {name, name.removeprefix(f"{model.base_model_prefix}.")}
+        inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        return any(name.partition(".")[0] in children for name in inside)
+
+    faults = {
+        "not among its weights": [name for name in report["missing_keys"] if is_read(name)],
+        "left over": [name for name in report["unexpected_keys"]
+                      if is_of_body(name) and not _OLD_BUFFERS.search(name)],
+        "of another shape": [f"{name} ({list(stored)}, not {list(asked)})"
+                             for name, stored, asked in report["mismatched_keys"] if is_read(name)],
+    }  # fmt: skip
+    said = [f"{len(names)} tensors {fault}, such as {min(names)}"
+            for fault, names in faults.items() if names]  # fmt: skip
+    if said:
+        raise InputError(f"{path}: config.json describes another model than the weights: "
+                         f"{'; '.join(said)}; download both anew")  # fmt: skip
 
 
 def check_layer(config: Any, layer: int) -> int:
@@ -80,10 +189,10 @@ def check_layer(config: Any, layer: int) -> int:
 
 def token_limit(loaded: Loaded, asked: int | None, kind: str, answer_tokens: int) -> int:
     """Most tokens of a text: as asked, or by the kind of model; InputError if it has less room."""
-    room = min(
-        int(getattr(loaded.config, "max_position_embeddings", None) or 1 << 30),
-        int(loaded.tokenizer.model_max_length or 1 << 30),
-    )
+    positions = int(getattr(loaded.config, "max_position_embeddings", None) or 0)
+    room = min(positions if positions > 0 else 1 << 30,  # XLNet says -1: as many as one likes
+               int(loaded.tokenizer.model_max_length or 1 << 30),
+               _learned_positions(loaded.model))  # fmt: skip
     hard = room - answer_tokens
     if asked is not None and not 8 <= asked <= hard:
         raise InputError(f"max_tokens: {asked} is outside 8..{hard} of this model")
@@ -91,6 +200,23 @@ def token_limit(loaded: Loaded, asked: int | None, kind: str, answer_tokens: int
         raise InputError(f"answer_tokens: {answer_tokens} leaves no room for a prompt in the {room} "
                          f"tokens of this model")  # fmt: skip
     return asked or min(hard, ENCODER_TOKENS if kind == "encoder" else DECODER_TOKENS)
+
+
+def _learned_positions(model: Any) -> int:
+    """Positions of tokens that a model has vectors for, where RoBERTa's kind begins behind padding.
+
+    Their tables of positions have a row for padding; the first token is given the one behind it:
+    514 rows are room for 512 tokens.
+    """
+    import torch
+
+    tables = [part for name, part in (model.named_modules() if model is not None else ())
+              if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding)
+              and part.padding_idx is not None]  # fmt: skip
+    return min(
+        (table.num_embeddings - int(table.padding_idx or 0) - 1 for table in tables),
+        default=1 << 30,
+    )
 
 
 def refuse_answers(tokens: int, state: str, kind: str, pooling: str) -> None:

@@ -15,6 +15,11 @@ DEFAULT_MODEL_NAME = "all-MiniLM-L6-v2"
 # Up to this size the whole weights are hashed; above, the header of each file and its size.
 WHOLE_HASH_BYTES = 1 << 30
 
+# Encoder-decoders by type: transformers 5 leaves `is_encoder_decoder` out where it is the default.
+_BOTH_HALVES = ("t5", "mt5", "umt5", "t5gemma", "bart", "mbart", "pegasus", "m2m_100")
+# Language models that read a whole text both ways, though transformers calls them causal.
+_BOTH_WAYS = ("xlnet",)
+
 
 def default_model_path() -> Path:
     """Directory of the model that ships as a package; the package itself is never imported.
@@ -76,21 +81,36 @@ def weights_hash(path: Path) -> str:
     return f"sha256{'' if whole else '-headers'}:{digest.hexdigest()}"
 
 
+def is_half_of_both(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of the encoder alone of an encoder-decoder (`T5EncoderModel`)."""
+    architectures = config.get("architectures") or []
+    return any(str(name).endswith("EncoderModel") for name in architectures)
+
+
 def model_kind(config: dict[str, Any]) -> Literal["encoder", "decoder"]:
-    """Whether a model's ``config.json`` describes a causal decoder or a bidirectional encoder.
+    """Whether a model's `config.json` describes a causal decoder or a bidirectional encoder.
 
     Raises:
         InputError: it has both halves (T5 and the like).
     """
-    if config.get("is_encoder_decoder"):
-        raise InputError(f"model type {config.get('model_type')!r} is an encoder-decoder; use an "
-                         f"encoder or a decoder")  # fmt: skip
+    from transformers.models.auto import modeling_auto as auto
+
+    kind, text = config.get("model_type"), config.get("text_config")
+    if is_half_of_both(config):
+        return "encoder"
+    if config.get("is_encoder_decoder") or kind in _BOTH_HALVES:
+        raise InputError(f"model type {kind!r} is an encoder-decoder; use an encoder or a decoder")
+    if kind in _BOTH_WAYS:
+        return "encoder"
+    if isinstance(text, dict):  # the text part of a model that also reads images or sound
+        if kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            model_kind({**text, "architectures": None})  # refuses one with both halves
+            return "decoder"
+        if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return model_kind(text)
     architectures = " ".join(config.get("architectures") or [])
     if config.get("is_decoder") or "CausalLM" in architectures or "LMHead" in architectures:
         return "decoder"
-    from transformers.models.auto import modeling_auto as auto
-
-    kind = config.get("model_type")
     masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "decoder" if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not masked else "encoder"
 

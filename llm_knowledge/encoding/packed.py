@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from llm_knowledge.encoding.prefix import SharedPrefix, supports_sharing
 
 NAME = "packed"
-# What an attention may be told beside what is served here; None and False mean nothing of the kind.
+# What an attention may be told beside what is served here; None, False and 0: nothing of the kind.
 _UNSERVED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
@@ -67,7 +67,8 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of every text to itself and the prefix, in transformers' calling convention."""
     batch = _RUNNING.get()
-    if attention_mask is not None or any(more.get(name) for name in _UNSERVED):
+    given = [more[name] for name in _UNSERVED if more.get(name) is not None]
+    if attention_mask is not None or any(torch.is_tensor(value) or value for value in given):
         raise NotImplementedError("attention with a mask, a window or a bias of its own")
     if batch.collects:
         batch.keys = (key_1HTE, value_1HTE)
