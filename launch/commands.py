@@ -238,7 +238,7 @@ def evaluate_run(options: argparse.Namespace, words: list[str]) -> int | None:
         from trainer.training.resume import check_data
 
         config = load_config(options.run_dir / "config.yaml", options.set)
-        check_data(config, options.run_dir)
+        check_data(config.data.path, options.run_dir)
         data = Path(config.data.path)
     print(json.dumps(write_evaluation(options.run_dir, options.split, data), indent=1))
     return None

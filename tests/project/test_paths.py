@@ -80,6 +80,6 @@ def test_ids_are_those_of_the_folder(tmp_path: Path, name: str, sibling: str) ->
     for folder in (sibling, "plain", name):
         data = dataset(tmp_path / folder, seed=int(folder == sibling))
         config = make_config(data, None, tmp_path, tables__ids="hash", tables__hash_rows=30)
-        found.append(collision_rates(config))
+        found.append(collision_rates(config.tables.hash_rows, config.data))
     other, plain, odd = found
     assert odd == plain != other

@@ -20,7 +20,7 @@ from trainer.data.loading.batch import Batch
 from trainer.data.loading.prefetch import BatchFeed
 from trainer.distributed.process_group import on_all_ranks
 from trainer.models.llm4msr import Predictions
-from trainer.observe.trackers import Tracker, open_trackers
+from trainer.observe.trackers import TrackedRun, Tracker, open_trackers
 from trainer.observe.watchdog import Watch, memory_gib
 from trainer.run.session import Run
 
@@ -71,7 +71,9 @@ class RunLog:
             if runtime.is_main:
                 self._file = _reopen(folder / "metrics.jsonl", step)
                 self._ranks_file = _reopen(folder / "ranks.jsonl", step)
-                self._trackers = open_trackers(run.config, folder, step)
+                config = run.config
+                tracked = TrackedRun(config.name, config.model_dump(), folder, step)
+                self._trackers = open_trackers(config.train.trackers, tracked)
 
         on_all_ranks(open_outputs)  # what cannot be opened on one rank ends all of them
 

@@ -2,11 +2,11 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from llm_knowledge.errors import InputError
-from trainer.config.run import RunConfig
 
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 
@@ -34,21 +34,38 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(config: RunConfig, folder: Path, step: int) -> list[Tracker]:
-    """Opens the configured trackers for a run that goes on after `step`; on rank 0.
+@dataclass(frozen=True)
+class TrackedRun:
+    """What trackers are told of a run.
+
+    Attributes:
+        name: How they show it.
+        settings: Its configuration, as a tree.
+        folder: The run directory.
+        step: After which it goes on.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    folder: Path
+    step: int
+
+
+def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
+    """Opens trackers for a run that goes on; on rank 0.
 
     MLflow and Weights & Biases read servers and credentials from their own environment variables.
     """
-    kinds: dict[str, Callable[[RunConfig, Path, int], Tracker]]
+    kinds: dict[str, Callable[[TrackedRun], Tracker]]
     kinds = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _Wandb}
-    return [kinds[name](config, folder, step) for name in config.train.trackers]
+    return [kinds[name](run) for name in names]
 
 
 class _TensorBoard:
-    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -59,15 +76,15 @@ class _TensorBoard:
 
 
 class _MLflow:
-    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import mlflow
 
-        note = folder / "mlflow-run"  # a resumed run goes on in the one that it began
+        note = run.folder / "mlflow-run"  # a resumed run goes on in the one that it began
         known = note.read_text() if note.exists() else None
-        run = mlflow.start_run(run_id=known, run_name=None if known else config.name)
-        note.write_text(run.info.run_id)
+        active = mlflow.start_run(run_id=known, run_name=None if known else run.name)
+        note.write_text(active.info.run_id)
         if known is None:
-            mlflow.log_dict(config.model_dump(), "config.json")
+            mlflow.log_dict(run.settings, "config.json")
         self._mlflow: Any = mlflow
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
@@ -78,13 +95,13 @@ class _MLflow:
 
 
 class _Wandb:
-    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import wandb
 
-        note = folder / "wandb-run"
+        note = run.folder / "wandb-run"
         known = note.read_text() if note.exists() else None
         self._run = wandb.init(
-            id=known, name=config.name, dir=str(folder), config=config.model_dump(), resume="allow"
+            id=known, name=run.name, dir=str(run.folder), config=run.settings, resume="allow"
         )
         note.write_text(self._run.id)
 

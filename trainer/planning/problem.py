@@ -12,7 +12,7 @@ from embeddings.sharding import Hardware
 from embeddings.tables import Table
 from llm_knowledge.errors import InputError
 from llm_knowledge.yaml_files import read_yaml
-from trainer.config.run import RunConfig, load_config, parse_overrides
+from trainer.config.run import load_config, parse_overrides
 from trainer.config.tables import HardwareConfig, Kernel, Section, Sharding
 from trainer.run.hardware import Cluster, absent_cluster
 
@@ -185,21 +185,28 @@ def problem_of_config(
     from trainer.models.llm4msr import LLM4MSR
     from trainer.run.build import make_shapes
     from trainer.run.features import training_files
-    from trainer.run.id_tables import given_rows
+    from trainer.run.id_tables import assigned_rows
     from trainer.run.inputs import open_stores, placements
 
-    config: RunConfig = load_config(path, overrides)
+    config = load_config(path, overrides)
     dataset = validate_dataset(Path(config.data.path))
-    stores = open_stores(config, dataset)
+    stores = open_stores(config.knowledge, dataset)
     rows = {"user": dataset.users + 1, "item": dataset.items + 1}  # one row for unknown ids
     if config.tables.hash_rows is not None:
         rows = dict.fromkeys(rows, config.tables.hash_rows)
     if config.tables.ids in ("zero_collision", "hash_zch"):
-        rows = given_rows(config)
+        rows = assigned_rows(config.tables, config.data.streams)
     features = resolve_features(config.features, dataset)
     # Its vocabularies are as large as they will be; nothing is written.
-    encoder = fit_encoder(features, training_files(config))
-    shapes = make_shapes(config, dataset, stores, rows, feature_shapes(features, encoder))
+    encoder = fit_encoder(features, training_files(config.data))
+    shapes = make_shapes(
+        dataset,
+        stores,
+        rows,
+        config.data.labels,
+        config.features,
+        feature_shapes(features, encoder),
+    )
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     hardware = absent_cluster(_with_memory(config.hardware, hbm_gib), cluster)
     samples = batch or config.train.global_batch_size // hardware.ranks
@@ -208,7 +215,7 @@ def problem_of_config(
             f"train.global_batch_size: {config.train.global_batch_size} samples leave none for each of "
             f"{hardware.ranks} ranks; pass --batch-per-rank"
         )
-    wanted = {table.name: Placement() for table in model.tables} | placements(config)
+    wanted = {table.name: Placement() for table in model.tables} | placements(config.tables)
     group = _group(config.hardware, hardware, config.tables.optimizer, wanted)
     return Problem(
         model.tables,

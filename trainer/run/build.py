@@ -1,6 +1,6 @@
 """From a configuration to the live objects of a run; training and evaluation both begin here."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from embeddings.sharding import (
 from embeddings.tables import load_frozen_rows
 from llm_knowledge.errors import InputError
 from llm_knowledge.store.dated import DatedStores
+from trainer.config.features import FeaturesConfig
 from trainer.config.run import RunConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
@@ -39,7 +40,7 @@ from trainer.models.meta import standardise
 from trainer.run.features import run_encoder
 from trainer.run.hardware import this_cluster
 from trainer.run.id_tables import IdUse, hash_zch, id_maps, zero_collision_tables
-from trainer.run.inputs import Inputs, placements, table_optimizer
+from trainer.run.inputs import Inputs
 from trainer.run.precision import choose_precision, set_precision
 from trainer.run.session import Run
 
@@ -47,15 +48,16 @@ from trainer.run.session import Run
 def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> Run:
     """Builds and shards the model, loads this rank's knowledge rows."""
     train, dataset, stores = config.train, inputs.dataset, inputs.stores
-    ids = id_maps(config, folder, runtime)
-    features = run_encoder(config, folder, runtime, inputs.features)
-    labels = tuple(f"label_{name}" for name in config.data.labels)
-    encoder = _row_encoder(config, dataset, stores, ids, labels, features)
-
-    rows = {level: one.rows for level, one in ids.items()}
-    shapes = make_shapes(config, dataset, stores, rows, feature_shapes(inputs.features, features))
+    ids = id_maps(config.tables, config.data, folder, runtime)
+    features = run_encoder(inputs.features, config.data, train.start_from, folder, runtime)
+    history_length = dataset.history_length if config.features.history else 0
+    labels = config.data.labels
+    encoder = _row_encoder(dataset, stores, ids, history_length, labels, features)
+    rows = {level: id_map.rows for level, id_map in ids.items()}
+    feature_blocks = feature_shapes(inputs.features, features)
+    shapes = make_shapes(dataset, stores, rows, labels, config.features, feature_blocks)
     torch.manual_seed(train.seed)
-    owners = zero_collision_tables(config, ids)
+    owners = zero_collision_tables(config.tables, ids, config.data.streams, train.seed)
     precision = choose_precision(train.precision, runtime.device.type)
     set_precision(precision)
     model = LLM4MSR(
@@ -64,16 +66,16 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         config.tables.dim,
         config.tables.init_std,
         owners,
-        hash_zch(config),
+        hash_zch(config.tables, config.data.streams),
         autocast=precision == "bf16",
     )
-    fuse_optimizer(model.sparse.parameters(), table_optimizer(config))
+    fuse_optimizer(model.sparse.parameters(), inputs.table_optimizer)
     batch_size = train.global_batch_size // runtime.world_size
     cluster = this_cluster(config.hardware, runtime, config.tables.key_value_directory)
     group_size = config.hardware.sharding_group_size
     group = cluster.group(group_size)
     try:
-        plan = plan_sharding(model, model.tables, placements(config), batch_size, group)
+        plan = plan_sharding(model, model.tables, inputs.placements, batch_size, group)
     except PlanError as error:
         raise InputError(f"tables.sharding: {error}", shared=True) from error
     tables = describe_plan(plan, model.tables, group.ranks)
@@ -112,7 +114,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         }
         on_all_ranks(lambda: load_frozen_rows(collection, readers))
     optimizer = _dense_optimizer(sharded, config)
-    train_replicated_tables(sharded, plan, table_optimizer(config), optimizer, "knowledge.")
+    train_replicated_tables(sharded, plan, inputs.table_optimizer, optimizer, "knowledge.")
     if group_size is not None:
         sharded.average_after(optimizer)
     return Run(
@@ -140,10 +142,11 @@ def pipeline_of(tables: Iterable[TablePlan]) -> type[TrainPipelineSparseDist]:
 
 
 def make_shapes(
-    config: RunConfig,
     dataset: DatasetInfo,
     stores: dict[str, DatedStores],
     rows: dict[str, int],
+    label_weights: Mapping[str, float],
+    config: FeaturesConfig,
     features: tuple[FeatureShape, ...],
 ) -> Shapes:
     """What data, stores and rows of the id tables ("user", "item") say about the model's size."""
@@ -151,7 +154,7 @@ def make_shapes(
     return Shapes(
         user_rows=rows["user"],
         item_rows=rows["item"],
-        history_length=dataset.history_length if config.features.history else 0,
+        history_length=dataset.history_length if config.history else 0,
         scenarios=len(dataset.scenarios),
         user_vectors=_shape(stores.get("user")),
         item_vectors=_shape(stores.get("item")),
@@ -161,9 +164,9 @@ def make_shapes(
         scenario_stores=torch.from_numpy(scenario_store.store_of_rows())
         if scenario_store
         else None,
-        label_weights=tuple(config.data.labels.values()),
+        label_weights=tuple(label_weights.values()),
         features=features,
-        features_width=config.features.width,
+        features_width=config.width,
     )
 
 
@@ -176,11 +179,11 @@ def _shape(store: DatedStores | None) -> tuple[int, int] | None:
 
 
 def _row_encoder(
-    config: RunConfig,
     dataset: DatasetInfo,
     stores: dict[str, DatedStores],
     ids: dict[str, IdMap],
-    extra_labels: tuple[str, ...],
+    history_length: int,
+    labels: Iterable[str],
     features: FeatureEncoder,
 ) -> RowEncoder:
     scenario_ids = np.array([scenario.scenario_id for scenario in dataset.scenarios])
@@ -190,9 +193,9 @@ def _row_encoder(
         items=ids["item"],
         scenarios=SortedKeys(pa.array(scenario_ids[order].tolist())),
         scenario_order=order.astype(np.int64),
-        history_length=dataset.history_length if config.features.history else 0,
+        history_length=history_length,
         joins={level: KnowledgeJoin(*dated.stores) for level, dated in stores.items()},
-        extra_labels=extra_labels,
+        extra_labels=tuple(f"label_{name}" for name in labels),
         features=features,
     )
 

@@ -15,23 +15,25 @@ from embeddings.zero_collision.policy import ZeroCollision
 from embeddings.zero_collision.remap import ZeroCollisionTables
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
-from trainer.config.run import RunConfig
-from trainer.data.dataset import split_files
+from trainer.config.run import DataConfig
+from trainer.config.tables import TablesConfig
 from trainer.distributed.process_group import Runtime, on_all_ranks
+from trainer.run.features import training_files
 
 FEATURES = {"user": ("user",), "item": ("item", "history")}  # of a batch, by the table they read
 
 
-def id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMap]:
+def id_maps(
+    tables: TablesConfig, data: DataConfig, folder: Path, runtime: Runtime
+) -> dict[str, IdMap]:
     """Makes the id maps of the run by level; vocabularies are built on rank 0 unless they are there."""
-    tables = config.tables
     if tables.hash_rows is not None:
         return {
             level: HashedIds(tables.hash_rows, salt) for salt, level in enumerate(("user", "item"))
         }
     if tables.ids in ("zero_collision", "hash_zch"):
         bits = 64 if tables.ids == "zero_collision" else 62  # the latter's kernel takes no sign
-        rows = given_rows(config)
+        rows = assigned_rows(tables, data.streams)
         return {
             level: HashedKeys(rows[level], salt, bits)
             for salt, level in enumerate(("user", "item"))
@@ -41,7 +43,7 @@ def id_maps(config: RunConfig, folder: Path, runtime: Runtime) -> dict[str, IdMa
     def write() -> None:
         for level, path in paths.items():
             if runtime.is_main and not path.exists():
-                ids = Vocabulary(_distinct_ids(config, f"{level}_id"))
+                ids = Vocabulary(_distinct_ids(data, f"{level}_id"))
                 try:
                     path.parent.mkdir(exist_ok=True)
                     ids.save(path)
@@ -68,57 +70,63 @@ def _load_vocabulary(path: Path) -> Vocabulary:
         ) from error
 
 
-def given_rows(config: RunConfig) -> dict[str, int]:
-    """Rows of the tables whose rows are given to ids: whole buckets of two or more."""
-    chosen, streams = config.tables.zero_collision, config.data.streams
-    wanted = {"user": chosen.user_rows or 0, "item": chosen.item_rows or 0}
-    return {level: max(-(-rows // streams), 2) * streams for level, rows in wanted.items()}
+def assigned_rows(tables: TablesConfig, buckets: int) -> dict[str, int]:
+    """Rows of the tables whose rows are assigned to ids: whole buckets of two or more."""
+    options = tables.zero_collision
+    configured = {"user": options.user_rows or 0, "item": options.item_rows or 0}
+    return {level: max(-(-rows // buckets), 2) * buckets for level, rows in configured.items()}
 
 
-def zero_collision_tables(config: RunConfig, ids: dict[str, IdMap]) -> ZeroCollisionTables | None:
+def zero_collision_tables(
+    tables: TablesConfig, ids: dict[str, IdMap], buckets: int, seed: int
+) -> ZeroCollisionTables | None:
     """Makes the row owners of the run's tables, or None where ids have fixed rows; collective.
 
-    Buckets are the streams of the data: both bound the numbers of ranks that can continue a run.
+    Args:
+        tables: What is configured.
+        ids: The id maps of the run by level.
+        buckets: The streams of the data: both bound the numbers of ranks that can continue a run.
+        seed: Of the vectors that reassigned rows begin with.
     """
-    chosen = config.tables.zero_collision
-    if config.tables.ids != "zero_collision":
+    options = tables.zero_collision
+    if tables.ids != "zero_collision":
         return None
-    options = {
+    policies = {
         level: ZeroCollision(
             rows=ids[level].rows,
-            buckets=config.data.streams,
-            eviction=chosen.eviction,
-            admission=chosen.admission,
-            time_to_live=chosen.time_to_live,
-            interval=chosen.eviction_interval,
-            decay=chosen.distance_decay,
+            buckets=buckets,
+            eviction=options.eviction,
+            admission=options.admission,
+            time_to_live=options.time_to_live,
+            interval=options.eviction_interval,
+            decay=options.distance_decay,
         )
         for level in FEATURES
     }
-    return ZeroCollisionTables(options, FEATURES, config.tables.init_std, config.train.seed)
+    return ZeroCollisionTables(policies, FEATURES, tables.init_std, seed)
 
 
-def hash_zch(config: RunConfig) -> HashZch | None:
+def hash_zch(tables: TablesConfig, buckets: int) -> HashZch | None:
     """Options of torchrec's hash-based tables, or None where the run has others."""
-    if config.tables.ids != "hash_zch":
+    if tables.ids != "hash_zch":
         return None
-    return HashZch(config.data.streams, config.tables.zero_collision.hours)
+    return HashZch(buckets, tables.zero_collision.hours)
 
 
-def check_device(config: RunConfig, device: str) -> None:
+def check_device(tables: TablesConfig, device: str) -> None:
     """Refuses ids that a device's kernels cannot map.
 
     Raises:
         InputError: With what to use instead.
     """
-    if config.tables.ids == "hash_zch" and device != "cuda":
+    if tables.ids == "hash_zch" and device != "cuda":
         raise InputError(
             "tables.ids: hash_zch runs on CUDA only, its kernel on a CPU finds ids but takes no new ones; "
             "use zero_collision, which runs everywhere"
         )
 
 
-def collision_rates(config: RunConfig) -> dict[str, float]:
+def collision_rates(hash_rows: int | None, data: DataConfig) -> dict[str, float]:
     """Share of a table's training ids that share their row with another one of them.
 
     Counted for a hash, in one pass over the ids; 0 by construction for the other kinds, whose ids
@@ -127,12 +135,12 @@ def collision_rates(config: RunConfig) -> dict[str, float]:
     rates = {}
     for salt, level in enumerate(FEATURES):
         rates[f"{level}_collision_rate"] = 0.0
-        if config.tables.hash_rows is not None:
-            distinct = _distinct_ids(config, f"{level}_id")
-            rows = HashedIds(config.tables.hash_rows, salt).lookup(distinct)
+        if hash_rows is not None:
+            distinct = _distinct_ids(data, f"{level}_id")
+            rows = HashedIds(hash_rows, salt).lookup(distinct)
             crowd = np.bincount(rows)[rows]
             rates[f"{level}_collision_rate"] = float((crowd > 1).mean())
-            rates[f"{level}_occupancy"] = len(np.unique(rows)) / (config.tables.hash_rows - 1)
+            rates[f"{level}_occupancy"] = len(np.unique(rows)) / (hash_rows - 1)
     return rates
 
 
@@ -168,21 +176,17 @@ class IdUse:
         }
 
 
-def _distinct_ids(config: RunConfig, column: str) -> pa.Array:
+def _distinct_ids(data: DataConfig, column: str) -> pa.Array:
     import duckdb
 
-    files = [
-        file
-        for split in config.data.train_splits
-        for file in split_files(Path(config.data.path), split)
-    ]
+    files = training_files(data)
 
     def query(files: list[Path]) -> str:  # the column's name is a constant of this module
         return f"SELECT DISTINCT {column} AS id FROM {parquet_sql(files)} ORDER BY id"
 
     with duckdb.connect() as connection:
         try:
-            found = connection.execute(query(files)).to_arrow_table()
+            ids = connection.execute(query(files)).to_arrow_table()
         except duckdb.Error:
             for file in files:  # which one is it?
                 try:
@@ -192,4 +196,4 @@ def _distinct_ids(config: RunConfig, column: str) -> pa.Array:
                         f"{file}: column {column} cannot be read ({error}); prepare the data again"
                     ) from error
             raise
-    return found["id"].combine_chunks()
+    return ids["id"].combine_chunks()

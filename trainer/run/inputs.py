@@ -8,7 +8,8 @@ from embeddings.placement import Placement, check_groups, check_placement
 from llm_knowledge.errors import InputError
 from llm_knowledge.store.dated import DatedStores
 from trainer.config.model import MetaConfig
-from trainer.config.run import RunConfig
+from trainer.config.run import KnowledgeConfig, RunConfig
+from trainer.config.tables import TablesConfig
 from trainer.data.dataset import DatasetInfo, validate_dataset
 from trainer.data.loading.loader import check_shares
 from trainer.distributed.process_group import Runtime
@@ -19,11 +20,21 @@ from trainer.run.id_tables import check_device
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads."""
+    """What a run reads, and how its tables are trained and placed.
+
+    Attributes:
+        dataset: What dataset.json says.
+        stores: Knowledge by level.
+        features: What the model reads besides.
+        table_optimizer: Of all tables.
+        placements: By table; those that are not in it are row-wise and fused.
+    """
 
     dataset: DatasetInfo
     stores: dict[str, DatedStores]
     features: list[Feature]
+    table_optimizer: TableOptimizer
+    placements: dict[str, Placement]
 
 
 def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
@@ -40,8 +51,9 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
             "multiple"
         )
     try:
-        table_optimizer(config).check(runtime.device.type)
-        for table, placement in placements(config).items():
+        optimizer, by_table = table_optimizer(config.tables), placements(config.tables)
+        optimizer.check(runtime.device.type)
+        for table, placement in by_table.items():
             check_placement(table, table == "item", placement, runtime.device.type)
         if (size := config.hardware.sharding_group_size) is not None:
             check_groups(
@@ -54,7 +66,7 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
             )
     except ValueError as error:
         raise InputError(str(error)) from error
-    check_device(config, runtime.device.type)
+    check_device(config.tables, runtime.device.type)
     check_strategy(config.model.meta, runtime.device.type)
     dataset = validate_dataset(Path(config.data.path))
     for name in config.data.labels:
@@ -65,10 +77,11 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
                 "under labels in the schema and prepare the data again, or remove it"
             )
     features = resolve_features(config.features, dataset)
-    return Inputs(dataset, open_stores(config, dataset), features)
+    stores = open_stores(config.knowledge, dataset)
+    return Inputs(dataset, stores, features, optimizer, by_table)
 
 
-def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, DatedStores]:
+def open_stores(knowledge: KnowledgeConfig, dataset: DatasetInfo) -> dict[str, DatedStores]:
     """Opens the configured stores and checks that they can be joined with the dataset.
 
     Raises:
@@ -82,7 +95,7 @@ def open_stores(config: RunConfig, dataset: DatasetInfo) -> dict[str, DatedStore
         "scenario": dataset.scenario_id_type,
     }
     for level, key_type in key_types.items():
-        path = getattr(config.knowledge, level)
+        path = getattr(knowledge, level)
         if path is None:
             continue
         stores[level] = DatedStores.open(path)
@@ -114,25 +127,23 @@ def check_strategy(meta: MetaConfig, device: str) -> None:
         )
 
 
-def placements(config: RunConfig) -> dict[str, Placement]:
+def placements(tables: TablesConfig) -> dict[str, Placement]:
     """What the configuration wants of tables; those that are not in it are row-wise and fused."""
-    tables = config.tables
-    replicable = table_optimizer(config).replicable
-    found = {}
+    replicable = table_optimizer(tables).replicable
+    by_table = {}
     for name in {**tables.sharding, **tables.kernels}:
         kernel = tables.kernels.get(name, "fused")
-        found[str(name)] = Placement(
+        by_table[str(name)] = Placement(
             sharding=tables.sharding.get(name, "row_wise"),
             kernel=kernel,
             cache_load_factor=tables.cache_load_factor if kernel == "uvm_caching" else None,
             directory=tables.key_value_directory if kernel == "key_value" else None,
             replicable=replicable or name.endswith("_knowledge"),
         )
-    return found
+    return by_table
 
 
-def table_optimizer(config: RunConfig) -> TableOptimizer:
+def table_optimizer(tables: TablesConfig) -> TableOptimizer:
     """The optimizer of all tables that the configuration names."""
-    tables = config.tables
     betas = (tables.betas[0], tables.betas[1])
     return TableOptimizer(tables.optimizer, tables.learning_rate, tables.weight_decay, betas)

@@ -246,7 +246,9 @@ def _set_up(config: RunConfig, runtime: Runtime, resume: bool) -> tuple[Run, Con
     check_hosts(Path(config.output), config.model_dump())
     on_all_ranks(lambda: check_trackers(config.train.trackers))
     inputs = on_all_ranks(lambda: open_inputs(config, runtime))
-    since = on_all_ranks(lambda: find_continuation(config, inputs.dataset))
+    since = on_all_ranks(
+        lambda: find_continuation(config.train.continue_from, config.data, inputs.dataset)
+    )
     start = config.train.start_from
     if start is not None and not checkpoints(Path(config.output) / "checkpoints"):
         on_all_ranks(lambda: find_start(Path(start)))
@@ -267,7 +269,7 @@ def _write_summary(run: Run, state: LoopState, began: float) -> None:
             "valid_auc": state.best_auc,
             "wall_seconds": round(time.perf_counter() - began, 2),
             "world_size": run.runtime.world_size,
-            "ids": ids | collision_rates(run.config),
+            "ids": ids | collision_rates(run.config.tables.hash_rows, run.config.data),
         }
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
 

@@ -9,35 +9,37 @@ from typing import Any
 from llm_knowledge.errors import InputError
 from llm_knowledge.json_files import read_json
 from trainer.checkpoint.directory import checkpoints, read_state
-from trainer.config.run import RunConfig, differences, load_config, save_config
+from trainer.config.run import DataConfig, RunConfig, differences, load_config, save_config
 from trainer.data.dataset import DatasetInfo, open_dataset, split_files
 from trainer.data.fingerprint import fingerprint, new_training_rows
 from trainer.features.encoder import FILE as ENCODER
 from trainer.run.session import Continuation
 
 
-def find_continuation(config: RunConfig, dataset: DatasetInfo) -> Continuation | None:
+def find_continuation(
+    continue_from: str | None, data: DataConfig, dataset: DatasetInfo
+) -> Continuation | None:
     """What `train.continue_from` means for this data; None without it.
 
     Raises:
         InputError: There is no such run, it has no checkpoint, or this data does not continue its data.
     """
-    if config.train.continue_from is None:
+    if continue_from is None:
         return None
-    earlier, data = Path(config.train.continue_from), Path(config.data.path)
-    found = checkpoints(earlier / "checkpoints")
-    if not found or not (earlier / "data.json").exists():
+    earlier = Path(continue_from)
+    saved = checkpoints(earlier / "checkpoints")
+    if not saved or not (earlier / "data.json").exists():
         raise InputError(
             f"train.continue_from: {earlier} is no run with a checkpoint and data.json; train it first"
         )
-    if "train" not in config.data.train_splits:
+    if "train" not in data.train_splits:
         raise InputError(
             "train.continue_from: new rows are in the split train; add it to data.train_splits"
         )
-    best = earlier / "checkpoints" / f"step-{read_state(found[-1]).best_step:08d}"
+    best = earlier / "checkpoints" / f"step-{read_state(saved[-1]).best_step:08d}"
     trained_on = _trained_on(earlier)["fingerprint"]
-    parts, rows = new_training_rows(dataset, data, trained_on)
-    return Continuation(best, split_files(data, "train")[parts:], dataset.rows["train"] - rows)
+    parts, rows = new_training_rows(dataset, Path(data.path), trained_on)
+    return Continuation(best, split_files(data.path, "train")[parts:], dataset.rows["train"] - rows)
 
 
 def _trained_on(run: Path) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def _trained_on(run: Path) -> dict[str, Any]:
     return read_json(run / "data.json", {"path": str, "fingerprint": str}, remedy)
 
 
-def note_data(config: RunConfig, folder: Path) -> None:
+def note_data(data: str, folder: Path) -> None:
     """Writes RUN/data.json; for a run that has one, checks that its data is still the same.
 
     The position of a run counts rows: in other data it would point elsewhere, without a word.
@@ -54,48 +56,46 @@ def note_data(config: RunConfig, folder: Path) -> None:
     Raises:
         InputError: The data has changed since the run began.
     """
-    file, found = folder / "data.json", fingerprint(config.data.path)
+    file, present = folder / "data.json", fingerprint(data)
     if not file.exists():
         partial = folder / ".data.json.partial"
-        partial.write_text(json.dumps({"path": config.data.path, "fingerprint": found}, indent=1))
+        partial.write_text(json.dumps({"path": data, "fingerprint": present}, indent=1))
         os.replace(partial, file)
-    elif _trained_on(folder)["fingerprint"] != found:
+    elif _trained_on(folder)["fingerprint"] != present:
         raise InputError(
-            f"{config.data.path}: has changed since {folder} began, whose position in it would be wrong; "
+            f"{data}: has changed since {folder} began, whose position in it would be wrong; "
             "put the old data back, or start a new run (with train.continue_from after "
             "`prepare parquet --append-to`)"
         )
 
 
-def check_data(config: RunConfig, folder: Path) -> None:
+def check_data(data: str, folder: Path) -> None:
     """Checks that a finished run is scored on the data that it was trained on, wherever that now lies.
 
     Raises:
         InputError: It is other data, or none.
     """
-    open_dataset(config.data.path)  # says so if there is none
-    file, found = folder / "data.json", fingerprint(config.data.path)
-    known = _trained_on(folder) if file.exists() else {"fingerprint": found}
-    if known["fingerprint"] != found:
+    open_dataset(data)  # says so if there is none
+    file, present = folder / "data.json", fingerprint(data)
+    known = _trained_on(folder) if file.exists() else {"fingerprint": present}
+    if known["fingerprint"] != present:
         raise InputError(
-            f"data.path: {config.data.path} (fingerprint {found}) is not the data of {folder}, which was "
+            f"data.path: {data} (fingerprint {present}) is not the data of {folder}, which was "
             f"trained on {known['path']} (fingerprint {known['fingerprint']}); nothing was changed; give "
             "the place where that dataset lies now, or train a run on this one"
         )
 
 
-def copy_vocabularies(config: RunConfig, folder: Path) -> None:
+def copy_vocabularies(earlier: Path, folder: Path) -> None:
     """Gives a run that goes on from another one its ids and encoder: rows keep their meaning."""
-    if config.train.continue_from is not None:
-        encoder = Path(config.train.continue_from) / ENCODER
-        if encoder.is_file():
-            shutil.copyfile(encoder, folder / ENCODER)
-        source = Path(config.train.continue_from) / "ids"
-        if source.is_dir() and not (folder / "ids").exists():
-            partial = folder / ".ids.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
-            partial.rename(folder / "ids")
+    encoder, ids = earlier / ENCODER, earlier / "ids"
+    if encoder.is_file():
+        shutil.copyfile(encoder, folder / ENCODER)
+    if ids.is_dir() and not (folder / "ids").exists():
+        partial = folder / ".ids.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(ids, partial)
+        partial.rename(folder / "ids")
 
 
 # What a run may change when it is resumed: none of it shows in the result.

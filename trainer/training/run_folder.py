@@ -28,8 +28,9 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
             # By rename and last: where config.yaml is, a run can be resumed.
-            copy_vocabularies(config, folder)
-            note_data(config, folder)
+            if config.train.continue_from is not None:
+                copy_vocabularies(Path(config.train.continue_from), folder)
+            note_data(config.data.path, folder)
             save_config(config, folder / ".config.yaml.partial")
             os.replace(folder / ".config.yaml.partial", saved)
         elif not resume:
@@ -38,7 +39,7 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
             )
         else:
             resume_config(saved, config)
-            note_data(config, folder)
+            note_data(config.data.path, folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the run directory ({error.strerror})") from error
     return folder

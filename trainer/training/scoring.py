@@ -167,7 +167,9 @@ def predict(folder: Path, split: str, overrides: list[str] | None = None) -> Pat
     config = load_config(folder / "config.yaml", overrides)
     with distributed(config.train.timeout_seconds) as runtime:
         inputs = open_inputs(config, runtime)
-        on_all_ranks(lambda: check_data(config, folder))  # before good predictions are replaced
+        on_all_ranks(
+            lambda: check_data(config.data.path, folder)
+        )  # before good predictions are replaced
         run = build(config, runtime, folder, inputs)
         saved = folder / "checkpoints"
         whole = [path for path in checkpoints(saved) if problem_of(path) is None]

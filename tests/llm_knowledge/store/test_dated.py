@@ -194,14 +194,13 @@ def test_a_run_names_its_dates_in_its_fingerprint(tmp_path: Path) -> None:
     for time in (1_000_100, 1_000_300):
         dated_store(tmp_path / "dated" / f"cutoff-{time}", time, users)
     config = make_config(data, stores, tmp_path / "run", knowledge__user=tmp_path / "dated")
-    opened = open_stores(config, facts)["user"]
+    opened = open_stores(config.knowledge, facts)["user"]
     assert opened.fingerprint == "+".join(store.fingerprint for store in opened.stores)
     paths = [str(path) for path in store_paths(tmp_path / "dated")]
     listed = make_config(data, stores, tmp_path / "run", knowledge__user=paths[::-1])
-    assert open_stores(listed, facts)["user"].fingerprint == opened.fingerprint
+    assert open_stores(listed.knowledge, facts)["user"].fingerprint == opened.fingerprint
     fewer = make_config(data, stores, tmp_path / "run", knowledge__user=paths[:1])
-    assert open_stores(fewer, facts)["user"].fingerprint == opened.stores[0].fingerprint
+    assert open_stores(fewer.knowledge, facts)["user"].fingerprint == opened.stores[0].fingerprint
+    other = make_config(data, stores, tmp_path / "run", knowledge__user=stores / "scenario")
     with pytest.raises(InputError, match=r"knowledge\.user: .* is a store of level scenario"):
-        open_stores(
-            make_config(data, stores, tmp_path / "run", knowledge__user=stores / "scenario"), facts
-        )
+        open_stores(other.knowledge, facts)
