@@ -26,11 +26,11 @@ from torchrec.distributed.types import ShardedTensor
 
 from llm_knowledge.errors import InputError
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.models.llm4msr import KNOWLEDGE_PREFIX
 
 if TYPE_CHECKING:  # which imports this module
     from trainer.run.session import Run
 
-FROZEN_PREFIX = "knowledge."
 MODEL_PREFIX = "model."
 ACCUMULATOR_PREFIX = "table_optimizer."
 DENSE_OPTIMIZER_PREFIX = "dense_optimizer."
@@ -44,10 +44,10 @@ def live_state(run: Run) -> dict[str, Any]:
     state = {
         f"{MODEL_PREFIX}{name}": value
         for name, value in run.model.state_dict().items()
-        if not name.startswith(FROZEN_PREFIX)
+        if not name.startswith(KNOWLEDGE_PREFIX)
     }
     for name, values in run.model.fused_optimizer.state_dict()["state"].items():
-        if not name.startswith(FROZEN_PREFIX):
+        if not name.startswith(KNOWLEDGE_PREFIX):
             state |= {f"{ACCUMULATOR_PREFIX}{name}.{key}": value for key, value in values.items()}
     names = {id(parameter): name for name, parameter in run.model.module.dense.named_parameters()}
     for group in run.optimizer.param_groups:

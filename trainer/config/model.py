@@ -1,31 +1,16 @@
 """Configuration of the model: the backbone, and the meta networks that are put on it."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainer.config.backbones import BACKBONE_CLASSES
 from trainer.config.tables import Section
 
-Backbone = Literal[
-    "shared_bottom",
-    "mmoe",
-    "ple",
-    "star",
-    "aitm",
-    "sar_net",
-    "m2m",
-    "ada_sparse",
-    "adapt_dhm",
-    "epnet",
-    "ppnet",
-    "pepnet",
-    "hamur",
-    "m3oe",
-    "hinet",
-    "dnn",
-    "dcnv2",
-    "deepfm",
-]
+if TYPE_CHECKING:  # type checkers want the names of a Literal written out
+    Backbone = str
+else:
+    Backbone = Literal[tuple(BACKBONE_CLASSES)]
 
 
 class MetaConfig(Section):

@@ -1,6 +1,9 @@
 """The one typed description of a run: checked before anything starts, saved with every output."""
 
+import copy
 import difflib
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -9,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from llm_knowledge.errors import InputError
 from llm_knowledge.yaml_files import dump_yaml, parse_yaml, read_yaml
 from trainer.config.features import FeaturesConfig
+from trainer.config.levels import KNOWLEDGE_TABLES, LEVELS
 from trainer.config.model import ModelConfig
 from trainer.config.tables import HardwareConfig, ScheduleConfig, Section, TablesConfig
 
@@ -16,6 +20,8 @@ Split = Literal["profile", "train", "valid", "test"]
 Precision = Literal["float32", "tf32", "bf16"]
 
 Kind = TypeVar("Kind", bound=Section)
+# Of fields: their values by name, or the texts of --set.
+Changes = Mapping[str, Any] | Sequence[str]
 
 
 class DataConfig(Section):
@@ -225,17 +231,17 @@ class RunConfig(Section):
         meta, stores = self.model.meta, self.knowledge
         named = [("sharding", table) for table in self.tables.sharding]
         for field, table in [*named, *(("kernels", table) for table in self.tables.kernels)]:
-            level = table.removesuffix("_knowledge")
-            if level != table and getattr(stores, level) is None:
+            level = KNOWLEDGE_TABLES.get(table)
+            if level is not None and getattr(stores, level.name) is None:
                 raise ValueError(
-                    f"tables.{field}.{table}: there is no such table without knowledge.{level}"
+                    f"tables.{field}.{table}: there is no such table without knowledge.{level.name}"
                 )
         if not meta.enabled:
-            given = [level for level in ("user", "scenario", "item") if getattr(stores, level)]
-            if given:
+            unread = [level.name for level in LEVELS if getattr(stores, level.name)]
+            if unread:
                 raise ValueError(
-                    f"knowledge.{given[0]} is given but model.meta.enabled is false, so it would be ignored: "
-                    "enable the meta layers or remove the store"
+                    f"knowledge.{unread[0]} is given but model.meta.enabled is false, so it would be "
+                    "ignored: enable the meta layers or remove the store"
                 )
             return self
         needed = {
@@ -243,19 +249,35 @@ class RunConfig(Section):
             "scenario": meta.reads("scenario") or "scenario" in meta.inputs,
             "item": meta.item_knowledge != "none",
         }
-        for level, is_needed in needed.items():
-            if is_needed and getattr(stores, level) is None:
+        for name, is_needed in needed.items():
+            if is_needed and getattr(stores, name) is None:
                 raise ValueError(
-                    f"knowledge.{level} must name a store: model.meta uses {level} knowledge"
+                    f"knowledge.{name} must name a store: model.meta uses {name} knowledge"
                 )
-            if not is_needed and getattr(stores, level) is not None:
+            if not is_needed and getattr(stores, name) is not None:
                 raise ValueError(
-                    f"knowledge.{level} is given but nothing in model.meta uses it: remove it"
+                    f"knowledge.{name} is given but nothing in model.meta uses it: remove it"
                 )
         return self
 
 
-def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+def _set_field(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Puts a value where "section.field" says.
+
+    Raises:
+        InputError: The key is no such path, or leads through a value; `source` says where it stands.
+    """
+    if not isinstance(key, str) or not all(key.split(".")):
+        raise InputError(f"{source}: write the key as section.field")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{source}: {parent} was set to a value before")
+    tree[leaf] = value
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """Turns ["a.b=1", …] into {"a": {"b": 1}}; values are read as YAML scalars or lists.
 
     Raises:
@@ -266,13 +288,19 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         key, separator, text = assignment.partition("=")
         if not separator or not all(key.split(".")):
             raise InputError(f"--set {assignment}: write it as --set section.field=value")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise InputError(f"--set {assignment}: {parent} was set to a value before")
-        node[leaf] = parse_yaml(text, f"--set {assignment}", grouped_digits=True)
+        source = f"--set {assignment}"
+        _set_field(tree, key, parse_yaml(text, source, grouped_digits=True), source)
+    return tree
+
+
+def _tree_of(changes: Changes) -> dict[str, Any]:
+    """Changes as a tree of sections, apart from the caller's objects."""
+    if not isinstance(changes, Mapping):
+        return parse_overrides(changes)
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value)
+        _set_field(tree, key, plain, f"changes[{key!r}]")
     return tree
 
 
@@ -286,30 +314,45 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a run's configuration, see `load_section`."""
-    return load_section(RunConfig, path, overrides)
+def load_config(path: str | Path | None, changes: Changes = ()) -> RunConfig:
+    """Reads a run's configuration and changes some of its fields.
+
+    `load_config("run.yaml", {"train.epochs": 2, "tables": {"dim": 32}})` is what the command line does
+    for `--config run.yaml --set train.epochs=2 --set tables.dim=32`.
+
+    Args:
+        path: YAML file; None starts from nothing but the changes.
+        changes: Values by field, "section.field" or a section's name, a section's values replacing those
+            fields only; or the texts of `--set`, "section.field=value", whose values are YAML.
+
+    Returns:
+        The configuration, checked as a whole.
+
+    Raises:
+        InputError: Names every wrong field with its value and what would be accepted.
+    """
+    return load_section(RunConfig, path, changes)
 
 
-def load_section(model: type[Kind], path: Path | None, overrides: list[str] | None = None) -> Kind:
-    """Reads a YAML file, applies overrides, checks everything.
+def load_section(model: type[Kind], path: str | Path | None, changes: Changes = ()) -> Kind:
+    """Reads a YAML file, makes changes, checks everything.
 
     Args:
         model: What the file describes.
-        path: YAML file; None starts from nothing but the overrides.
-        overrides: "section.field=value" assignments, applied in order.
+        path: YAML file; None starts from nothing but the changes.
+        changes: As for `load_config`, made in their order.
 
     Raises:
         InputError: Names every wrong field with its value and what would be accepted.
     """
     values: Any = {}
     if path is not None:
-        values = read_yaml(path, grouped_digits=True) or {}
+        values = read_yaml(Path(path), grouped_digits=True) or {}
         if not isinstance(values, dict):
             raise InputError(
                 f"{path}: a configuration is a mapping of sections, found {type(values).__name__}"
             )
-    values = _merge(values, parse_overrides(overrides or []))
+    values = _merge(values, _tree_of(changes))
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainer.config.levels import KNOWLEDGE_TABLES
+
 Sharding = Literal[
     "row_wise",
     "table_wise",
@@ -14,7 +16,9 @@ Sharding = Literal[
     "planner",
 ]
 Kernel = Literal["fused", "uvm", "uvm_caching", "key_value"]
-TableName = Literal["user", "item", "user_knowledge", "item_knowledge"]
+TableName = Literal[
+    "user", "item", "user_knowledge", "item_knowledge"
+]  # ids and vectors of TABLE_LEVELS
 
 
 class Section(BaseModel):
@@ -148,7 +152,7 @@ class TablesConfig(Section):
 
     @model_validator(mode="after")
     def _zero_collision_has_rows_to_give(self) -> "TablesConfig":
-        options, wanted = self.zero_collision, self.ids in ("zero_collision", "hash_zch")
+        options, assigned = self.zero_collision, self.ids in ("zero_collision", "hash_zch")
         if self.ids == "hash_zch":
             for name, value in options.model_dump(
                 exclude={"user_rows", "item_rows", "hours"}
@@ -159,13 +163,13 @@ class TablesConfig(Section):
                     )
         if self.ids == "zero_collision" and options.hours is not None:
             raise ValueError("zero_collision.hours belongs to hash_zch; use time_to_live, in steps")
-        if wanted and (options.user_rows is None or options.item_rows is None):
+        if assigned and (options.user_rows is None or options.item_rows is None):
             raise ValueError(
                 f"ids = {self.ids} needs zero_collision.user_rows and zero_collision.item_rows"
             )
-        if not wanted and options != ZeroCollisionConfig():
+        if not assigned and options != ZeroCollisionConfig():
             raise ValueError(f"zero_collision would be ignored by ids = {self.ids}: remove it")
-        for table in ("user", "item") if wanted else ():
+        for table in ("user", "item") if assigned else ():
             kind = self.sharding.get(table, "row_wise")
             if self.ids == "hash_zch" and kind != "row_wise":
                 raise ValueError(
@@ -190,7 +194,7 @@ class TablesConfig(Section):
             raise ValueError(
                 "key_value_directory belongs to key_value kernels: set both, or neither"
             )
-        if frozen := [name for name in named if name.endswith("_knowledge")]:
+        if frozen := [name for name in named if name in KNOWLEDGE_TABLES]:
             raise ValueError(
                 f"kernels.{frozen[0]}: key_value tables need rowwise_adagrad, a frozen table has no "
                 "optimizer; use uvm_caching"

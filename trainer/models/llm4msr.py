@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from embeddings.tables import FrozenTables, HashZch, SparseFeatures, Table
 from embeddings.zero_collision.remap import ZeroCollisionTables
+from trainer.config.levels import ITEM, USER
 from trainer.config.model import MetaConfig, ModelConfig
 from trainer.data.loading.batch import Batch
 from trainer.features.block import BLOCK, FeatureBlocks, FeatureShape, block_width
@@ -140,6 +141,15 @@ class MetaNetworks(nn.Module):
                 config.match_dropout,
             )
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by their step size: "knowledge" of what reads vectors as such, "meta" of the rest."""
+        readers = [self.inputs, *([self.match] if self.match is not None else [])]
+        reading = {id(parameter) for module in readers for parameter in module.parameters()}
+        groups: dict[str, list[nn.Parameter]] = {"meta": [], "knowledge": []}
+        for parameter in self.parameters():
+            groups["knowledge" if id(parameter) in reading else "meta"].append(parameter)
+        return groups
+
     def strategies(self, rows: int, device: str) -> list[str]:
         """One line per meta layer: which implementation a batch of `rows` will take, and why."""
         layers: list[tuple[nn.Module, int | None]] = []
@@ -249,6 +259,16 @@ class DenseModel(nn.Module):
             FeatureBlocks(shapes.features, dim, shapes.features_width) if shapes.features else None
         )
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters by the step size that they have, in the order of `parameters()`.
+
+        Saved optimizer state depends on neither: it goes by the parameters' names.
+        """
+        of_meta = self.meta.parameter_groups() if self.meta is not None else {}
+        elsewhere = {id(parameter) for group in of_meta.values() for parameter in group}
+        dense = [parameter for parameter in self.parameters() if id(parameter) not in elsewhere]
+        return {"dense": dense, **of_meta}
+
     def forward(
         self,
         pooled: KeyedTensor,
@@ -342,6 +362,10 @@ class DenseModel(nn.Module):
         return logits, extra, known
 
 
+# Where the state of `LLM4MSR.knowledge` lies, which is neither trained nor saved.
+KNOWLEDGE_PREFIX = "knowledge."
+
+
 class LLM4MSR(nn.Module):
     """Tables and dense model; what DistributedModelParallel wraps.
 
@@ -372,8 +396,8 @@ class LLM4MSR(nn.Module):
             ),
         ]
         frozen = [
-            Table(f"{level}_knowledge", *shape, (level,), bytes_per_value=2, frozen=True)
-            for level, shape in (("user", shapes.user_vectors), ("item", shapes.item_vectors))
+            Table(level.knowledge, *shape, (level.name,), bytes_per_value=2, frozen=True)
+            for level, shape in ((USER, shapes.user_vectors), (ITEM, shapes.item_vectors))
             if shape
         ]
         of_features = [feature.table() for feature in shapes.features if feature.rows]

@@ -6,18 +6,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import (
     PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
 )
+from torchrec.distributed.types import ShardingPlan
 
 from embeddings.ids import IdMap, SortedKeys
 from embeddings.optimizer import fuse_optimizer
 from embeddings.placement import PlanError
 from embeddings.replicated import train_replicated_tables
 from embeddings.sharding import (
+    Hardware,
     TablePlan,
     describe_plan,
     format_plan,
@@ -29,13 +30,14 @@ from embeddings.tables import load_frozen_rows
 from llm_knowledge.errors import InputError
 from llm_knowledge.store.dated import DatedStores
 from trainer.config.features import FeaturesConfig
-from trainer.config.run import RunConfig
+from trainer.config.levels import TABLE_LEVELS
+from trainer.config.run import DataConfig, RunConfig, TrainConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
 from trainer.distributed.process_group import Runtime, on_all_ranks
 from trainer.features.block import FeatureShape, feature_shapes
 from trainer.features.encoder import FeatureEncoder
-from trainer.models.llm4msr import LLM4MSR, Shapes
+from trainer.models.llm4msr import KNOWLEDGE_PREFIX, LLM4MSR, DenseModel, Shapes
 from trainer.models.meta import standardise
 from trainer.run.features import run_encoder
 from trainer.run.hardware import this_cluster
@@ -50,12 +52,10 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     train, dataset, stores = config.train, inputs.dataset, inputs.stores
     ids = id_maps(config.tables, config.data, folder, runtime)
     features = run_encoder(inputs.features, config.data, train.start_from, folder, runtime)
-    history_length = dataset.history_length if config.features.history else 0
-    labels = config.data.labels
-    encoder = _row_encoder(dataset, stores, ids, history_length, labels, features)
+    encoder = _row_encoder(config.data, config.features.history, dataset, stores, ids, features)
     rows = {level: id_map.rows for level, id_map in ids.items()}
     feature_blocks = feature_shapes(inputs.features, features)
-    shapes = make_shapes(dataset, stores, rows, labels, config.features, feature_blocks)
+    shapes = make_shapes(dataset, stores, rows, config.data.labels, config.features, feature_blocks)
     torch.manual_seed(train.seed)
     owners = zero_collision_tables(config.tables, ids, config.data.streams, train.seed)
     precision = choose_precision(train.precision, runtime.device.type)
@@ -72,50 +72,22 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     fuse_optimizer(model.sparse.parameters(), inputs.table_optimizer)
     batch_size = train.global_batch_size // runtime.world_size
     cluster = this_cluster(config.hardware, runtime, config.tables.key_value_directory)
-    group_size = config.hardware.sharding_group_size
-    group = cluster.group(group_size)
+    group = cluster.group(config.hardware.sharding_group_size)
     try:
         plan = plan_sharding(model, model.tables, inputs.placements, batch_size, group)
     except PlanError as error:
         raise InputError(f"tables.sharding: {error}", shared=True) from error
     tables = describe_plan(plan, model.tables, group.ranks)
-    lines = [format_plan(tables)]
-    if group_size is not None:
-        copies = runtime.world_size // group.ranks
-        lines.append(f"in each of {copies} groups of {group.ranks} ranks")
-    lines += ["", f"dense part: products in {precision}"]
-    if model.dense.meta is not None:
-        lines += ["", "meta layers", *model.dense.meta.strategies(batch_size, runtime.device.type)]
-    torch.manual_seed(
-        train.seed * 4_096 + runtime.rank
-    )  # each rank draws its own rows of the tables
-    if group_size is None:
-        sharded = shard(model, plan, runtime.device)
-    else:
-        from embeddings.experimental.replica_groups import ReplicaGroups
-
-        sharded = ReplicaGroups(
-            model,
-            plan,
-            runtime.device,
-            group_size,
-            cluster.ranks_per_host,
-            "knowledge.",
-            sharders(model),
-        )
+    plan_text = _plan_text(tables, group.ranks, runtime, precision, model, batch_size)
+    torch.manual_seed(train.seed * 4_096 + runtime.rank)  # each rank draws rows of its own
+    grouped = config.hardware.sharding_group_size is not None
+    sharded = _shard(model, plan, runtime, cluster, group.ranks if grouped else None)
     if owners is not None:
         owners.bind(sharded)
-    if model.knowledge is not None:
-        collection = sharded.module.knowledge.collection
-        readers = {
-            f"{level}_knowledge": _standardised(stores[level])
-            for level in ("user", "item")
-            if level in stores
-        }
-        on_all_ranks(lambda: load_frozen_rows(collection, readers))
-    optimizer = _dense_optimizer(sharded, config)
-    train_replicated_tables(sharded, plan, inputs.table_optimizer, optimizer, "knowledge.")
-    if group_size is not None:
+    _load_knowledge(sharded.module, stores)
+    optimizer = _dense_optimizer(sharded.module.dense, train)
+    train_replicated_tables(sharded, plan, inputs.table_optimizer, optimizer, KNOWLEDGE_PREFIX)
+    if grouped:
         sharded.average_after(optimizer)
     return Run(
         config=config,
@@ -125,14 +97,68 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         encoder=encoder,
         fingerprints={level: store.fingerprint for level, store in stores.items()},
         tables=tables,
-        plan="\n".join(lines) + "\n",
+        plan=plan_text,
         model=sharded,
         optimizer=optimizer,
         id_use=IdUse(
-            one.table_name for one in features.encodings if not one.is_number and not one.weights
+            encoding.table_name
+            for encoding in features.encodings
+            if not encoding.is_number and not encoding.weights
         ),
         pipeline=pipeline_of(tables)(sharded, optimizer, runtime.device, execute_all_batches=True),
     )
+
+
+def _plan_text(
+    tables: list[TablePlan],
+    group_ranks: int,
+    runtime: Runtime,
+    precision: str,
+    model: LLM4MSR,
+    batch_size: int,
+) -> str:
+    """What a run is planned as, for people."""
+    lines = [format_plan(tables)]
+    if group_ranks < runtime.world_size:
+        copies = runtime.world_size // group_ranks
+        lines.append(f"in each of {copies} groups of {group_ranks} ranks")
+    lines += ["", f"dense part: products in {precision}"]
+    if model.dense.meta is not None:
+        lines += ["", "meta layers", *model.dense.meta.strategies(batch_size, runtime.device.type)]
+    return "\n".join(lines) + "\n"
+
+
+def _shard(
+    model: LLM4MSR, plan: ShardingPlan, runtime: Runtime, cluster: Hardware, group_size: int | None
+) -> DistributedModelParallel:
+    """Shards the tables over all ranks, or over groups of `group_size` that hold copies."""
+    if group_size is None:
+        return shard(model, plan, runtime.device)
+    # Only here: nothing else needs what has never run on its hardware.
+    from embeddings.experimental.replica_groups import ReplicaGroups
+
+    return ReplicaGroups(
+        model,
+        plan,
+        runtime.device,
+        group_size,
+        cluster.ranks_per_host,
+        KNOWLEDGE_PREFIX,
+        sharders(model),
+    )
+
+
+def _load_knowledge(model: LLM4MSR, stores: dict[str, DatedStores]) -> None:
+    """Reads this rank's rows of the tables of vectors."""
+    if model.knowledge is None:
+        return
+    collection = model.knowledge.collection
+    readers = {
+        level.knowledge: _standardised(stores[level.name])
+        for level in TABLE_LEVELS
+        if level.name in stores
+    }
+    on_all_ranks(lambda: load_frozen_rows(collection, readers))
 
 
 def pipeline_of(tables: Iterable[TablePlan]) -> type[TrainPipelineSparseDist]:
@@ -179,11 +205,11 @@ def _shape(store: DatedStores | None) -> tuple[int, int] | None:
 
 
 def _row_encoder(
+    data: DataConfig,
+    history: bool,
     dataset: DatasetInfo,
     stores: dict[str, DatedStores],
     ids: dict[str, IdMap],
-    history_length: int,
-    labels: Iterable[str],
     features: FeatureEncoder,
 ) -> RowEncoder:
     scenario_ids = np.array([scenario.scenario_id for scenario in dataset.scenarios])
@@ -193,27 +219,22 @@ def _row_encoder(
         items=ids["item"],
         scenarios=SortedKeys(pa.array(scenario_ids[order].tolist())),
         scenario_order=order.astype(np.int64),
-        history_length=history_length,
+        history_length=dataset.history_length if history else 0,
         joins={level: KnowledgeJoin(*dated.stores) for level, dated in stores.items()},
-        extra_labels=tuple(f"label_{name}" for name in labels),
+        extra_labels=tuple(f"label_{name}" for name in data.labels),
         features=features,
     )
 
 
-def _dense_optimizer(model: DistributedModelParallel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW on everything that is not a table; what reads knowledge has step sizes of its own.
+def _dense_optimizer(dense: DenseModel, train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW on everything that is not a table, in the groups that the model asks for.
 
     `set_learning_rates` writes the rate of each group, by its name, before every update.
     """
-    groups: dict[str, list[nn.Parameter]] = {"dense": [], "meta": [], "knowledge": []}
-    for name, parameter in model.module.dense.named_parameters():
-        if name.startswith(("meta.inputs.", "meta.match.")):
-            groups["knowledge"].append(parameter)
-        else:
-            groups["meta" if name.startswith("meta.") else "dense"].append(parameter)
+    groups = dense.parameter_groups()
     return torch.optim.AdamW(
         [{"params": parameters, "name": name} for name, parameters in groups.items() if parameters],
-        lr=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
         fused=True,
     )

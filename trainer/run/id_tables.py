@@ -15,6 +15,7 @@ from embeddings.zero_collision.policy import ZeroCollision
 from embeddings.zero_collision.remap import ZeroCollisionTables
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
+from trainer.config.levels import TABLE_LEVELS
 from trainer.config.run import DataConfig
 from trainer.config.tables import TablesConfig
 from trainer.distributed.process_group import Runtime, on_all_ranks
@@ -29,21 +30,21 @@ def id_maps(
     """Makes the id maps of the run by level; vocabularies are built on rank 0 unless they are there."""
     if tables.hash_rows is not None:
         return {
-            level: HashedIds(tables.hash_rows, salt) for salt, level in enumerate(("user", "item"))
+            level.name: HashedIds(tables.hash_rows, salt) for salt, level in enumerate(TABLE_LEVELS)
         }
     if tables.ids in ("zero_collision", "hash_zch"):
         bits = 64 if tables.ids == "zero_collision" else 62  # the latter's kernel takes no sign
         rows = assigned_rows(tables, data.streams)
         return {
-            level: HashedKeys(rows[level], salt, bits)
-            for salt, level in enumerate(("user", "item"))
+            level.name: HashedKeys(rows[level.name], salt, bits)
+            for salt, level in enumerate(TABLE_LEVELS)
         }
-    paths = {level: folder / "ids" / f"{level}.parquet" for level in ("user", "item")}
+    paths = {level: folder / "ids" / f"{level.name}.parquet" for level in TABLE_LEVELS}
 
     def write() -> None:
         for level, path in paths.items():
             if runtime.is_main and not path.exists():
-                ids = Vocabulary(_distinct_ids(data, f"{level}_id"))
+                ids = Vocabulary(_distinct_ids(data, level.id_column))
                 try:
                     path.parent.mkdir(exist_ok=True)
                     ids.save(path)
@@ -51,7 +52,9 @@ def id_maps(
                     raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
     on_all_ranks(write)
-    return on_all_ranks(lambda: {level: _load_vocabulary(path) for level, path in paths.items()})
+    return on_all_ranks(
+        lambda: {level.name: _load_vocabulary(path) for level, path in paths.items()}
+    )
 
 
 def _load_vocabulary(path: Path) -> Vocabulary:
@@ -133,14 +136,14 @@ def collision_rates(hash_rows: int | None, data: DataConfig) -> dict[str, float]
     without a row are reported as unknown.
     """
     rates = {}
-    for salt, level in enumerate(FEATURES):
-        rates[f"{level}_collision_rate"] = 0.0
+    for salt, level in enumerate(TABLE_LEVELS):
+        rates[f"{level.name}_collision_rate"] = 0.0
         if hash_rows is not None:
-            distinct = _distinct_ids(data, f"{level}_id")
+            distinct = _distinct_ids(data, level.id_column)
             rows = HashedIds(hash_rows, salt).lookup(distinct)
             crowd = np.bincount(rows)[rows]
-            rates[f"{level}_collision_rate"] = float((crowd > 1).mean())
-            rates[f"{level}_occupancy"] = len(np.unique(rows)) / (hash_rows - 1)
+            rates[f"{level.name}_collision_rate"] = float((crowd > 1).mean())
+            rates[f"{level.name}_occupancy"] = len(np.unique(rows)) / (hash_rows - 1)
     return rates
 
 

@@ -7,6 +7,7 @@ from embeddings.optimizer import TableOptimizer
 from embeddings.placement import Placement, check_groups, check_placement
 from llm_knowledge.errors import InputError
 from llm_knowledge.store.dated import DatedStores
+from trainer.config.levels import KNOWLEDGE_TABLES
 from trainer.config.model import MetaConfig
 from trainer.config.run import KnowledgeConfig, RunConfig
 from trainer.config.tables import TablesConfig
@@ -138,7 +139,7 @@ def placements(tables: TablesConfig) -> dict[str, Placement]:
             kernel=kernel,
             cache_load_factor=tables.cache_load_factor if kernel == "uvm_caching" else None,
             directory=tables.key_value_directory if kernel == "key_value" else None,
-            replicable=replicable or name.endswith("_knowledge"),
+            replicable=replicable or name in KNOWLEDGE_TABLES,
         )
     return by_table
 

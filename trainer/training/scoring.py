@@ -15,7 +15,7 @@ from torch import Tensor
 from llm_knowledge.errors import InputError
 from trainer.checkpoint.directory import best_of, checkpoints, problem_of, read_state
 from trainer.checkpoint.restore import load_checkpoint
-from trainer.config.run import load_config
+from trainer.config.run import Changes, load_config
 from trainer.data.loading.loader import EventStream
 from trainer.distributed.process_group import distributed, on_all_ranks
 from trainer.models.llm4msr import Predictions
@@ -158,13 +158,13 @@ class _PartWriter:
             self._writer.close()
 
 
-def predict(folder: Path, split: str, overrides: list[str] | None = None) -> Path:
+def predict(folder: Path, split: str, changes: Changes = ()) -> Path:
     """Scores a split with a finished run's best checkpoint and writes the predictions.
 
     Raises:
         InputError: The data is not what the run was trained on, or there is no checkpoint of this model.
     """
-    config = load_config(folder / "config.yaml", overrides)
+    config = load_config(folder / "config.yaml", changes)
     with distributed(config.train.timeout_seconds) as runtime:
         inputs = open_inputs(config, runtime)
         on_all_ranks(

@@ -1,5 +1,6 @@
 """Configuration: what is refused, and what the message says."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,42 @@ def test_missing_fields_are_listed_together() -> None:
 def test_malformed_overrides(assignment: str) -> None:
     with pytest.raises(InputError, match="--set"):
         parse_overrides([assignment])
+
+
+def test_changes_in_python_are_those_of_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: a\noutput: o\ndata: {path: d}\ntrain: {epochs: 3, seed: 1}\n")
+    changes = {
+        "output": tmp_path / "new",
+        "train": {"seed": 2},
+        "train.guard.rollbacks": 5,
+        "model.hidden": [4, 2],
+    }
+    before = copy.deepcopy(changes)
+    config = load_config(str(file), changes)
+    words = ["train.seed=2", "train.guard.rollbacks=5", "model.hidden=[4, 2]"]
+    assert config == load_config(file, [f"output={tmp_path / 'new'}", *words])
+    assert (config.train.epochs, config.train.seed, config.train.guard.rollbacks) == (3, 2, 5)
+    assert changes == before  # the caller's own objects stay as they were
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.epochs": "two"}, r"run\.yaml: train\.epochs: .*integer.*'two'"),
+        ({"train.sede": 1}, r"train\.sede: no such field; did you mean seed\?"),
+        ({"train..seed": 1}, r"changes\['train\.\.seed'\]: write the key as section\.field"),
+        ({7: 1}, r"changes\[7\]: write the key as section\.field"),
+        ({"train": 1, "train.seed": 1}, r"changes\['train\.seed'\]: train was set to a value"),
+    ],
+)
+def test_wrong_changes_in_python_are_named(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: a\noutput: o\ndata: {path: d}\n")
+    with pytest.raises(InputError, match=message):
+        load_config(file, changes)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from trainer.config.model import Backbone, MetaConfig, ModelConfig
+from trainer.config.backbones import BACKBONE_CLASSES
+from trainer.config.model import MetaConfig, ModelConfig
 from trainer.data.loading.batch import Batch
 from trainer.models.llm4msr import BACKBONES, DenseModel, Predictions, Shapes
 from trainer.models.meta import (
@@ -101,7 +102,35 @@ def logits(dense: nn.Module) -> Tensor:
 
 
 def test_configuration_names_every_backbone() -> None:
-    assert get_args(Backbone) == tuple(BACKBONES)
+    """One dict: a name more there is all that the check of a configuration and the models need."""
+    assert list(BACKBONES) == list(BACKBONE_CLASSES)
+    assert get_args(ModelConfig.model_fields["backbone"].annotation) == tuple(BACKBONES)
+    assert len(set(BACKBONES.values())) == len(BACKBONES)
+    assert all(
+        f"{net.__module__}.{net.__name__}" == f"trainer.models.{BACKBONE_CLASSES[name]}"
+        for name, net in BACKBONES.items()
+    )
+
+
+@pytest.mark.parametrize("item_knowledge", ["none", "input", "match"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_model_says_the_groups_of_its_parameters(enabled: bool, item_knowledge: str) -> None:
+    """By the names that groups went by before: a run's updates, and their order, are unchanged."""
+    dense = model("star", enabled=enabled, item_knowledge=item_knowledge, inputs=["scenario"])
+    groups: dict[str, list[str]] = {"dense": []}
+    if enabled:
+        groups |= {"meta": [], "knowledge": []}
+    for name, _ in dense.named_parameters():
+        kind = "meta" if name.startswith("meta.") else "dense"
+        if name.startswith(("meta.inputs.", "meta.match.")):
+            kind = "knowledge"
+        groups[kind].append(name)
+    names = {id(parameter): name for name, parameter in dense.named_parameters()}
+    assert groups == {
+        group: [names[id(parameter)] for parameter in parameters]
+        for group, parameters in dense.parameter_groups().items()
+    }
+    assert sum(map(len, groups.values())) == len(names)
 
 
 @pytest.mark.parametrize("backbone", ["shared_bottom", "star"])

@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.ids import IdMap, SortedKeys
 from llm_knowledge.errors import InputError
+from trainer.config.levels import LEVELS, SCENARIO, TABLE_LEVELS
 from trainer.data.checks import find_problem
 from trainer.data.loading.batch import Batch, no_ids
 from trainer.features.encoder import IDS, NUMBERS, FeatureEncoder
@@ -104,12 +105,11 @@ class RowEncoder:
         if len(position) and position.min() < 0:
             value = table["scenario_id"][int(np.argmin(position))].as_py()
             raise self._problem(source, "scenario_id", f"{value!r} is not listed in dataset.json")
-        keys = {"user": "user_id", "item": "item_id", "scenario": "scenario_id"}
         joined = {
-            level: self.joins[level].rows(table[column], timestamps)
-            if level in self.joins
+            level.knowledge: self.joins[level.name].rows(table[level.id_column], timestamps)
+            if level.name in self.joins
             else np.full(len(table), -1, dtype=np.int64)
-            for level, column in keys.items()
+            for level in LEVELS
         }
         history = table["history"].combine_chunks()
         if isinstance(history, pa.ChunkedArray):  # an empty column combines to a chunked array
@@ -126,7 +126,7 @@ class RowEncoder:
             "extra_labels": labels[:, 1:],
             "history": _last_columns(flat, lengths, self.history_length),
             "history_length": np.minimum(lengths, self.history_length),
-            **{f"{level}_knowledge": rows for level, rows in joined.items()},
+            **joined,
             **self.features.encode(table, source),
         }
 
@@ -183,16 +183,16 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
     )
     knowledge = _keyed(
         {
-            level: (found[found >= 0], padded((found >= 0).astype(np.int64)).numpy())
-            for level in ("user", "item")
-            for found in [rows[f"{level}_knowledge"]]
+            level.name: (joined[joined >= 0], padded((joined >= 0).astype(np.int64)).numpy())
+            for level in TABLE_LEVELS
+            for joined in [rows[level.knowledge]]
         }
     )
     return Batch(
         ids=ids,
         knowledge=knowledge,
         scenario=padded(rows["scenario"]),
-        scenario_knowledge=padded(rows["scenario_knowledge"], fill=-1),
+        scenario_knowledge=padded(rows[SCENARIO.knowledge], fill=-1),
         label=padded(rows["label"]),
         weight=torch.from_numpy(present.astype(np.float32)),
         extra_labels=padded(rows["extra_labels"]),
