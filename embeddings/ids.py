@@ -50,11 +50,11 @@ class SortedKeys:
         if len(self.keys) == 0:
             return np.full(len(ids), -1, dtype=np.int64)
         if self._numbers is None:
-            found = pc.index_in(ids, value_set=self.keys.cast(ids.type))
-            return pc.fill_null(found.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
-        wanted = ids.to_numpy(zero_copy_only=False)
-        at = np.searchsorted(self._numbers, wanted).clip(max=len(self._numbers) - 1)
-        return np.where(self._numbers[at] == wanted, at, -1).astype(np.int64)
+            index = pc.index_in(ids, value_set=self.keys.cast(ids.type))
+            return pc.fill_null(index.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        numbers = ids.to_numpy(zero_copy_only=False)
+        position = np.searchsorted(self._numbers, numbers).clip(max=len(self._numbers) - 1)
+        return np.where(self._numbers[position] == numbers, position, -1).astype(np.int64)
 
 
 class Vocabulary:

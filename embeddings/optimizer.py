@@ -101,7 +101,7 @@ def fuse_optimizer(parameters: Iterable[nn.Parameter], optimizer: TableOptimizer
     """
     apply_optimizer_in_backward(
         TABLE_OPTIMIZERS[optimizer.name],
-        [one for one in parameters if one.is_floating_point()],  # a table of ids is none
+        [weight for weight in parameters if weight.is_floating_point()],  # a table of ids is none
         optimizer.kernel_options(),
     )
 

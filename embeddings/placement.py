@@ -90,17 +90,17 @@ def wanted_placement(table: Table, placements: Mapping[str, Placement], ranks: i
     Raises:
         PlanError: If that is wanted all the same: the kernels fail on a rank without rows.
     """
-    wanted = placements.get(table.name)
+    placement = placements.get(table.name)
     if table.rows >= ranks:
-        return wanted or Placement()
-    if wanted is None:
+        return placement or Placement()
+    if placement is None:
         return Placement(sharding="table_wise")
-    if wanted.sharding in ("row_wise", "table_row_wise", "grid_shard"):
+    if placement.sharding in ("row_wise", "table_row_wise", "grid_shard"):
         raise PlanError(
-            f"table {table.name} has {table.rows} rows, fewer than {ranks} ranks: {wanted.sharding} would "
+            f"table {table.name} has {table.rows} rows, fewer than {ranks} ranks: {placement.sharding} would "
             "leave a rank without rows; use table_wise"
         )
-    return wanted
+    return placement
 
 
 def check_groups(

@@ -231,15 +231,16 @@ def plan_sharding(
     names = [table.name for table in tables]
     if unknown := sorted(set(placements) - set(names)):
         raise PlanError(f"there is no table {unknown[0]}; known: {', '.join(names)}")
-    found: list[ShardingPlan | str | None] = [None]
+    outcome: list[ShardingPlan | str | None] = [None]
     if dist.get_rank() == 0:
         try:
             planner = make_planner(tables, placements, batch_size, hardware)
-            found[0] = planner.plan(model, sharders(model))
+            outcome[0] = planner.plan(model, sharders(model))
         except (PlannerError, PlanError) as error:
-            found[0] = str(error)  # told to all: a rank that raises alone leaves the others waiting
-    dist.broadcast_object_list(found)
-    plan = found[0]
+            # Told to all: a rank that raises alone leaves the others waiting.
+            outcome[0] = str(error)
+    dist.broadcast_object_list(outcome)
+    plan = outcome[0]
     if not isinstance(plan, ShardingPlan):
         raise PlanError(f"the tables cannot be placed on {hardware.ranks} ranks: {plan}")
     check_plan(plan, tables)
@@ -295,7 +296,7 @@ def shard(
 def describe_plan(plan: ShardingPlan, tables: Iterable[Table], ranks: int) -> list[TablePlan]:
     """Lists where every table lies."""
     known = {table.name: table for table in tables}
-    found = []
+    plans = []
     for module in plan.plan.values():
         for name, parameter in module.items():  # type: ignore[attr-defined]
             table = known[name]
@@ -310,8 +311,8 @@ def describe_plan(plan: ShardingPlan, tables: Iterable[Table], ranks: int) -> li
             for piece in pieces:
                 sizes[piece.rank] += piece.rows * piece.columns * table.bytes_per_value
             kind, kernel = parameter.sharding_type, parameter.compute_kernel
-            found.append(TablePlan(name, kind, kernel, table.rows, table.dim, sizes, pieces))
-    return found
+            plans.append(TablePlan(name, kind, kernel, table.rows, table.dim, sizes, pieces))
+    return plans
 
 
 def format_plan(tables: list[TablePlan]) -> str:

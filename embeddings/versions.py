@@ -28,7 +28,7 @@ def check_triple() -> None:
     torch_release, torchrec_release = _release("torch"), _release("torchrec")
     builds = {name: _release(name) for name in ("fbgemm-gpu", "fbgemm-gpu-cpu")}
     installed = {name: release for name, release in builds.items() if release}
-    found = f"found torch {torch_release}, torchrec {torchrec_release}, " + (
+    triple = f"found torch {torch_release}, torchrec {torchrec_release}, " + (
         ", ".join(f"{name} {release}" for name, release in installed.items()) or "no fbgemm"
     )
     mend = (
@@ -38,14 +38,14 @@ def check_triple() -> None:
     )
     if len(installed) > 1:
         raise ImportError(
-            f"fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other: {found}. {mend}"
+            f"fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other: {triple}. {mend}"
         )
     if torch_release not in TRIPLES:
-        raise ImportError(f"torch must be one of {', '.join(TRIPLES)}: {found}. {mend}")
+        raise ImportError(f"torch must be one of {', '.join(TRIPLES)}: {triple}. {mend}")
     fbgemm, torchrec = TRIPLES[torch_release]
     if list(installed.values()) != [fbgemm] or torchrec_release != torchrec:
         raise ImportError(
-            f"torch {torch_release} needs fbgemm {fbgemm} and torchrec {torchrec}: {found}. {mend}"
+            f"torch {torch_release} needs fbgemm {fbgemm} and torchrec {torchrec}: {triple}. {mend}"
         )
 
 
@@ -62,10 +62,10 @@ def versions() -> dict[str, str]:
         "pyarrow",
         "duckdb",
     ]
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    releases = {"python": platform.python_version(), "platform": platform.platform()}
     for name in [*names, "numpy", "pydantic", "torchx", "triton", "llm4msr"]:
         try:
-            found[name] = version(name)
+            releases[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return releases

@@ -16,8 +16,10 @@ def look_up_as_bags(model: nn.Module) -> None:
     Backward, fbgemm's kernel without bags takes 20 times as long as the one with bags. Only where a rank
     keeps a single table in a kernel: those of several would need as many bags each.
     """
-    collections = [one for one in model.modules() if isinstance(one, ShardedEmbeddingCollection)]
-    for lookup in [lookup for one in collections for lookup in one._lookups]:
+    collections = [
+        module for module in model.modules() if isinstance(module, ShardedEmbeddingCollection)
+    ]
+    for lookup in [lookup for module in collections for lookup in module._lookups]:
         for kernel in lookup.modules():
             if (
                 isinstance(kernel, BatchedFusedEmbedding)
@@ -37,7 +39,7 @@ def _forward(kernel: BatchedFusedEmbedding) -> Callable[[KeyedJaggedTensor], Ten
         bags = max(count, 1)  # with none the kernel could not tell how many features there are
         offsets = torch.full((features * bags + 1,), count)
         torch.arange(count, out=offsets[:count])
-        found = kernel.emb_module(indices=values, offsets=offsets)
-        return found[:count, :dim].contiguous()
+        vectors = kernel.emb_module(indices=values, offsets=offsets)
+        return vectors[:count, :dim].contiguous()
 
     return forward

@@ -55,15 +55,15 @@ class PlainTables:
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Looks up a batch."""
-        found = {}
+        looked_up = {}
         for table, module in zip(self._tables, self._modules, strict=True):
             for feature in table.features:
                 part = ids[feature]
                 if self._sequence:
-                    found[feature] = module(part.values())
+                    looked_up[feature] = module(part.values())
                 else:
-                    found[feature] = module(part.values(), part.offsets()[:-1])
-        return found if self._sequence else {"": torch.cat(list(found.values()), dim=1)}
+                    looked_up[feature] = module(part.values(), part.offsets()[:-1])
+        return looked_up if self._sequence else {"": torch.cat(list(looked_up.values()), dim=1)}
 
     def step(
         self, ids: KeyedJaggedTensor, gradient: dict[str, Tensor], clock: Clock
@@ -96,7 +96,9 @@ class BareKernel:
                 )
                 for table in tables
             ],
-            feature_table_map=[at for at, table in enumerate(tables) for _ in table.features],
+            feature_table_map=[
+                number for number, table in enumerate(tables) for _ in table.features
+            ],
             optimizer=RULES[subject.rule or "sgd"],
             learning_rate=subject.learning_rate,
             pooling_mode=PoolingMode.NONE if self._sequence else PoolingMode.SUM,
@@ -118,10 +120,10 @@ class BareKernel:
         )
         began = clock.start()
         with torch.set_grad_enabled(self.rule is not None):
-            found = self._kernel(values, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths))
+            output = self._kernel(values, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths))
         forward = clock.stop(began)
         if self.rule is not None:
-            found.backward(joined)
+            output.backward(joined)
         return {"forward": forward, "step": clock.stop(began)}
 
 
@@ -142,19 +144,19 @@ class Reference:
         leaves = {
             name: weight.detach().clone().requires_grad_() for name, weight in self.weights.items()
         }
-        found = {}
+        looked_up = {}
         for table in self._subject.tables:
             for feature in table.features:
                 part, leaf = ids[feature], leaves[table.name]
                 if self._subject.sequence:
-                    found[feature] = nn.functional.embedding(part.values(), leaf)
+                    looked_up[feature] = nn.functional.embedding(part.values(), leaf)
                 else:
-                    found[feature] = nn.functional.embedding_bag(
+                    looked_up[feature] = nn.functional.embedding_bag(
                         part.values(), leaf, part.offsets()[:-1], mode="sum"
                     )
         if not self._subject.sequence:
-            found = {"": torch.cat([found[f] for f in _output_order(self._subject)], dim=1)}
-        return found, leaves
+            looked_up = {"": torch.cat([looked_up[f] for f in _output_order(self._subject)], dim=1)}
+        return looked_up, leaves
 
     def update(self, leaves: dict[str, Tensor]) -> None:
         """Applies the rule to the gradients' mean over ranks."""
@@ -181,34 +183,34 @@ def check(subject: Subject, reference: Reference, steps: int = 2) -> list[str]:
         What differs on this rank; empty when all is equal within float32's rounding.
     """
     wrong = []
-    for at in range(steps):
-        ids, gradient = subject.fresh(at), subject.gradient(at)
+    for step in range(steps):
+        ids, gradient = subject.fresh(step), subject.gradient(step)
         with subject.context():
-            found = outputs(subject.module(subject.fresh(at)).wait())
+            outputs_of_table = outputs(subject.module(subject.fresh(step)).wait())
         expected, leaves = reference.forward(ids)
-        for name, value in found.items():
+        for name, value in outputs_of_table.items():
             wrong += _difference(
-                f"step {at}: output {name or 'of all features'}", value, expected[name]
+                f"step {step}: output {name or 'of all features'}", value, expected[name]
             )
         if subject.rule is not None:
-            backward(found, gradient)
+            backward(outputs_of_table, gradient)
             subject.update()
-            backward({name: expected[name] for name in found}, gradient)
+            backward({name: expected[name] for name in outputs_of_table}, gradient)
             reference.update(leaves)
         for name, weight in whole_weights(subject).items():
             wrong += _difference(
-                f"step {at}: rows of table {name}", weight, reference.weights[name]
+                f"step {step}: rows of table {name}", weight, reference.weights[name]
             )
     return wrong
 
 
-def _difference(what: str, found: Tensor, expected: Tensor) -> list[str]:
-    if found.shape != expected.shape:
-        return [f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"]
-    close = torch.isclose(found, expected, rtol=1e-4, atol=1e-5)
+def _difference(what: str, measured: Tensor, expected: Tensor) -> list[str]:
+    if measured.shape != expected.shape:
+        return [f"{what}: shape {tuple(measured.shape)}, expected {tuple(expected.shape)}"]
+    close = torch.isclose(measured, expected, rtol=1e-4, atol=1e-5)
     if bool(close.all()):
         return []
-    largest = (found - expected).abs().max().item()
+    largest = (measured - expected).abs().max().item()
     return [
         f"{what}: {int((~close).sum()):,} of {close.numel():,} values differ, by up to {largest:.3g}"
     ]
@@ -226,31 +228,31 @@ def _weight_of(subject: Subject, table: Table) -> Any:
 
 def _column_pieces(subject: Subject) -> dict[str, list[tuple[int, int]]]:
     """The column ranges of each table's shards."""
-    found = {}
+    by_table = {}
     for table in subject.tables:
         weight = _weight_of(subject, table)
         pieces = {(0, table.dim)}
         if isinstance(weight, ShardedTensor):
             shards: Iterable[Any] = weight.metadata().shards_metadata
             pieces = {(s.shard_offsets[1], s.shard_offsets[1] + s.shard_sizes[1]) for s in shards}
-        found[table.name] = sorted(pieces)
-    return found
+        by_table[table.name] = sorted(pieces)
+    return by_table
 
 
 def whole_weights(subject: Subject) -> dict[str, Tensor]:
     """Gathers every table on every rank, float32 [rows, dim]."""
-    own: dict[str, list[tuple[list[int], Tensor]]] = {}
+    pieces_here: dict[str, list[tuple[list[int], Tensor]]] = {}
     for table in subject.tables:
         weight = _weight_of(subject, table)
         if isinstance(weight, ShardedTensor):
-            own[table.name] = [
+            pieces_here[table.name] = [
                 (list(shard.metadata.shard_offsets), shard.tensor.detach().float().cpu())
                 for shard in weight.local_shards()
             ]
         else:
-            own[table.name] = [([0, 0], weight.detach().float().cpu())]
+            pieces_here[table.name] = [([0, 0], weight.detach().float().cpu())]
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own)
+    dist.all_gather_object(everywhere, pieces_here)
     device = subject.batches[0].device()
     whole = {}
     for table in subject.tables:

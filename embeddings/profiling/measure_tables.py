@@ -134,15 +134,15 @@ def sweep(**axes: Iterable[Any]) -> list[Cell]:
 def random_ids(cell: Cell, device: torch.device) -> list[KeyedJaggedTensor]:
     """Uniformly random ids of this rank."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    features = [f"feature_{at}" for at in range(cell.tables)]
-    found = []
+    features = [f"feature_{number}" for number in range(cell.tables)]
+    batches = []
     for _ in range(BATCHES):
         lengths = torch.ones(cell.tables * cell.batch, dtype=torch.int64)
         if cell.pooling > 1:
             lengths = torch.randint(0, 2 * cell.pooling + 1, lengths.shape, generator=generator)
         values = torch.randint(cell.rows, (int(lengths.sum()),), generator=generator)
-        found.append(KeyedJaggedTensor(features, values.to(device), lengths=lengths.to(device)))
-    return found
+        batches.append(KeyedJaggedTensor(features, values.to(device), lengths=lengths.to(device)))
+    return batches
 
 
 def build(cell: Cell, hardware: Hardware, device: torch.device) -> Subject:
@@ -154,14 +154,14 @@ def build(cell: Cell, hardware: Hardware, device: torch.device) -> Subject:
     sequence = cell.collection == "sequence"
     tables = [
         Table(
-            f"table_{at}",
+            f"table_{number}",
             cell.rows,
             cell.dim,
-            (f"feature_{at}",),
+            (f"feature_{number}",),
             sequence=sequence,
             ids_per_sample=(float(cell.pooling),),
         )
-        for at in range(cell.tables)
+        for number in range(cell.tables)
     ]
     placement = Placement(cell.sharding, cell.kernel)
     check_placement(tables[0].name, sequence, placement, device.type)
@@ -198,21 +198,21 @@ def profile_cells(
     Raises:
         PlanError: If no cell is possible.
     """
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     top = heading(device, options)
-    for at, cell in enumerate(cells):
+    for number, cell in enumerate(cells):
         try:
             subject = build(cell, hardware, device)
         except PlanError as error:
-            found.append({"name": cell.name, "cell": asdict(cell), "impossible": str(error)})
+            results.append({"name": cell.name, "cell": asdict(cell), "impossible": str(error)})
             continue
-        trace = options.trace if at == 0 else None
-        found.append(
+        trace = options.trace if number == 0 else None
+        results.append(
             measure(subject, device, options, top["copy_bandwidth"], trace) | {"cell": asdict(cell)}
         )
-    if all("impossible" in one for one in found):
-        raise PlanError(found[0]["impossible"])
-    return top | {"cells": found}
+    if all("impossible" in result for result in results):
+        raise PlanError(results[0]["impossible"])
+    return top | {"cells": results}
 
 
 def heading(device: torch.device, options: Options) -> dict[str, Any]:
@@ -255,16 +255,16 @@ def measure(
         wrong = check(subject, options.reference(subject))
         report["wrong"] = [line for lines in gather(wrong) for line in lines]
     arms: dict[str, Callable[[int], dict[str, Timing]]] = {
-        "phases": lambda at: run_phases(subject, at, clock),
-        "sharded": lambda at: run_step(subject, at, clock),
+        "phases": lambda step: run_phases(subject, step, clock),
+        "sharded": lambda step: run_step(subject, step, clock),
     }
     rules: dict[str, str | None] = {}
     if options.baselines and (subject.rule is None or subject.rule in RULES):
         for name, kind in (("embedding_bag", PlainTables), ("fbgemm", BareKernel)):
             baseline = kind(subject, device)
             rules[name] = baseline.rule
-            arms[name] = lambda at, b=baseline: b.step(
-                subject.fresh(at), subject.gradient(at), clock
+            arms[name] = lambda step, b=baseline: b.step(
+                subject.fresh(step), subject.gradient(step), clock
             )  # type: ignore[misc]
     seconds = _rounds(arms, options)
     memory = _largest(count_memory_bytes(subject, 0))
@@ -283,39 +283,41 @@ def _rounds(arms: dict[str, Callable[[int], dict[str, Timing]]], options: Option
     An arm gains from running after itself. With the orders drawn, all do so equally often.
     """
     order, names = random.Random(0), list(arms)  # the same on all ranks
-    own: dict[str, list[Timing]] = {}
-    for at in range(options.warmup + options.rounds):
+    timings_here: dict[str, list[Timing]] = {}
+    for step in range(options.warmup + options.rounds):
         order.shuffle(names)
         for name in names:
             dist.barrier()
-            timings = arms[name](at)
-            if at >= options.warmup:
+            timings = arms[name](step)
+            if step >= options.warmup:
                 for part, timing in timings.items():
-                    own.setdefault(f"{name} {part}", []).append(timing)
-    everywhere = gather(own)
+                    timings_here.setdefault(f"{name} {part}", []).append(timing)
+    everywhere = gather(timings_here)
     return {
         key: [
-            (max(one[0] for one in of_ranks), max(one[1] for one in of_ranks))
+            (max(pair[0] for pair in of_ranks), max(pair[1] for pair in of_ranks))
             for of_ranks in zip(*(rank[key] for rank in everywhere), strict=True)
         ]
-        for key in own
+        for key in timings_here
     }
 
 
 def gather(value: Any) -> list[Any]:
     """Everybody's value, by rank."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, value)
+    return everywhere
 
 
-def _largest(own: dict[str, int]) -> dict[str, int]:
-    everywhere = gather(own)
-    return {key: max(rank[key] for rank in everywhere) for key in own}
+def _largest(sizes: dict[str, int]) -> dict[str, int]:
+    everywhere = gather(sizes)
+    return {key: max(rank[key] for rank in everywhere) for key in sizes}
 
 
 def _milliseconds(timings: list[Timing]) -> dict[str, Any]:
-    wall, processor = ([1e3 * one for one in values] for values in zip(*timings, strict=True))
+    wall, processor = (
+        [1e3 * seconds for seconds in values] for values in zip(*timings, strict=True)
+    )
     return {"ms": summary(wall), "processor_ms": summary(processor), "each_ms": wall}
 
 
@@ -387,10 +389,10 @@ def _write_trace(subject: Subject, clock: Clock, path: Path) -> None:
     from torch.profiler import profile, record_function
 
     with profile() as profiler:
-        for at in range(2):
-            run_phases(subject, at, clock, record_function)
+        for step in range(2):
+            run_phases(subject, step, clock, record_function)
             with record_function("whole step"):
-                run_step(subject, at, clock)
+                run_step(subject, step, clock)
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))

@@ -65,27 +65,27 @@ class Subject:
         """Whether every id has a vector of its own in the output."""
         return self.tables[0].sequence
 
-    def fresh(self, at: int) -> KeyedJaggedTensor:
+    def fresh(self, step: int) -> KeyedJaggedTensor:
         """A batch without what an earlier use has computed and kept in it."""
-        ids = self.batches[at % len(self.batches)]
+        ids = self.batches[step % len(self.batches)]
         return KeyedJaggedTensor(
             ids.keys(), ids.values(), lengths=ids.lengths(), weights=ids.weights_or_none()
         )
 
-    def gradient(self, at: int) -> dict[str, Tensor]:
+    def gradient(self, step: int) -> dict[str, Tensor]:
         """The gradient of a batch's outputs."""
-        return self.gradients[at % len(self.gradients)]
+        return self.gradients[step % len(self.gradients)]
 
     def context(self) -> AbstractContextManager[object]:
         """What the model calls the collection under."""
         return torch.no_grad() if self.rule is None else nullcontext()
 
 
-def outputs(found: KeyedTensor | dict[str, JaggedTensor]) -> dict[str, Tensor]:
+def outputs(output: KeyedTensor | dict[str, JaggedTensor]) -> dict[str, Tensor]:
     """Values by feature; those of pooled features are one tensor, under ""."""
-    if isinstance(found, KeyedTensor):
-        return {"": found.values()}
-    return {name: jagged.values() for name, jagged in found.items()}
+    if isinstance(output, KeyedTensor):
+        return {"": output.values()}
+    return {name: jagged.values() for name, jagged in output.items()}
 
 
 def backward(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
@@ -93,9 +93,9 @@ def backward(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
     torch.autograd.backward(list(values.values()), [gradients[name] for name in values])
 
 
-def run_step(subject: Subject, at: int, clock: Clock) -> dict[str, Timing]:
+def run_step(subject: Subject, step: int, clock: Clock) -> dict[str, Timing]:
     """One whole step, as training does it: "forward", and "step" with backward and update."""
-    ids, gradient = subject.fresh(at), subject.gradient(at)
+    ids, gradient = subject.fresh(step), subject.gradient(step)
     began = clock.start()
     with subject.context():
         values = outputs(subject.module(ids).wait())
@@ -108,13 +108,13 @@ def run_step(subject: Subject, at: int, clock: Clock) -> dict[str, Timing]:
 
 def run_phases(
     subject: Subject,
-    at: int,
+    step: int,
     clock: Clock,
     around: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Timing]:
     """One step in separate phases; every rank enters a phase when all have left the one before."""
-    module, ids, gradient = subject.module, subject.fresh(at), subject.gradient(at)
-    found: dict[str, Timing] = {}
+    module, ids, gradient = subject.module, subject.fresh(step), subject.gradient(step)
+    timings: dict[str, Timing] = {}
     state: dict[str, Any] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -122,7 +122,7 @@ def run_phases(
         with around(name):
             began = clock.start()
             result = call()
-            found[name] = clock.stop(began)
+            timings[name] = clock.stop(began)
         return result
 
     def distribute() -> Any:
@@ -141,7 +141,7 @@ def run_phases(
         )
     if subject.rule is not None:
         timed(PHASES[3], update)
-    return found
+    return timings
 
 
 class LinkBytes(TorchDispatchMode):
@@ -166,14 +166,16 @@ def _sent(name: str, args: tuple[Any, ...]) -> int:
     others = ranks - 1
     if name == "alltoall_base_":
         size, splits = args[1].nbytes, list(args[4])
-        own = splits[rank] / max(sum(splits), 1) if splits else 1 / ranks
-        return round(size * (1 - own))
+        kept = splits[rank] / max(sum(splits), 1) if splits else 1 / ranks
+        return round(size * (1 - kept))
     if name == "alltoall_":
-        return sum(part.nbytes for at, part in enumerate(args[1]) if at != rank)
+        return sum(part.nbytes for other, part in enumerate(args[1]) if other != rank)
     if name == "_reduce_scatter_base_":
         return int(args[1].nbytes * others // ranks)
     if name == "reduce_scatter_":
-        return sum(part.nbytes for parts in args[1] for at, part in enumerate(parts) if at != rank)
+        return sum(
+            part.nbytes for parts in args[1] for other, part in enumerate(parts) if other != rank
+        )
     if name == "_allgather_base_":
         return int(args[1].nbytes * others)
     if name == "allgather_":
@@ -183,7 +185,7 @@ def _sent(name: str, args: tuple[Any, ...]) -> int:
     return 0
 
 
-def count_link_bytes(subject: Subject, at: int, clock: Clock) -> dict[str, int]:
+def count_link_bytes(subject: Subject, step: int, clock: Clock) -> dict[str, int]:
     """Bytes that this rank sends to others, by phase; not to be timed."""
     sent: dict[str, int] = {}
 
@@ -193,11 +195,11 @@ def count_link_bytes(subject: Subject, at: int, clock: Clock) -> dict[str, int]:
             yield
         sent[name] = counter.sent
 
-    run_phases(subject, at, clock, counting)
+    run_phases(subject, step, clock, counting)
     return sent
 
 
-def count_memory_bytes(subject: Subject, at: int) -> dict[str, int]:
+def count_memory_bytes(subject: Subject, step: int) -> dict[str, int]:
     """Least bytes that this rank's memory must move, by phase, from the tensors of one batch.
 
     Input distribution: ids and lengths, read once here and written once where they go. Lookup: ids,
@@ -205,7 +207,7 @@ def count_memory_bytes(subject: Subject, at: int) -> dict[str, int]:
     Backward: the gradient read and handed on, the ids, and each distinct row with its optimizer state
     read and written once (data-parallel tables: all rows, and their gradient).
     """
-    module, ids = subject.module, subject.fresh(at)
+    module, ids = subject.module, subject.fresh(step)
     with torch.no_grad():
         context = module.create_context()
         rows = module.input_dist(context, ids).wait().wait()
@@ -221,16 +223,16 @@ def count_memory_bytes(subject: Subject, at: int) -> dict[str, int]:
     given = ids.values().nbytes + ids.lengths().nbytes
     # What is handed on as it is, is not moved: a single rank's ids and vectors.
     moved_in = any(part.values().data_ptr() != ids.values().data_ptr() for part in rows)
-    own = {vector.data_ptr() for vector in vectors}
-    moved_out = any(value.data_ptr() not in own for value in values.values())
-    found = {
+    storages = {vector.data_ptr() for vector in vectors}
+    moved_out = any(value.data_ptr() not in storages for value in values.values())
+    counts = {
         PHASES[0]: (given + received) * moved_in,
         PHASES[1]: received + read + produced,
         PHASES[2]: (produced + delivered) * moved_out,
     }
     if subject.rule is not None:
-        found[PHASES[3]] = delivered + produced * moved_out + received + updated
-    return found
+        counts[PHASES[3]] = delivered + produced * moved_out + received + updated
+    return counts
 
 
 STATE_BYTES = {  # of an update rule: bytes per value, and per row
@@ -247,13 +249,13 @@ def _row_bytes(lookup: nn.Module, features: KeyedJaggedTensor, rule: str | None)
     """Bytes of the rows that one lookup reads, and of those that its update reads and writes."""
     inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
     per_value, per_row = STATE_BYTES.get(rule or "sgd", (0, 0))
-    counts, at, first = features.length_per_key(), 0, 0
+    counts, feature, first = features.length_per_key(), 0, 0
     read = updated = 0
     for group in inner.grouped_configs:  # type: ignore[union-attr]
         for table in group.embedding_tables:
-            of_table = sum(counts[at : at + table.num_features()])
+            of_table = sum(counts[feature : feature + table.num_features()])
             chosen = features.values()[first : first + of_table]
-            at, first = at + table.num_features(), first + of_table
+            feature, first = feature + table.num_features(), first + of_table
             size = 2 if table.data_type.name == "FP16" else 4
             read += of_table * table.local_cols * size
             row = table.local_cols * (size + per_value) + per_row

@@ -98,23 +98,23 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
         name: lambda cell, key=key: cell["baselines"].get(key, {}).get("step")
         for key, name in BASELINES.items()
     }
-    for at, (name, pick) in enumerate(arms.items()):
-        found = [(row, step["ms"]) for row, cell in enumerate(cells) if (step := pick(cell))]
+    for arm, (name, pick) in enumerate(arms.items()):
+        points = [(row, step["ms"]) for row, cell in enumerate(cells) if (step := pick(cell))]
         axes.barh(
-            [row + 0.27 * (at - 1) for row, _ in found],
-            [ms["median"] for _, ms in found],
+            [row + 0.27 * (arm - 1) for row, _ in points],
+            [ms["median"] for _, ms in points],
             0.25,
             xerr=[
-                [ms["median"] - ms["low"] for _, ms in found],
-                [ms["high"] - ms["median"] for _, ms in found],
+                [ms["median"] - ms["low"] for _, ms in points],
+                [ms["high"] - ms["median"] for _, ms in points],
             ],
             label=name,
         )
     axes.set_yticks(range(len(cells)), names)
     _finish(axes, "ms per step (median, quartiles)")
     files = [folder / "phases.png", folder / "baselines.png"]
-    for one, file in zip((figure, other), files, strict=True):
-        one.savefig(file, dpi=120)
+    for drawing, file in zip((figure, other), files, strict=True):
+        drawing.savefig(file, dpi=120)
     return files
 
 

@@ -13,12 +13,12 @@ def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     faster where ids repeat.
     """
     encoded = pa.array(keys).dictionary_encode()
-    found = encoded.dictionary.to_numpy()
-    at = encoded.indices.to_numpy()
-    order = np.argsort(found)
+    values = encoded.dictionary.to_numpy()
+    codes = encoded.indices.to_numpy()
+    order = np.argsort(values)
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    return found[order], rank[at], np.bincount(at, minlength=len(found))[order]
+    return values[order], rank[codes], np.bincount(codes, minlength=len(values))[order]
 
 
 class KeyIndex:
@@ -51,11 +51,11 @@ class KeyIndex:
         cells = self._keys[rows] & self._mask
         left = np.arange(len(rows))
         while len(left):
-            at = cells[left]
-            free = self._cells[at] < 0
+            cell = cells[left]
+            free = self._cells[cell] < 0
             # Of several rows that claim a cell the last writer wins, the others go on to the next.
-            self._cells[at[free]] = rows[left[free]]
-            placed = free & (self._cells[at] == rows[left])
+            self._cells[cell[free]] = rows[left[free]]
+            placed = free & (self._cells[cell] == rows[left])
             left = left[~placed]
             cells[left] = (cells[left] + np.uint64(1)) & self._mask
 
@@ -69,13 +69,13 @@ class KeyIndex:
 
     def _search(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns rows and cells of keys; -1 and the empty cell where there is none."""
-        found = np.full(len(keys), -1, dtype=np.int64)
+        rows_found = np.full(len(keys), -1, dtype=np.int64)
         cells = keys & self._mask
         left = np.arange(len(keys))
         while len(left):
             rows = self._cells[cells[left]].astype(np.int64)
             hit = (rows >= 0) & (self._keys[rows] == keys[left])
-            found[left[hit]] = rows[hit]
+            rows_found[left[hit]] = rows[hit]
             left = left[~hit & (rows != EMPTY)]
             cells[left] = (cells[left] + np.uint64(1)) & self._mask
-        return found, cells
+        return rows_found, cells

@@ -81,12 +81,12 @@ class ZeroCollisionTables(nn.Module):
             ValueError: If a table is sharded so that its rows cannot be started anew.
         """
         self._held = self._initializer.bind(model)
-        own = all(
+        local = all(
             self._held[table] == (owners.start, owners.start + len(owners.keys))
             for table, owners in self._owners.items()
         )
         answers: list[bool] = [False] * self.world_size
-        dist.all_gather_object(answers, own)
+        dist.all_gather_object(answers, local)
         self._rows_stay = all(answers)
 
     def remap(

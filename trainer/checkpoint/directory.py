@@ -70,13 +70,13 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     recover(folder)
     for leftover in folder.glob("step-*.partial"):
         shutil.rmtree(leftover)
-    found = checkpoints(folder)
-    whole = {path: read_state(path) for path in found if problem_of(path) is None}
+    saved = checkpoints(folder)
+    whole = {path: read_state(path) for path in saved if problem_of(path) is None}
     newest = list(whole)[-keep_last:]
     measured = {path: state.auc for path, state in whole.items() if state.auc is not None}
     best = sorted(measured, key=lambda path: measured[path], reverse=True)[:keep_best]
     kept = {*newest, *best, *(best_of(folder, whole[path]) for path in newest)}
-    for path in found:
+    for path in saved:
         if path not in kept:
             shutil.rmtree(path)
 

@@ -112,7 +112,9 @@ def saved_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     """
     with reading(checkpoint):
         entries = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
-    return {name: one for name, one in entries.items() if isinstance(one, TensorStorageMetadata)}
+    return {
+        name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 @contextmanager
@@ -174,36 +176,36 @@ def routes(
         old_rows = torch.arange(rows)
     for tensor, offsets in local_parts(live[name]):
         if tensor.dim() == 2:
-            wanted = old_rows[offsets[0] : offsets[0] + len(tensor)]
-            yield from _route(tensor, wanted, [(name, 0, offsets[1], 1.0)])
+            rows_read = old_rows[offsets[0] : offsets[0] + len(tensor)]
+            yield from _route(tensor, rows_read, [(name, 0, offsets[1], 1.0)])
             continue
         now = _column_ranges(live[table])
         before = _chunk_ranges(saved[table])
         for column in range(offsets[0] // rows, (offsets[0] + len(tensor) - 1) // rows + 1):
             first = max(column * rows, offsets[0])
             last = min((column + 1) * rows, offsets[0] + len(tensor))
-            wanted = old_rows[first - column * rows : last - column * rows]
+            rows_read = old_rows[first - column * rows : last - column * rows]
             sources: list[_Source] = [
                 (name, number * rows_before, None, share)
                 for number, share in _shares(now[column], before)
             ]
-            yield from _route(tensor[first - offsets[0] : last - offsets[0]], wanted, sources)
+            yield from _route(tensor[first - offsets[0] : last - offsets[0]], rows_read, sources)
 
 
 _Source = tuple[str, int, int | None, float]  # name, first row, first column of a table, share
 
 
-def _route(target: Tensor, wanted: Tensor, sources: list[_Source]) -> Iterator[Route]:
-    known = wanted >= 0
+def _route(target: Tensor, rows_read: Tensor, sources: list[_Source]) -> Iterator[Route]:
+    known = rows_read >= 0
     if not known.any():
         return
-    low, high = int(wanted[known].min()), int(wanted[known].max()) + 1
+    low, high = int(rows_read[known].min()), int(rows_read[known].max()) + 1
     parts: list[tuple[str, tuple[int, ...], Tensor, float]] = []
     for name, row, column, share in sources:
-        at = (row + low,) if column is None else (row + low, column)
+        offset = (row + low,) if column is None else (row + low, column)
         buffer = torch.empty((high - low, *target.shape[1:]), dtype=target.dtype)
-        parts.append((name, at, buffer, share))
-    yield Route(target, known, wanted[known] - low, parts)
+        parts.append((name, offset, buffer, share))
+    yield Route(target, known, rows_read[known] - low, parts)
 
 
 def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, tuple[int, ...]]]:
@@ -232,9 +234,9 @@ def _chunk_ranges(table: TensorStorageMetadata) -> list[tuple[int, int]]:
     return sorted({(chunk.offsets[1], chunk.sizes[1]) for chunk in table.chunks})
 
 
-def _shares(wanted: tuple[int, int], before: list[tuple[int, int]]) -> list[tuple[int, float]]:
+def _shares(target: tuple[int, int], before: list[tuple[int, int]]) -> list[tuple[int, float]]:
     """(number, share) of the ranges of columns that overlap with the wanted one."""
-    start, width = wanted
+    start, width = target
     overlaps = [min(start + width, b + w) - max(start, b) for b, w in before]
     return [(number, size / width) for number, size in enumerate(overlaps) if size > 0]
 
@@ -258,8 +260,8 @@ class _Pieces(DefaultLoadPlanner):
             entry = self.metadata.state_dict_metadata[name]
             assert isinstance(entry, TensorStorageMetadata)
             chunk = ChunkStorageMetadata(torch.Size(offsets), buffer.size())
-            found = create_read_items_for_chunk_list(name, entry, [chunk])
-            items += [replace(item, dest_index=MetadataIndex(str(number))) for item in found]
+            read_items = create_read_items_for_chunk_list(name, entry, [chunk])
+            items += [replace(item, dest_index=MetadataIndex(str(number))) for item in read_items]
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -272,7 +274,9 @@ def follow(checkpoint: Path, planned: list[Route]) -> None:
     Raises:
         InputError: If the checkpoint is damaged.
     """
-    pieces = [(name, at, buffer) for route in planned for name, at, buffer, _ in route.parts]
+    pieces = [
+        (name, offset, buffer) for route in planned for name, offset, buffer, _ in route.parts
+    ]
     if not pieces:
         return
     with reading(checkpoint):

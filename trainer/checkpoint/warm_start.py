@@ -170,15 +170,15 @@ def _plan_tables(
                 f"train.start_from: table {table} of {checkpoint} is {width_before} wide, {option} is "
                 f"{width}; set it to {width_before}"
             )
-        found = _old_rows(run, checkpoint, description, table)
-        count = int((found >= 0).sum())
+        ids_before = _old_rows(run, checkpoint, description, table)
+        count = int((ids_before >= 0).sum())
         carried.tables[table] = {
             "carried": count,
             "new": rows - count,
             "left": rows_before - count,
         }
-        old_rows[name] = found
-        planned += routes(name, live, saved, found)
+        old_rows[name] = ids_before
+        planned += routes(name, live, saved, ids_before)
     for name in (name for name in live if name.startswith(ACCUMULATOR_PREFIX)):
         owner = MODEL_PREFIX + name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
         if name not in saved or owner not in old_rows:

@@ -376,16 +376,16 @@ def differences(
         new: The other.
         sections: Compare only these; None: all.
     """
-    found = []
+    lines = []
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
         if before == after or (sections is not None and key not in sections):
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            found += [f"{key}.{line}" for line in differences(before, after)]
+            lines += [f"{key}.{line}" for line in differences(before, after)]
         else:
-            found.append(f"{key}: {before}, now {after}")
-    return found
+            lines.append(f"{key}: {before}, now {after}")
+    return lines
 
 
 def _fields_at(location: tuple[Any, ...], model: type[Section]) -> list[str]:

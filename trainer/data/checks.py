@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 PLAIN_COLUMNS = ("user_id", "item_id", "scenario_id", "timestamp", "label")
 
 
-def check_schema(file: Path, found: pa.Schema, wanted: pa.Schema) -> None:
+def check_schema(file: Path, present: pa.Schema, expected: pa.Schema) -> None:
     """Refuses a file whose first columns are not exactly those of `wanted`.
 
     Raises:
         InputError: names the file and the column.
     """
-    for place, field in enumerate(wanted):
-        if field.name not in found.names:
+    for index, field in enumerate(expected):
+        if field.name not in present.names:
             raise InputError(f"{file}: column {field.name!r} is missing")
-        have = found.field(field.name).type
+        have = present.field(field.name).type
         if not have.equals(field.type):
             raise InputError(f"{file}: column {field.name!r} is {have}, expected {field.type}")
-        if found.names[place] != field.name:
+        if present.names[index] != field.name:
             raise InputError(
-                f"{file}: column {place + 1} is {found.names[place]!r}, expected {field.name!r}"
+                f"{file}: column {index + 1} is {present.names[index]!r}, expected {field.name!r}"
             )
 
 

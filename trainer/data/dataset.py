@@ -201,7 +201,7 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
     from trainer.data.checks import check_schema, check_statistics
 
     info = open_dataset(path)
-    wanted = event_schema(
+    expected = event_schema(
         info.user_id_type,
         info.item_id_type,
         info.scenario_id_type,
@@ -215,9 +215,9 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
         files = split_files(path, split)
         check_footers(path, files, info.footers)
         for file in files:
-            found, metadata = _read_metadata(file)
-            check_schema(file, found, wanted)
-            if bad := [n for n in found.names[len(wanted) :] if not n.startswith("truth_")]:
+            present, metadata = _read_metadata(file)
+            check_schema(file, present, expected)
+            if bad := [n for n in present.names[len(expected) :] if not n.startswith("truth_")]:
                 raise InputError(f"{file}: unexpected column {bad[0]!r}")
             check_statistics(file, metadata, scenarios)
             rows += metadata.num_rows
@@ -231,8 +231,8 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
             )
     items = Path(path) / "items.parquet"
     check_footers(path, [items], info.footers)
-    found, rows = read_footer(items)
-    check_schema(items, found, pa.schema(item_fields(info.item_id_type)))
+    present, rows = read_footer(items)
+    check_schema(items, present, pa.schema(item_fields(info.item_id_type)))
     if rows != info.items:
         raise InputError(f"{items}: {rows} rows, dataset.json says {info.items}")
     return info

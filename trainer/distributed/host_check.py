@@ -53,12 +53,12 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     everywhere: list[tuple[str, Mapping[str, str]]] = [("", {})] * dist.get_world_size()
     dist.all_gather_object(everywhere, (socket.gethostname(), dict(facts)))
     differ = []
-    for name in sorted({name for _, found in everywhere for name in found}):
+    for name in sorted({name for _, values_here in everywhere for name in values_here}):
         places: dict[str, list[str]] = {}
-        for rank, (host, found) in enumerate(everywhere):
-            places.setdefault(found.get(name, "missing"), []).append(f"{host} (rank {rank})")
+        for rank, (host, values_here) in enumerate(everywhere):
+            places.setdefault(values_here.get(name, "missing"), []).append(f"{host} (rank {rank})")
         if len(places) > 1:
-            values = "; ".join(f"{value} on {', '.join(at)}" for value, at in places.items())
+            values = "; ".join(f"{value} on {', '.join(hosts)}" for value, hosts in places.items())
             differ.append(f"{name}: {values}")
     if differ:
         raise InputError(
@@ -95,7 +95,9 @@ def check_shared(folder: Path) -> None:
         (folder / name).unlink()
         if created:
             folder.rmdir()
-    blind = [f"{host} (rank {at})" for at, (host, sees) in enumerate(everywhere) if not sees]
+    blind = [
+        f"{host} (rank {number})" for number, (host, sees) in enumerate(everywhere) if not sees
+    ]
     if blind:
         raise InputError(
             f"{folder}: is not shared: a file that {everywhere[0][0]} (rank 0) wrote there is not "
@@ -119,7 +121,7 @@ def _appears(folder: Path, name: str) -> bool:
 
 def _code_hash() -> str:
     """Hash over the project's own source files, for checkouts that share a version number."""
-    root, found = Path(__file__).parents[2], hashlib.sha256()
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
     for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):
-        found.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return found.hexdigest()[:12]
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]

@@ -78,9 +78,9 @@ def distributed(timeout_seconds: int) -> Iterator[Runtime]:
                     backend, store=store, rank=rank, world_size=world, timeout=timeout
                 )
             except (ValueError, RuntimeError) as error:
-                place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 raise InputError(
-                    f"rank {rank} of {world} cannot meet the others at {place}: "
+                    f"rank {rank} of {world} cannot meet the others at {address}: "
                     f"{str(error).splitlines()[0]}; choose another MASTER_PORT, or start the ranks "
                     "with torchrun"
                 ) from error
@@ -143,9 +143,9 @@ def on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem, group=group)
-    found = [(rank, text) for rank, text in enumerate(problems) if text]
-    if found:
-        rank, text = found[0]
-        everywhere = len({text for _, text in found}) == 1 and len(found) == len(problems)
+    failures = [(rank, text) for rank, text in enumerate(problems) if text]
+    if failures:
+        rank, text = failures[0]
+        everywhere = len({text for _, text in failures}) == 1 and len(failures) == len(problems)
         raise InputError(text if everywhere else f"rank {rank}: {text}", shared=True)
     return result  # type: ignore[return-value]

@@ -123,9 +123,9 @@ def _table(
     for number in range(1, len(names)):
         paired = [run.seed for run in members[number]] == [run.seed for run in members[0]]
         weights = (draws[0], draws[0] if paired else draws[number])
-        for place, (kind, key, _) in enumerate(rows.sections):
+        for index, (kind, key, _) in enumerate(rows.sections):
             for metric_number, metric in enumerate(METRICS):
-                pick = (place, metric_number)
+                pick = (index, metric_number)
                 parts = [slice(bounds[g], bounds[g + 1]) for g in (0, number)]
                 row = _row(
                     [values[pick][part] for part in parts],
@@ -135,7 +135,7 @@ def _table(
                     lower_is_better=metric == "logloss",
                 )
                 head = {"group": names[number], "section": kind, "key": key, "metric": metric}
-                size = {"rows": sections[place].rows, "users": sections[place].users}
+                size = {"rows": sections[index].rows, "users": sections[index].users}
                 table.append(head | row | size)
     return table
 

@@ -76,7 +76,7 @@ def read_run(path: Path) -> RunDirectory:
         arm, seed = str(config["name"]), int(config["train"]["seed"])
         data = Path(config["data"]["path"])
         places = [data, path / data]
-        dataset = next((place for place in places if (place / "dataset.json").is_file()), None)
+        dataset = next((folder for folder in places if (folder / "dataset.json").is_file()), None)
         for section in ("model", "knowledge"):
             if not isinstance(config.get(section) or {}, dict):
                 raise ValueError(f"{section} is no section")

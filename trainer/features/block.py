@@ -59,7 +59,7 @@ def feature_shapes(
     features: Sequence[Feature], encoder: FeatureEncoder
 ) -> tuple[FeatureShape, ...]:
     """What the model needs to know of the features of a run, in the encoder's order."""
-    encodings = {one.name: one for one in encoder.encodings}
+    encodings = {encoding.name: encoding for encoding in encoder.encodings}
     return tuple(
         FeatureShape(
             feature.name,

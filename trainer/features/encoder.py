@@ -40,21 +40,29 @@ class FeatureEncoder:
     def __init__(self, encodings: Sequence[Encoding]) -> None:
         self.encodings = list(encodings)
         self.single = [
-            one for one in encodings if not one.is_number and one.kind in ("id", "number", "cross")
+            encoding
+            for encoding in encodings
+            if not encoding.is_number and encoding.kind in ("id", "number", "cross")
         ]
-        self.lists = [one for one in encodings if one.kind == "ids"]
-        self.numbers = [one for one in encodings if one.is_number]
+        self.lists = [encoding for encoding in encodings if encoding.kind == "ids"]
+        self.numbers = [encoding for encoding in encodings if encoding.is_number]
 
     @property
     def columns(self) -> list[str]:
         """Columns that `encode` reads."""
-        named = [column for one in self.encodings for column in (*one.columns, one.weights)]
+        named = [
+            column
+            for encoding in self.encodings
+            for column in (*encoding.columns, encoding.weights)
+        ]
         return list(dict.fromkeys(column for column in named if column is not None))
 
     @property
     def by_table(self) -> dict[str, Encoding]:
         """Encodings of the features that have a table, by its name."""
-        return {one.table_name: one for one in self.encodings if not one.is_number}
+        return {
+            encoding.table_name: encoding for encoding in self.encodings if not encoding.is_number
+        }
 
     def encode(self, table: pa.Table, source: Path | None = None) -> dict[str, np.ndarray | Ragged]:
         """Encodes rows.
@@ -72,9 +80,9 @@ class FeatureEncoder:
             InputError: A number is not finite, or a list has a null; names file, column and row.
         """
         try:
-            ids = [one.single(table) for one in self.single]
-            numbers = [one.numbers(table) for one in self.numbers]
-            lists = {one.table_name: one.ragged(table) for one in self.lists}
+            ids = [encoding.single(table) for encoding in self.single]
+            numbers = [encoding.numbers(table) for encoding in self.numbers]
+            lists = {encoding.table_name: encoding.ragged(table) for encoding in self.lists}
         except UnusableError as error:
             column = str(error)
             problem = find_problem(source, column) if source is not None else None
@@ -94,10 +102,10 @@ class FeatureEncoder:
     def save(self, folder: Path) -> None:
         """Writes vocabularies, then features.json by rename: where it is, the encoder is whole."""
         (folder / "ids").mkdir(exist_ok=True)
-        for one in self.encodings:
-            if one.vocabulary is not None:
-                one.vocabulary.save(folder / "ids" / f"{one.name}.parquet")
-        entries = {one.name: _entry(one) for one in self.encodings}
+        for encoding in self.encodings:
+            if encoding.vocabulary is not None:
+                encoding.vocabulary.save(folder / "ids" / f"{encoding.name}.parquet")
+        entries = {encoding.name: _entry(encoding) for encoding in self.encodings}
         content = {"format_version": FORMAT_VERSION, "features": entries}
         partial = folder / f".{FILE}.partial"
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -118,7 +126,9 @@ class FeatureEncoder:
                 raise InputError(
                     f"{file}: format_version is {version}, this program reads {FORMAT_VERSION}"
                 )
-            return cls([_encoding(folder, name, one) for name, one in content["features"].items()])
+            return cls(
+                [_encoding(folder, name, entry) for name, entry in content["features"].items()]
+            )
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             raise InputError(
                 f"{file}: the features' encoder is missing or damaged ({error}); copy the run again, or "
@@ -129,10 +139,10 @@ class FeatureEncoder:
     def fingerprint(self) -> str:
         """Identifies everything that values are transformed with, vocabularies included."""
         digest = hashlib.sha256()
-        for one in self.encodings:
-            digest.update(json.dumps([one.name, _entry(one)], sort_keys=True).encode())
-            if one.vocabulary is not None:
-                for buffer in pa.concat_arrays([one.vocabulary.keys]).buffers()[1:]:
+        for encoding in self.encodings:
+            digest.update(json.dumps([encoding.name, _entry(encoding)], sort_keys=True).encode())
+            if encoding.vocabulary is not None:
+                for buffer in pa.concat_arrays([encoding.vocabulary.keys]).buffers()[1:]:
                     digest.update(buffer)
         return digest.hexdigest()[:32]
 
@@ -142,20 +152,20 @@ class FeatureEncoder:
         Raises:
             InputError: One is missing, or encoded otherwise.
         """
-        have = {one.name: one for one in self.encodings}
-        for name in {**have, **{one.name: one for one in features}}:
-            wanted = next((one for one in features if one.name == name), None)
-            if wanted is None or name not in have:
+        have = {encoding.name: encoding for encoding in self.encodings}
+        for name in {**have, **{feature.name: feature for feature in features}}:
+            configured = next((feature for feature in features if feature.name == name), None)
+            if configured is None or name not in have:
                 raise InputError(
-                    f"features.use: {name} is {'not ' if wanted is None else ''}configured, the encoder in "
-                    f"{where / FILE} has features {', '.join(have) or 'none'}; configure the same, or begin "
-                    "a new run"
+                    f"features.use: {name} is {'not ' if configured is None else ''}configured, the encoder "
+                    f"in {where / FILE} has features {', '.join(have) or 'none'}; configure the same, or "
+                    "begin a new run"
                 )
-            before, now = have[name].options, options_of(wanted)
-            if (before, have[name].columns) != (now, wanted.columns):
+            before, now = have[name].options, options_of(configured)
+            if (before, have[name].columns) != (now, configured.columns):
                 raise InputError(
                     f"features.use.{name}: is encoded with {before} of {have[name].columns} in "
-                    f"{where / FILE}, configured are {now} of {wanted.columns}; configure the same, or "
+                    f"{where / FILE}, configured are {now} of {configured.columns}; configure the same, or "
                     "begin a new run"
                 )
 
@@ -163,7 +173,7 @@ class FeatureEncoder:
 def _entry(encoding: Encoding) -> dict[str, Any]:
     """What features.json says of a feature."""
     fields = dataclasses.fields(Encoding)
-    entry = {one.name: getattr(encoding, one.name) for one in fields}
+    entry = {field.name: getattr(encoding, field.name) for field in fields}
     del entry["name"], entry["vocabulary"]
     lists = {name: list(entry[name]) for name in ("columns", "boundaries")}
     return entry | lists | {"vocabulary": encoding.vocabulary is not None}

@@ -42,7 +42,7 @@ def fit_encoder(
     Raises:
         InputError: A file cannot be read, or has a value that no encoder takes.
     """
-    before = {one.name: one for one in earlier.encodings} if earlier is not None else {}
+    before = {old.name: old for old in earlier.encodings} if earlier is not None else {}
     encodings: dict[str, Encoding] = {}
     numbers = [feature for feature in features if feature.kind == "number"]
     for feature in features:

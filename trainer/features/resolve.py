@@ -100,7 +100,7 @@ def _part(where: str, part: str, declared: Mapping[str, FeatureInfo]) -> str:
     if part in COLUMNS_OF_ROLES:
         return COLUMNS_OF_ROLES[part]
     if part not in declared or declared[part].kind != "id":
-        ids = [name for name, one in declared.items() if one.kind == "id"]
+        ids = [name for name, declaration in declared.items() if declaration.kind == "id"]
         raise InputError(
             f"{where}.cross: {part!r} is not a feature of kind id; there are "
             f"{', '.join([*COLUMNS_OF_ROLES, *ids])}"

@@ -173,17 +173,19 @@ class MetaNetworks(nn.Module):
             there.
         """
         readers: dict[str, dict[str, nn.Linear]] = {"user": {}, "item": {}}
-        for level, found in readers.items():
+        for level, projections in readers.items():
             if level in self.inputs:
-                found["input"] = self.inputs[level]  # type: ignore[assignment]
+                projections["input"] = self.inputs[level]  # type: ignore[assignment]
             if self.match is not None:
-                found["match"] = getattr(self.match, level)
+                projections["match"] = getattr(self.match, level)
         if self.user_adapter is not None:
             readers["user"]["code"] = self.user_adapter.first
         return {
-            level: dict(zip(found, project(knowledge[level], list(found.values())), strict=True))
-            for level, found in readers.items()
-            if found
+            level: dict(
+                zip(projections, project(knowledge[level], list(projections.values())), strict=True)
+            )
+            for level, projections in readers.items()
+            if projections
         }
 
     def scenario_as_input(self, rows: Tensor) -> Tensor | float:
@@ -207,15 +209,15 @@ class MetaNetworks(nn.Module):
             The codes: "user": z_u [B, rank] and None; "scenario": z_s [S + 1, rank] and the row of each
             sample. And which samples' z_u reads the user's vector, not the default, bool [B].
         """
-        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        codes: dict[str, tuple[Tensor, Tensor | None]] = {}
         if self.user_adapter is not None:
             assert projection is not None
             z, known = self.user_adapter(projection, known)
-            found["user"] = z, None
+            codes["user"] = z, None
         if self.scenario_adapter is not None:
             z = self.scenario_adapter.all_codes(self.scenario_vectors)
-            found["scenario"] = z, rows % len(z)  # -1 is the last one: "no knowledge"
-        return found, known
+            codes["scenario"] = z, rows % len(z)  # -1 is the last one: "no knowledge"
+        return codes, known
 
     def align(
         self, codes: dict[str, tuple[Tensor, Tensor | None]], batch: Batch, read: Tensor
@@ -296,7 +298,7 @@ class DenseModel(nn.Module):
                 logits[:, task + 1], batch.extra_labels[:, task], batch.weight, reduction="sum"
             )
         logits = logits.detach()
-        found = Predictions(
+        predictions = Predictions(
             logits[:, 0],
             batch.label,
             batch.weight,
@@ -304,7 +306,7 @@ class DenseModel(nn.Module):
             known["user"],
             logits[:, 1:],
         )
-        return losses / len(batch.label) + extra, found
+        return losses / len(batch.label) + extra, predictions
 
     def _score(
         self,

@@ -145,12 +145,12 @@ class Guard:
                     mine.append(f"{name} ({int(rows.any(1).sum())} rows)")
         everywhere: list[list[str]] = [[]] * self.run.runtime.world_size
         dist.all_gather_object(everywhere, mine)
-        found = [
+        damaged = [
             f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(everywhere) if names
         ]
-        if not found:
+        if not damaged:
             return None
-        text = f"step {step}: not finite: {'; '.join(found)}"
+        text = f"step {step}: not finite: {'; '.join(damaged)}"
         fault = Fault(text, self.run.config.train.guard.damage)
         return fault if self.handle(fault, step) else None
 
@@ -171,7 +171,7 @@ class Guard:
         policy = self.run.config.train.guard.non_finite
         # After the first one the others follow from it, unless its update was left out.
         hits = np.flatnonzero(bad.any(0)) if policy == "skip" else [first]
-        steps = tuple(int(window.steps["number"][0, at]) for at in hits)
+        steps = tuple(int(window.steps["number"][0, index]) for index in hits)
         return Fault(f"step {steps[0] + 1}: {what}", policy, steps)
 
     def _ranks_diverged(self, window: Window) -> Fault | None:
@@ -191,25 +191,27 @@ class Guard:
         options = self.run.config.train.guard
         losses = window.steps["loss"].sum(0) / np.maximum(window.steps["samples"].sum(0), 1)
         losses = np.abs(losses)  # labels outside of 0..1 send it far below zero
-        found = None
-        for at, loss in enumerate(losses):
+        spike = None
+        for index, loss in enumerate(losses):
             if not np.isfinite(loss):
                 continue
             high = options.spike_factor is not None and loss > options.spike_factor * self._mean
             if high and self._seen >= SETTLING_STEPS:
-                own = window.steps["loss"][:, at] / np.maximum(window.steps["samples"][:, at], 1)
-                own = np.abs(own)
-                step = int(window.steps["number"][0, at])
+                of_ranks = window.steps["loss"][:, index] / np.maximum(
+                    window.steps["samples"][:, index], 1
+                )
+                of_ranks = np.abs(of_ranks)
+                step = int(window.steps["number"][0, index])
                 text = (
                     f"step {step + 1}: loss {loss:.4g} is {loss / self._mean:.1f} times its "
-                    f"running mean, most on rank {int(own.argmax())} ({own.max():.4g})"
+                    f"running mean, most on rank {int(of_ranks.argmax())} ({of_ranks.max():.4g})"
                 )
-                found = found or Fault(text, options.on_spike, (step,))
+                spike = spike or Fault(text, options.on_spike, (step,))
                 continue
             self._seen += 1
             share = max(1 - MEMORY, 1 / self._seen)
             self._mean += share * (float(loss) - self._mean)
-        return found
+        return spike
 
 
 def keep_from_tables(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -220,7 +222,7 @@ def keep_from_tables(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
     if not torch.is_grad_enabled():
         return
     pooled, sequences = inputs[:2]
-    for values in [pooled.values(), *(one.values() for one in sequences.values())]:
+    for values in [pooled.values(), *(sequence.values() for sequence in sequences.values())]:
         if values.requires_grad:
             values.register_hook(
                 lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0) * torch.isfinite(gradient).all()

@@ -153,9 +153,14 @@ class Watch:
         kind, place = self._place()
         path = self._folder / "ranks" / f"rank-{self._runtime.rank}.json"
         line = {
-            "beat": beat, "batches": self._batches, "seconds": round(self._age(), 1),
-            "waits_for": kind, "at": place, "host": socket.gethostname(), "pid": os.getpid(),
-        }  # fmt: skip
+            "beat": beat,
+            "batches": self._batches,
+            "seconds": round(self._age(), 1),
+            "waits_for": kind,
+            "at": place,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         path.with_suffix(".partial").write_text(json.dumps(line))
         os.replace(path.with_suffix(".partial"), path)
         if self._runtime.is_main and (self._folder / "trace-request").exists():
@@ -195,14 +200,14 @@ class Watch:
                 path.with_suffix(".json").write_bytes(dump())
 
     def _others(self) -> dict[int, dict[str, Any]]:
-        found = {}
+        others = {}
         for rank in range(self._runtime.world_size):
             try:
                 text = (self._folder / "ranks" / f"rank-{rank}.json").read_text()
-                found[rank] = json.loads(text)
+                others[rank] = json.loads(text)
             except (OSError, ValueError):
                 continue
-        return found
+        return others
 
     def _report(self, before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]) -> None:
         ranks = range(self._runtime.world_size)

@@ -27,9 +27,9 @@ ACTIVATIONS = tuple(_FORWARD)
 def activate(z: Tensor, activation: str) -> Tensor:
     """Applies one of ACTIVATIONS, differentiably."""
     return {
-        "none": lambda one: one,
+        "none": lambda x: x,
         "relu": torch.relu,
-        "leaky_relu": lambda one: torch.nn.functional.leaky_relu(one, _SLOPE),
+        "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x, _SLOPE),
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
     }[activation](z)

@@ -35,7 +35,7 @@ def is_plain_eager(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
-        and all(type(one) in (Tensor, Parameter) and not one.is_meta for one in tensors)
+        and all(type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
     )
 
 
@@ -45,6 +45,8 @@ def apply_function(
     """Applies it under the autocast rule that the operators have: casts inputs, float64 excepted."""
     if not autocasts(tensors[0].device.type):
         return function.apply(*tensors, *rest)  # type: ignore[no-untyped-call]
-    cast = [one if one.dtype == torch.float64 else one.to(AUTOCAST_TYPE) for one in tensors]
+    cast = [
+        tensor if tensor.dtype == torch.float64 else tensor.to(AUTOCAST_TYPE) for tensor in tensors
+    ]
     with without_autocast(tensors[0]):
         return function.apply(*cast, *rest)  # type: ignore[no-untyped-call]

@@ -90,7 +90,7 @@ def refuse_forward_mode(*tensors: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if any(unpack_dual(one).tangent is not None for one in tensors):
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "meta layers have no forward-mode derivative (torch.func.jvp, jacfwd); use backward()"
         )
@@ -189,8 +189,8 @@ def _on_device(h: Tensor, weight: Tensor) -> bool:
 
 def _unsort(rows: Tensor, order: Tensor) -> Tensor:
     """Puts sorted rows back. A gather of rows: PyTorch's scatters are ten times slower on a CPU."""
-    at = torch.arange(order.shape[0], device=order.device)
-    return rows.index_select(0, torch.empty_like(order).scatter_(0, order, at))
+    positions = torch.arange(order.shape[0], device=order.device)
+    return rows.index_select(0, torch.empty_like(order).scatter_(0, order, positions))
 
 
 def _spans(ends: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -189,9 +189,9 @@ def _check(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | N
             f"bias {tuple(bias.shape)} do not fit [B,i], [B,r], [r+1,o,i], [r+1,o], nor with "
             f"diagonals [B,o], [B,r], [r+1,o], [r+1,o]"
         )
-    types = {one.dtype for one in (h, g, weight, bias)}
+    types = {tensor.dtype for tensor in (h, g, weight, bias)}
     if len(types) > 1 and not autocasts(h.device.type):
-        names = ", ".join(sorted(str(one).removeprefix("torch.") for one in types))
+        names = ", ".join(sorted(str(tensor).removeprefix("torch.") for tensor in types))
         raise ValueError(f"meta_linear: h, g, weight and bias must be of one type, not {names}")
     if group is not None and group.shape != h.shape[:1]:
         raise ValueError(f"meta_linear: group {tuple(group.shape)} must be {tuple(h.shape[:1])}")

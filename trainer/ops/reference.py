@@ -178,8 +178,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.gradients(dy.contiguous(), *ctx.saved_tensors, ctx.activation)
-        return *found, None, None, None
+        gradients = ctx.gradients(dy.contiguous(), *ctx.saved_tensors, ctx.activation)
+        return *gradients, None, None, None
 
 
 _reference = _operators("meta_linear", reference_forward, _reference_gradients)

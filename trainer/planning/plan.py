@@ -106,7 +106,7 @@ def _search(problem: Problem, began: float) -> Plan:
         problem.tables, problem.placements, problem.batch, hardware, SEARCH_SECONDS
     )
     try:
-        found = planner.plan(model, sharders(model))
+        outcome = planner.plan(model, sharders(model))
     except (
         PlannerError,
         RuntimeError,
@@ -117,8 +117,8 @@ def _search(problem: Problem, began: float) -> Plan:
         )
         words = f"torchrec's planner finds no plan: {str(error).strip().splitlines()[0]}"
         raise InputError(f"{words}\n{explain_shortage(problem, missing)}") from error
-    check_plan(found, problem.tables)
-    tables = describe_plan(found, problem.tables, ranks)
+    check_plan(outcome, problem.tables)
+    tables = describe_plan(outcome, problem.tables, ranks)
     best = planner._best_plan or []
     guess = np.zeros(ranks)
     for option in best:
@@ -269,11 +269,11 @@ def _traffic_lines(problem: Problem, plan: Plan) -> list[str]:
 def _links(problem: Problem, plan: Plan) -> dict[str, tuple[tuple[float, float], int]]:
     """Stage to ((bytes per step within hosts, between hosts), ranks that send them)."""
     part, whole = problem.hardware, problem.cluster
-    found = {
+    links = {
         field.name: (by_link(getattr(plan.traffic, field.name), part.hosts), part.ranks)
         for field in fields(plan.traffic)
     }
-    return found | {"dense": (by_link(plan.dense_traffic, whole.hosts), whole.ranks)}
+    return links | {"dense": (by_link(plan.dense_traffic, whole.hosts), whole.ranks)}
 
 
 def write_json(problem: Problem, plan: Plan, out: Path) -> None:

@@ -215,11 +215,11 @@ def problem_of_config(
             f"train.global_batch_size: {config.train.global_batch_size} samples leave none for each of "
             f"{hardware.ranks} ranks; pass --batch-per-rank"
         )
-    wanted = {table.name: Placement() for table in model.tables} | placements(config.tables)
-    group = _group(config.hardware, hardware, config.tables.optimizer, wanted)
+    by_table = {table.name: Placement() for table in model.tables} | placements(config.tables)
+    group = _group(config.hardware, hardware, config.tables.optimizer, by_table)
     return Problem(
         model.tables,
-        wanted,
+        by_table,
         config.tables.optimizer,
         samples,
         sum(parameter.numel() for parameter in model.dense.parameters()),

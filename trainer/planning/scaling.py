@@ -186,14 +186,19 @@ def flops_per_sample(model: LLM4MSR, description: Description) -> float:
             )
 
         dim, history = description.dim, description.history
-        one, many = torch.ones(samples, dtype=torch.int64), torch.full((samples,), history)
+        single, many = torch.ones(samples, dtype=torch.int64), torch.full((samples,), history)
         scenario = torch.arange(samples) % description.scenarios
         label = torch.ones(samples)
         batch = Batch(
-            ids(user=1, item=1, history=history), ids(user=1, item=1), scenario, scenario, label, label
-        )  # fmt: skip
+            ids(user=1, item=1, history=history),
+            ids(user=1, item=1),
+            scenario,
+            scenario,
+            label,
+            label,
+        )
         sequences = {
-            "item": JaggedTensor(values(samples, dim), lengths=one),
+            "item": JaggedTensor(values(samples, dim), lengths=single),
             "history": JaggedTensor(values(samples * history, dim), lengths=many),
         }
         width = description.knowledge_dim
@@ -226,8 +231,8 @@ def saved_bytes(
 def lay_out(description: Description, model: LLM4MSR, gpus: int, pooled: str) -> Layout:
     """Places the tables and adds everything up, but for FLOPs (`seconds` lacks "compute")."""
     hardware, tables = description.hardware(gpus), model.tables
-    wanted = {one.name: Placement("row_wise" if one.sequence else pooled) for one in tables}
-    plans = greedy_placement(tables, wanted, hardware, "row_wise")
+    by_table = {entry.name: Placement("row_wise" if entry.sequence else pooled) for entry in tables}
+    plans = greedy_placement(tables, by_table, hardware, "row_wise")
     batch, optimizer = description.batch, description.optimizer
     traffic = plan_traffic(tables, plans, batch, gpus, hardware.hosts)
     parameters = dense_parameters(model)
@@ -240,7 +245,7 @@ def lay_out(description: Description, model: LLM4MSR, gpus: int, pooled: str) ->
     return Layout(
         gpus,
         pooled,
-        plan_memory(tables, plans, wanted, optimizer, batch, gpus),
+        plan_memory(tables, plans, by_table, optimizer, batch, gpus),
         parameters * DENSE_BYTES,
         traffic,
         dense_traffic,

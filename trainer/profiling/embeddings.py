@@ -160,8 +160,10 @@ def profile_configured(path: Path, changes: list[str], how: Any, runtime: Any) -
         report = heading(device, how)
         report["config"] = str(path)
         report["cells"] = [
-            measure(subject, device, how, report["copy_bandwidth"], how.trace if at == 0 else None)
-            for at, subject in enumerate(configured_subjects(run))
+            measure(
+                subject, device, how, report["copy_bandwidth"], how.trace if number == 0 else None
+            )
+            for number, subject in enumerate(configured_subjects(run))
         ]
         return report
 
@@ -215,7 +217,7 @@ def configured_subjects(run: Any) -> list[Any]:
     subjects = []
     for name, module in modules.items():
         tables = [t for t in run.model.module.tables if t.name in module._table_names]
-        replicated = any(isinstance(one, DistributedDataParallel) for one in module._lookups)
+        replicated = any(isinstance(lookup, DistributedDataParallel) for lookup in module._lookups)
         subjects.append(
             Subject(
                 f"{name}: tables {', '.join(table.name for table in tables)}",

@@ -168,9 +168,9 @@ def profile_meta_layer(
         "machine": machine(),
     }
     for name, times in (("forward", work), ("step", 3 * work)):
-        found = {key: value * 1e3 for key, value in summary(seconds[name]).items()}
-        gflops = times / found["median"] / 1e6
-        report[name] = found | {"gflops": gflops, "fraction_of_peak": gflops / peak}
+        milliseconds = {key: value * 1e3 for key, value in summary(seconds[name]).items()}
+        gflops = times / milliseconds["median"] / 1e6
+        report[name] = milliseconds | {"gflops": gflops, "fraction_of_peak": gflops / peak}
     return report
 
 
@@ -178,10 +178,10 @@ def text_of(report: dict[str, Any]) -> str:
     """The report in a few lines."""
     lines = [report["explanation"]]
     for name, words in (("forward", "forward"), ("step", "forward + backward")):
-        one = report[name]
+        timing = report[name]
         lines.append(
-            f"{words}: {one['median']:.2f} ms (quartiles {one['low']:.2f} to {one['high']:.2f}), "
-            f"{one['gflops']:,.0f} GFLOP/s, {one['fraction_of_peak']:.0%} of peak"
+            f"{words}: {timing['median']:.2f} ms (quartiles {timing['low']:.2f} to {timing['high']:.2f}), "
+            f"{timing['gflops']:,.0f} GFLOP/s, {timing['fraction_of_peak']:.0%} of peak"
         )
     what = report["machine"]
     lines.append(

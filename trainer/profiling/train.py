@@ -81,10 +81,10 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
     axes = figure.subplots()
     names = [*report["order"], *report["meta"]]
     values = [report["phases"][name] for name in names]
-    errors = [
-        [one["median"] - one["low"] for one in values], [one["high"] - one["median"] for one in values]
-    ]  # fmt: skip
-    axes.barh(names, [one["median"] for one in values], xerr=errors)
+    medians = [spread["median"] for spread in values]
+    below = [spread["median"] - spread["low"] for spread in values]
+    above = [spread["high"] - spread["median"] for spread in values]
+    axes.barh(names, medians, xerr=[below, above])
     axes.invert_yaxis()
     axes.set_xlabel("ms (median, quartiles), one phase after the other")
     axes.grid(axis="x", alpha=0.3)

@@ -20,12 +20,24 @@ from trainer.run.session import Run
 
 COMPUTE = ("copy", "lookup", "dense forward", "dense backward", "table update", "optimizer")
 COMMUNICATION = (
-    "sparse distribution", "output distribution", "output gradients", "dense gradients"
-)  # fmt: skip
+    "sparse distribution",
+    "output distribution",
+    "output gradients",
+    "dense gradients",
+)
 PHASES = (
-    "loader", "copy", "sparse distribution", "lookup", "output distribution", "dense forward",
-    "dense backward", "dense gradients", "output gradients", "table update", "optimizer",
-)  # fmt: skip
+    "loader",
+    "copy",
+    "sparse distribution",
+    "lookup",
+    "output distribution",
+    "dense forward",
+    "dense backward",
+    "dense gradients",
+    "output gradients",
+    "table update",
+    "optimizer",
+)
 META = ("meta layers forward", "meta layers backward")  # parts of dense forward and backward
 SEGMENTS = 5  # of steps with the loader in, and as many with it out, in turn
 
@@ -56,25 +68,27 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
     run.model.train()
     with events.feed(0, needed) as source:
         feed = run.remap_ids(source, assign=True)
-        own: list[dict[str, float]] = []
-        for at in range(warmup + rounds):
+        seconds_here: list[dict[str, float]] = []
+        for number in range(warmup + rounds):
             timings = SerialStep(run, clock)(feed)
-            if at >= warmup:
-                own.append(timings)
+            if number >= warmup:
+                seconds_here.append(timings)
         held = list(itertools.islice(feed, rounds))
         segments = pipelined(run, feed, held, rounds, clock)
         source.check()
         if trace is not None:
             write_trace(run, iter(held[:2]), trace)
     slowest = [
-        {name: max(rank[at][name] for rank in everywhere) for name in own[at]}
-        for everywhere in [gather(own)]
-        for at in range(rounds)
+        {name: max(rank[number][name] for rank in everywhere) for name in seconds_here[number]}
+        for everywhere in [gather(seconds_here)]
+        for number in range(rounds)
     ]
     phases = {name: summary([1e3 * one[name] for one in slowest]) for name in (*PHASES, *META)}
     every = gather(segments)
     steps = {
-        name: [1e3 * max(rank[name][at] for rank in every) / rounds for at in range(SEGMENTS)]
+        name: [
+            1e3 * max(rank[name][number] for rank in every) / rounds for number in range(SEGMENTS)
+        ]
         for name in segments
     }
     samples = run.config.train.global_batch_size
@@ -155,13 +169,13 @@ class SerialStep:
 
         def look_up() -> list[list[Tensor]]:
             vectors = []
-            for at, (module, _) in enumerate(inputs):
-                with torch.set_grad_enabled(at < self._trained):
-                    vectors.append(module.compute(contexts[at], rows[at]))
+            for number, (module, _) in enumerate(inputs):
+                with torch.set_grad_enabled(number < self._trained):
+                    vectors.append(module.compute(contexts[number], rows[number]))
             return vectors
 
         self._vectors = self._timed("lookup", look_up)
-        self._sent = [[_leaf(one) for one in of_module] for of_module in self._vectors]
+        self._sent = [[_leaf(vector) for vector in of_module] for of_module in self._vectors]
         self._outputs = self._timed(
             "output distribution",
             lambda: [
@@ -190,21 +204,23 @@ class SerialStep:
             hook.remove()
         optimizer.zero_grad(set_to_none=True)
         self._timed("dense backward", loss.backward)
-        gradients = [one.grad for one in dense.parameters() if one.grad is not None]
+        gradients = [
+            parameter.grad for parameter in dense.parameters() if parameter.grad is not None
+        ]
         self._timed("dense gradients", lambda: _average(gradients))
 
     def _send_gradients_back(self) -> None:
         trained = range(self._trained)
 
         def back() -> None:
-            for at in trained:
+            for number in trained:
                 torch.autograd.backward(
-                    _tensors(self._outputs[at]), _gradients(_tensors(self._used[at]))
+                    _tensors(self._outputs[number]), _gradients(_tensors(self._used[number]))
                 )
 
         def update() -> None:
-            for at in trained:
-                torch.autograd.backward(self._vectors[at], _gradients(self._sent[at]))
+            for number in trained:
+                torch.autograd.backward(self._vectors[number], _gradients(self._sent[number]))
 
         self._timed("output gradients", back)
         self._timed("table update", update)
@@ -223,55 +239,55 @@ def _leaves(output: Any) -> Any:
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, KeyedTensor):
         return [output.values()]
-    return [one.values() for one in output.values()]
+    return [jagged.values() for jagged in output.values()]
 
 
 def _gradients(values: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(one) if one.grad is None else one.grad for one in values]
+    return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in values]
 
 
 def _average(gradients: list[Tensor]) -> None:
     """Averages gradients over ranks in one all-reduce."""
     if dist.get_world_size() == 1:
         return
-    flat = torch.cat([one.flatten() for one in gradients])
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for one, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        one.copy_(piece.view_as(one))
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
 
 
 def replay(caught: list[Call], clock: Clock) -> dict[str, float]:
     """Seconds of the meta layers by themselves, on the inputs that they had."""
-    found = dict.fromkeys(META, 0.0)
+    spent = dict.fromkeys(META, 0.0)
     for module, args, kwargs in caught:
         args, kwargs = tree_map(
-            lambda one: (
-                one.detach().requires_grad_(one.requires_grad)
-                if isinstance(one, torch.Tensor)
-                else one
+            lambda tensor: (
+                tensor.detach().requires_grad_(tensor.requires_grad)
+                if isinstance(tensor, torch.Tensor)
+                else tensor
             ),
             (args, kwargs),
         )
         began = clock.start()
         result = module(*args, **kwargs)
-        found[META[0]] += clock.stop(began)[0]
+        spent[META[0]] += clock.stop(began)[0]
         outputs = [
-            one
-            for one in tree_leaves(result)
-            if isinstance(one, torch.Tensor) and one.requires_grad
+            tensor
+            for tensor in tree_leaves(result)
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad
         ]
         inputs = [
-            one
-            for one in [*tree_leaves((args, kwargs)), *module.parameters()]
-            if isinstance(one, torch.Tensor) and one.requires_grad
+            tensor
+            for tensor in [*tree_leaves((args, kwargs)), *module.parameters()]
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad
         ]
         if outputs and inputs:
-            gradients = [torch.ones_like(one) for one in outputs]
+            gradients = [torch.ones_like(tensor) for tensor in outputs]
             began = clock.start()
             torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-            found[META[1]] += clock.stop(began)[0]
-    return found
+            spent[META[1]] += clock.stop(began)[0]
+    return spent
 
 
 def pipelined(
@@ -287,11 +303,11 @@ def pipelined(
         return float(clock.stop(began)[0])
 
     segment(iter(held))  # the pipeline rewrites the model at its first batch
-    found: dict[str, list[float]] = {"loader in": [], "loader out": []}
+    rates: dict[str, list[float]] = {"loader in": [], "loader out": []}
     for _ in range(SEGMENTS):
-        found["loader in"].append(segment(itertools.islice(feed, steps)))
-        found["loader out"].append(segment(iter(held)))
-    return found
+        rates["loader in"].append(segment(itertools.islice(feed, steps)))
+        rates["loader out"].append(segment(iter(held)))
+    return rates
 
 
 def write_trace(run: Run, batches: Iterator[Batch], path: Path) -> None:

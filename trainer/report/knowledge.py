@@ -243,8 +243,8 @@ def _add_knowledge(run: RunDirectory, stories: list[dict[str, Any]]) -> None:
     ]
     neighbours = nearest(store, [row for _, row in with_vector], NEIGHBOURS, SCANNED_VECTORS)
     for (story, row), near in zip(with_vector, neighbours, strict=True):
-        own, *texts = store.read_text([row, *(other for other, _ in near)])
-        story["prompt"] = own["prompt"]
+        own_text, *texts = store.read_text([row, *(other for other, _ in near)])
+        story["prompt"] = own_text["prompt"]
         story["neighbours"] = [
             {"user": keys[other], "cosine": cosine, "line": _first_lines(text["prompt"] or "")}
             for (other, cosine), text in zip(near, texts, strict=True)

@@ -163,8 +163,8 @@ class IdUse:
         # As NumPy: PyTorch sums booleans more slowly on a CPU.
         values, offsets, keys = ids.values().numpy(), ids.offset_per_key(), ids.keys()
         for table, features in self._read.items():
-            for at in map(keys.index, features):
-                part = values[offsets[at] : offsets[at + 1]]
+            for index in map(keys.index, features):
+                part = values[offsets[index] : offsets[index + 1]]
                 self._counts[table][0] += len(part)
                 self._counts[table][1] += int(np.count_nonzero(part == UNKNOWN_ROW))
 

@@ -90,11 +90,13 @@ class Run:
                 device=self.runtime.device,
             )
             # Ranks that count different rows would end at different steps.
-            wanted = sum(rows for split, rows in self.dataset.rows.items() if split in splits)
-            wanted = wanted if since is None else since.rows
-            if stream.total_rows != wanted:
+            expected_rows = sum(
+                rows for split, rows in self.dataset.rows.items() if split in splits
+            )
+            expected_rows = expected_rows if since is None else since.rows
+            if stream.total_rows != expected_rows:
                 raise InputError(
-                    f"{path}: {stream.total_rows} rows in {', '.join(splits)}, {wanted} when the run "
+                    f"{path}: {stream.total_rows} rows in {', '.join(splits)}, {expected_rows} when the run "
                     "began; put the old files back and go on with --resume"
                 )
             return stream
@@ -134,8 +136,8 @@ class Run:
         return self.id_use.report() if self.config.tables.ids == "vocabulary" and scored else {}
 
 
-def reading_threads(wanted: int | None, ranks_per_host: int) -> int:
+def reading_threads(configured: int | None, ranks_per_host: int) -> int:
     """Threads that read ahead on each rank: without a spare core they only take turns with the loop."""
-    if wanted is not None:
-        return wanted
+    if configured is not None:
+        return configured
     return int(len(os.sched_getaffinity(0)) > ranks_per_host)

@@ -100,11 +100,20 @@ def copy_vocabularies(earlier: Path, folder: Path) -> None:
 
 # What a run may change when it is resumed: none of it shows in the result.
 CHANGEABLE = (
-    "tables.sharding", "hardware", "train.checkpoint_every", "train.checkpoint_async",
-    "train.keep_checkpoints", "train.keep_best", "train.log_every", "train.timeout_seconds",
-    "train.hang_seconds", "train.grace_seconds", "train.guard", "train.trackers",
+    "tables.sharding",
+    "hardware",
+    "train.checkpoint_every",
+    "train.checkpoint_async",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.log_every",
+    "train.timeout_seconds",
+    "train.hang_seconds",
+    "train.grace_seconds",
+    "train.guard",
+    "train.trackers",
     "train.eval_batch_size",
-)  # fmt: skip
+)
 
 
 def check_same_run(saved: Path, config: RunConfig) -> bool:

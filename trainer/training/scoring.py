@@ -49,15 +49,17 @@ def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
     device = run.runtime.device
     counts = torch.zeros(2, BINS, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for found in score(run, events):
-        shifted = found.logits.float().nan_to_num().clamp(-LARGEST, LARGEST) + LARGEST
+    for predictions in score(run, events):
+        shifted = predictions.logits.float().nan_to_num().clamp(-LARGEST, LARGEST) + LARGEST
         bins = (shifted * (BINS / (2 * LARGEST))).long().clamp(max=BINS - 1)
         for label in (0, 1):
-            counts[label].index_add_(0, bins, (found.weight * (found.label == label)).double())
+            counts[label].index_add_(
+                0, bins, (predictions.weight * (predictions.label == label)).double()
+            )
         loss = F.binary_cross_entropy_with_logits(
-            found.logits, found.label, found.weight, reduction="sum"
+            predictions.logits, predictions.label, predictions.weight, reduction="sum"
         )
-        sums += torch.stack([loss, found.weight.sum()]).double()
+        sums += torch.stack([loss, predictions.weight.sum()]).double()
     dist.all_reduce(counts)
     dist.all_reduce(sums)
     if not torch.isfinite(sums).all():
@@ -88,10 +90,13 @@ def write_predictions(run: Run, split: str) -> Path:
     further = [f"label_{name}" for name in run.config.data.labels]
     scored = [  # 5 bytes per row and 4 per further label, no more
         (
-            torch.cat([found.logits[:, None], found.extra_logits], 1).sigmoid().float().cpu(),
-            found.has_knowledge.bool().cpu(),
+            torch.cat([predictions.logits[:, None], predictions.extra_logits], 1)
+            .sigmoid()
+            .float()
+            .cpu(),
+            predictions.has_knowledge.bool().cpu(),
         )
-        for found in score(run, events)
+        for predictions in score(run, events)
     ]
     rows = events.stop - events.start
     chances, known = (torch.cat(parts)[:rows] for parts in zip(*scored, strict=True))
@@ -105,14 +110,14 @@ def write_predictions(run: Run, split: str) -> Path:
     dist.barrier()
 
     def write() -> None:
-        at = 0
+        row = 0
         with _PartWriter(partial / f"part-{run.runtime.rank:05d}.parquet") as writer:
             for table, _ in events.tables([*ID_COLUMNS, *further]):
-                piece = slice(at, at + len(table))
+                piece = slice(row, row + len(table))
                 for task, name in enumerate(names):
                     table = table.append_column(name, pa.array(chances[piece, task].numpy()))
                 writer.write(table.append_column("has_knowledge", pa.array(known[piece].numpy())))
-                at += len(table)
+                row += len(table)
 
     on_all_ranks(write)
     if run.runtime.is_main:

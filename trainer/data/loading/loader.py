@@ -92,7 +92,7 @@ class EventStream:
         self._workers, self._prefetch = workers, prefetch
         self._pin = device if device is not None and device.type == "cuda" else None
         self.batch_size, self._piece = global_batch_size // world_size, global_batch_size // streams
-        own = streams // world_size
+        streams_here = streams // world_size
         self._buffer = max(shuffle_buffer // self._piece, 1) * self._piece
         self._groups = RowGroups(files)
         self.total_rows = self._groups.total_rows
@@ -100,7 +100,7 @@ class EventStream:
         bounds = [self.total_rows * stream // streams for stream in range(streams + 1)]
         self._streams = [
             StreamRange(bounds[number], bounds[number + 1], (number + 1) / streams)
-            for number in range(rank * own, (rank + 1) * own)
+            for number in range(rank * streams_here, (rank + 1) * streams_here)
         ]
         self.start, self.stop = self._streams[0].start, self._streams[-1].stop
         largest = max(high - low for low, high in itertools.pairwise(bounds))
@@ -154,8 +154,11 @@ class EventStream:
                     )
                     for n in range(count)
                 ]
-            for found in zip(*dealt, strict=True):
-                pieces = [found[n % len(found)][n // len(found)] for n in range(len(streams))]
+            for rows_of_streams in zip(*dealt, strict=True):
+                pieces = [
+                    rows_of_streams[n % len(rows_of_streams)][n // len(rows_of_streams)]
+                    for n in range(len(streams))
+                ]
                 batch = self._encoder.collate(_concatenate(pieces), self.batch_size)
                 yield batch if self._pin is None else batch.pin_memory()
 
@@ -184,9 +187,9 @@ class EventStream:
             if made + pieces > skip:
                 chunks = chunks or self._chunks(epoch, bounds[number:])
                 rows = next(chunks)
-                for at in range(max(skip - made, 0), pieces):
-                    own = chosen[at * self._piece : (at + 1) * self._piece]
-                    yield {name: values[own] for name, values in rows.items()}
+                for piece in range(max(skip - made, 0), pieces):
+                    rows_here = chosen[piece * self._piece : (piece + 1) * self._piece]
+                    yield {name: values[rows_here] for name, values in rows.items()}
                 del rows  # not held while the next chunk is made
             made += pieces
 

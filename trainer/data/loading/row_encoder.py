@@ -55,16 +55,18 @@ class KnowledgeJoin:
 
     def rows(self, keys: pa.ChunkedArray, timestamps: np.ndarray) -> np.ndarray:
         """Returns rows, int64, same length as `keys`."""
-        found = np.full(len(keys), -1, dtype=np.int64)
-        for offset, own, cutoffs, oldest in self._stores:
+        joined = np.full(len(keys), -1, dtype=np.int64)
+        for offset, keys_of_store, cutoffs, oldest in self._stores:
             # What no newer store has answered and this one may.
-            asked = np.flatnonzero((found < 0) & (timestamps > oldest))
+            asked = np.flatnonzero((joined < 0) & (timestamps > oldest))
             if len(asked) == 0:
                 continue
-            rows = own.positions(keys if len(asked) == len(keys) else keys.take(pa.array(asked)))
+            rows = keys_of_store.positions(
+                keys if len(asked) == len(keys) else keys.take(pa.array(asked))
+            )
             eligible = (rows >= 0) & (timestamps[asked] > cutoffs[rows])
-            found[asked[eligible]] = offset + rows[eligible]
-        return found
+            joined[asked[eligible]] = offset + rows[eligible]
+        return joined
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ class RowEncoder:
                 raise self._problem(source, column, "has a null")
         timestamps = table["timestamp"].to_numpy()
         labels = np.empty((len(table), 1 + len(self.extra_labels)), dtype=np.float32)
-        for place, column in enumerate(("label", *self.extra_labels)):
-            labels[:, place] = table[column].to_numpy()
-            if not np.isin(labels[:, place], (0, 1)).all():
+        for index, column in enumerate(("label", *self.extra_labels)):
+            labels[:, index] = table[column].to_numpy()
+            if not np.isin(labels[:, index], (0, 1)).all():
                 raise self._problem(source, column, "is not 0 or 1 everywhere")
         position = self.scenarios.positions(table["scenario_id"])
         if len(position) and position.min() < 0:
@@ -136,19 +138,19 @@ class RowEncoder:
 
     def _problem(self, source: Path, column: str, text: str) -> InputError:
         """Names the first bad row of the file, or says `text` where the file has none any more."""
-        found = find_problem(source, column, self.scenarios.keys.to_pylist())
-        return found or InputError(f"{source}: column {column!r} {text}; prepare the data again")
+        problem = find_problem(source, column, self.scenarios.keys.to_pylist())
+        return problem or InputError(f"{source}: column {column!r} {text}; prepare the data again")
 
 
 def _last_columns(flat: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     """Lays out ragged rows as [n, width]: the last `width` values of each, left-aligned, 0 beyond."""
     ends = np.cumsum(lengths)
     kept = np.minimum(lengths, width)
-    at = (ends - kept)[:, None] + np.arange(width)
+    position = (ends - kept)[:, None] + np.arange(width)
     inside = np.arange(width) < kept[:, None]
     if len(flat) == 0:
         return np.zeros((len(lengths), width), dtype=np.int64)
-    return np.where(inside, flat[np.minimum(at, len(flat) - 1)], 0)
+    return np.where(inside, flat[np.minimum(position, len(flat) - 1)], 0)
 
 
 def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
@@ -159,7 +161,7 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
     present[:count] = 1
 
     ragged = {name: values for name, values in encoded.items() if isinstance(values, Ragged)}
-    weighted = {name: one for name, one in ragged.items() if one.weights is not None}
+    weighted = {name: encoding for name, encoding in ragged.items() if encoding.weights is not None}
 
     def padded(values: np.ndarray, fill: int = 0) -> torch.Tensor:
         full = np.full((batch_size, *values.shape[1:]), fill, dtype=values.dtype)
@@ -173,11 +175,13 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
             "user": (rows["user"], present),
             "item": (rows["item"], present),
             "history": (rows["history"][inside], padded(lengths).numpy()),
-            **single_valued(rows[IDS], [one.table_name for one in features.single], batch_size),
+            **single_valued(
+                rows[IDS], [encoding.table_name for encoding in features.single], batch_size
+            ),
             **{
-                name: (one.values, padded(one.lengths).numpy())
-                for name, one in ragged.items()
-                if one.weights is None
+                name: (encoding.values, padded(encoding.lengths).numpy())
+                for name, encoding in ragged.items()
+                if encoding.weights is None
             },
         }
     )
@@ -198,8 +202,11 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
         extra_labels=padded(rows["extra_labels"]),
         numbers=padded(rows[NUMBERS]),
         weighted=_keyed(
-            {name: (one.values, padded(one.lengths).numpy()) for name, one in weighted.items()},
-            [one.weights for one in weighted.values() if one.weights is not None],
+            {
+                name: (encoding.values, padded(encoding.lengths).numpy())
+                for name, encoding in weighted.items()
+            },
+            [encoding.weights for encoding in weighted.values() if encoding.weights is not None],
         )
         if weighted
         else no_ids(),

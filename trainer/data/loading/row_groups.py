@@ -60,10 +60,10 @@ class RowGroups:
         """
         ends = np.cumsum(self._rows[order])
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        for place in range(first, last + 1 if start < stop else first):
-            rows = int(self._rows[order[place]])
-            before = int(ends[place]) - rows
-            yield int(order[place]), max(start - before, 0), min(stop - before, rows)
+        for group in range(first, last + 1 if start < stop else first):
+            rows = int(self._rows[order[group]])
+            before = int(ends[group]) - rows
+            yield int(order[group]), max(start - before, 0), min(stop - before, rows)
 
     def read(self, columns: list[str], group: int) -> tuple[pa.Table, Path]:
         """Reads a row group; returns the file that it is from, too.
@@ -117,5 +117,5 @@ class RowGroups:
 
 def _identity(file: Path) -> tuple[int, int]:
     """Size in bytes and time of the last change in nanoseconds."""
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

@@ -155,9 +155,9 @@ def _check_base(base: Path, info: DatasetInfo, rules: LogSchema, schema: Path) -
 
 def _check_kinds(base: Path, info: DatasetInfo, kinds: dict[str, str]) -> None:
     for role in ("user_id", "item_id", "scenario_id"):
-        wanted = getattr(info, f"{role}_type")
-        if kinds[role] != wanted:
-            raise InputError(f"{role}: is {kinds[role]} in the new files, {wanted} in {base}")
+        expected = getattr(info, f"{role}_type")
+        if kinds[role] != expected:
+            raise InputError(f"{role}: is {kinds[role]} in the new files, {expected} in {base}")
 
 
 def _check_features(
@@ -240,7 +240,7 @@ def _merge_items(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    old, new = (parquet_sql([place / "items.parquet"]) for place in (base, folder / "scratch"))
+    old, new = (parquet_sql([dataset / "items.parquet"]) for dataset in (base, folder / "scratch"))
     reader = con.execute(
         "SELECT item_id, coalesce(nullif(o.title, ''), n.title, '') AS title, "
         "CASE WHEN len(o.categories) > 0 THEN o.categories ELSE coalesce(n.categories, []) END "

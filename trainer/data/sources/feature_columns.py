@@ -101,7 +101,11 @@ def _type_of(file: Path, name: str, column: str, feature: Feature, arrow: pa.Dat
 def feature_columns(features: Mapping[str, FeatureInfo]) -> dict[str, str]:
     """Column of the events to the raw column that it is made of."""
     columns = {f"feature_{name}": feature.column for name, feature in features.items()}
-    weights = {f"weights_{name}": one.weights for name, one in features.items() if one.weights}
+    weights = {
+        f"weights_{name}": declared.weights
+        for name, declared in features.items()
+        if declared.weights
+    }
     return columns | weights
 
 
@@ -199,18 +203,20 @@ def join_catalogue(
         InputError: A column is missing, of a wrong kind, or has a value that no model takes.
     """
     raw = RawFiles.open(schema.parent / catalogue.path)
-    wanted = {name: one for name, one in rules.features.items() if one.source == "catalogue"}
-    features = describe_features(raw, wanted)
+    of_catalogue = {
+        name: feature for name, feature in rules.features.items() if feature.source == "catalogue"
+    }
+    features = describe_features(raw, of_catalogue)
     named = [catalogue.item_id, catalogue.title, catalogue.categories or ""]
     report_unread(raw, [*named, *feature_columns(features).values()], rules, schema)
     if not features:
         return events, features
     with raw.explained():
-        check_feature_values(con, raw, features, wanted)
+        check_feature_values(con, raw, features, of_catalogue)
     columns = {"item_id": catalogue.item_id, **feature_columns(features)}
     casts = {
         "item_id": _cast("BIGINT" if kind == "int64" else "VARCHAR"),
-        **feature_casts(features, wanted),
+        **feature_casts(features, of_catalogue),
     }
     return f"(SELECT * FROM {events} LEFT JOIN {raw.sql(columns, casts)} USING (item_id))", features
 

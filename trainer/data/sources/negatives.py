@@ -111,13 +111,13 @@ class NegativeSampler:
         copies = np.repeat(rows, self._count)
         negatives = block.take(pa.array(copies))
         zeros = pa.array(np.zeros(len(copies), dtype=np.int8))
-        for place, name in enumerate(block.column_names):
+        for index, name in enumerate(block.column_names):
             if name == "item_id":
                 negatives = negatives.set_column(
-                    place, name, self._items.take(pa.array(drawn.reshape(-1)))
+                    index, name, self._items.take(pa.array(drawn.reshape(-1)))
                 )
             elif name.startswith("label"):
-                negatives = negatives.set_column(place, name, zeros.cast(block[name].type))
+                negatives = negatives.set_column(index, name, zeros.cast(block[name].type))
         both = pa.concat_tables([block, negatives]).append_column(
             "code", pa.array(np.concatenate([codes, codes[copies]]))
         )
@@ -172,17 +172,19 @@ class NegativeSampler:
             for later in range(1, self._count):
                 todo[:, later] |= (drawn[:, :later] == drawn[:, later : later + 1]).any(axis=1)
         weights = np.diff(self._cumulative, prepend=0.0)
-        for place in np.flatnonzero(todo.any(axis=1)):
-            row, open_ = rows[place], todo[place]
+        for sample in np.flatnonzero(todo.any(axis=1)):
+            row, open_ = rows[sample], todo[sample]
             stretch = slice(bounds[scenario[row]], bounds[scenario[row] + 1])
             items = self._pairs[stretch] - scenario[row] * len(self._items)
             free = ~forbidden(np.full(len(items), row), items) & ~np.isin(
-                items, drawn[place, ~open_]
+                items, drawn[sample, ~open_]
             )
             if free.sum() < open_.sum():
                 raise self._too_few(block, int(row))
             share = weights[stretch][free] / weights[stretch][free].sum()
-            drawn[place, open_] = generator.choice(items[free], open_.sum(), replace=False, p=share)
+            drawn[sample, open_] = generator.choice(
+                items[free], open_.sum(), replace=False, p=share
+            )
         return drawn
 
     def _too_few(self, block: pa.Table, row: int) -> InputError:

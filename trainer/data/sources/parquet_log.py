@@ -99,8 +99,8 @@ def open_log(
     check_scenarios(rules, schema, kinds["scenario_id"])
     if raw.rows == 0:
         raise InputError(f"{path}: the log has no rows")
-    own = {name: one for name, one in rules.features.items() if one.source == "log"}
-    features = describe_features(raw, own)
+    of_log = {name: feature for name, feature in rules.features.items() if feature.source == "log"}
+    features = describe_features(raw, of_log)
     read = [*log_columns(rules).values(), *feature_columns(features).values()]
     report_unread(raw, read, rules, schema)
     with raw.explained():

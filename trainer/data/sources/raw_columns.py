@@ -13,30 +13,30 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def require_column(file: Path, names: Sequence[str], wanted: str, role: str) -> None:
+def require_column(file: Path, names: Sequence[str], column: str, role: str) -> None:
     """Refuses, with similar names, a file that does not have exactly one column called `wanted`."""
-    if names.count(wanted) > 1:
+    if names.count(column) > 1:
         raise InputError(
-            f"{file}: column {wanted!r} (for {role}) is there {names.count(wanted)} times; rename all but "
+            f"{file}: column {column!r} (for {role}) is there {names.count(column)} times; rename all but "
             "the right one"
         )
-    if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
-        near += [name for name in names if name.lower() == wanted.lower() and name not in near]
+    if column not in names:
+        near = difflib.get_close_matches(column, names, n=3, cutoff=0.4)
+        near += [name for name in names if name.lower() == column.lower() and name not in near]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {list(names)}"
-        raise InputError(f"{file}: column {wanted!r} (for {role}) is missing; {hint}")
+        raise InputError(f"{file}: column {column!r} (for {role}) is missing; {hint}")
 
 
-def refuse_twins(file: Path, names: Sequence[str], wanted: str) -> None:
+def refuse_twins(file: Path, names: Sequence[str], column: str) -> None:
     """Refuses a file in which another column's name differs from `wanted` in case alone.
 
     DuckDB would take one for the other, wherever columns are read by name.
     """
-    twins = [name for name in names if name.lower() == wanted.lower()]
+    twins = [name for name in names if name.lower() == column.lower()]
     if len(twins) > 1:
         raise InputError(
             f"{file}: columns {' and '.join(map(repr, twins))} differ in case at most; rename all but "
-            f"{wanted!r}"
+            f"{column!r}"
         )
 
 

@@ -158,12 +158,12 @@ class RawFiles:
             schema = pairs[0][0]
             picked = []
             for alias, name in columns.items():
-                place = schema.names.index(name)
+                index = schema.names.index(name)
                 expression = as_sql.get(alias, lambda sql, kind: sql)
                 picked.append(
-                    f"{expression(f'c{place}', schema.field(place).type)} AS {quote_name(alias)}"
+                    f"{expression(f'c{index}', schema.field(index).type)} AS {quote_name(alias)}"
                 )
-            names = ", ".join(f"c{place}" for place in range(len(schema)))
+            names = ", ".join(f"c{index}" for index in range(len(schema)))
             legs.append(
                 f"SELECT {', '.join(picked)} FROM {parquet_sql([file for _, file in pairs])} AS raw({names})"
             )

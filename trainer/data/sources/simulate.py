@@ -306,10 +306,10 @@ def _write_items(world: World, file: Path) -> None:
             ids = np.arange(first, min(first + BLOCK_USERS, world.items))
             main, second, _ = item_topics(world, ids)
             parts = []
-            for place, topic in ((0, main), (1, main), (2, second)):
-                lists = [topic_words[place] for topic_words in words]
+            for position, topic in ((0, main), (1, main), (2, second)):
+                lists = [topic_words[position] for topic_words in words]
                 width = len(lists[0])
-                pick = (_uniform(world.seed, 10 + place, ids) * width).astype(np.int64)
+                pick = (_uniform(world.seed, 10 + position, ids) * width).astype(np.int64)
                 flat = pa.array([word for row in lists for word in row])
                 parts.append(flat.take(pa.array(topic * width + pick)))
             title = pc.binary_join_element_wise(parts[0], parts[1], "with", parts[2], " ")
