@@ -19,7 +19,7 @@ from llm_knowledge.errors import InputError
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.prefetch import BatchFeed
 from trainer.distributed.process_group import on_all_ranks
-from trainer.models.llm4msr import Predictions
+from trainer.models.shapes import Predictions
 from trainer.observe.trackers import TrackedRun, Tracker, open_trackers
 from trainer.observe.watchdog import Watch, memory_gib
 from trainer.run.session import Run

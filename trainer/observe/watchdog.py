@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import torch
 
-from trainer.config.run import TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.distributed.process_group import Runtime
 
 logger = logging.getLogger(__name__)

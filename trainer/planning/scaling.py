@@ -23,7 +23,8 @@ from embeddings.tables import Table
 from trainer.config.model import MetaConfig, ModelConfig
 from trainer.config.tables import HardwareConfig
 from trainer.data.loading.batch import Batch
-from trainer.models.llm4msr import LLM4MSR, Shapes
+from trainer.models.llm4msr import LLM4MSR
+from trainer.models.shapes import Shapes
 from trainer.planning.plan import DENSE_BYTES
 from trainer.run.hardware import Cluster, absent_cluster
 

@@ -7,8 +7,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.models.meta import MetaLayer
 
 PEAK_SIZE = 2048  # of the square product that stands for the machine's peak
 DTYPES = ("float32", "bfloat16", "float16")
@@ -112,12 +117,70 @@ def profile_meta_layer(
     import torch
 
     from embeddings.profiling.measure import machine, summary
-    from llm_knowledge.errors import InputError
     from trainer.models.meta import Generator, MetaLayer
+
+    sizes = (batch, rank, in_features, out_features, core_width, rounds - 1, distinct or batch)
+    _check(sizes, distinct, dtype, device, kind, strategy)
+    element = getattr(torch, dtype)
+    shape = (batch, rank, in_features, out_features)
+    generator = Generator(rank, kind, core_width, residual=False, strategy=strategy)
+    layer = MetaLayer(in_features, out_features, generator).to(device, element)
+    seconds = interleaved(_calls(layer, shape, distinct, element, device), rounds, device)
+    peak = 2 * PEAK_SIZE**3 / statistics.median(seconds["peak"]) / 1e9
+    taken = _strategy_taken(strategy, shape, distinct, element, device, kind, core_width)
+    work = _work(kind, taken, shape, distinct, core_width)
+    report: dict[str, Any] = {
+        "explanation": layer.explain(batch, distinct, device, element),
+        "strategy": taken,
+        "peak_gflops": peak,
+        "machine": machine(),
+    }
+    for name, times in (("forward", work), ("step", 3 * work)):
+        milliseconds = {key: value * 1e3 for key, value in summary(seconds[name]).items()}
+        gflops = times / milliseconds["median"] / 1e6
+        report[name] = milliseconds | {"gflops": gflops, "fraction_of_peak": gflops / peak}
+    return report
+
+
+def _strategy_taken(
+    strategy: str,
+    shape: tuple[int, int, int, int],
+    distinct: int | None,
+    dtype: "torch.dtype",
+    device: str,
+    kind: str,
+    core_width: int,
+) -> str:
+    """What the op computes by, "auto" being its own choice."""
     from trainer.ops import choose_strategy
 
-    rows = batch if distinct is None else distinct
-    if min(batch, rank, in_features, out_features, rows, core_width, rounds - 1) < 1:
+    if strategy != "auto":
+        return strategy
+    generated = (*shape[:2], core_width, core_width) if kind == "core" else shape
+    chosen, _ = choose_strategy(
+        *generated, groups=distinct, device=device, dtype=dtype, diagonal=kind == "gate"
+    )
+    return chosen
+
+
+def _check(
+    sizes: Sequence[int],
+    distinct: int | None,
+    dtype: str,
+    device: str,
+    kind: str,
+    strategy: str,
+) -> None:
+    """Refuses what cannot be measured here.
+
+    Raises:
+        InputError: Names it and what is possible.
+    """
+    import torch
+
+    from llm_knowledge.errors import InputError
+
+    if min(sizes) < 1 or distinct == 0:
         raise InputError("profile meta-layer: sizes must be at least 1, and rounds at least 2")
     if dtype not in DTYPES:
         raise InputError(f"profile meta-layer: dtype {dtype!r}; use one of {', '.join(DTYPES)}")
@@ -127,21 +190,30 @@ def profile_meta_layer(
         raise InputError("profile meta-layer: no CUDA device here; use --device cpu")
     if strategy == "grouped" and distinct is None:
         raise InputError("profile meta-layer: strategy grouped needs --distinct")
-    element = getattr(torch, dtype)
-    shape = (batch, rank, in_features, out_features)
-    generated = (batch, rank, core_width, core_width) if kind == "core" else shape
-    chosen = strategy
-    if strategy == "auto":
-        chosen, _ = choose_strategy(
-            *generated, groups=distinct, device=device, dtype=element, diagonal=kind == "gate"
-        )
+
+
+def _calls(
+    layer: "MetaLayer",
+    shape: tuple[int, int, int, int],
+    distinct: int | None,
+    dtype: "torch.dtype",
+    device: str,
+) -> dict[str, Callable[[], Any]]:
+    """What is timed, on random numbers: a square product, the layer forward, and with its backward.
+
+    Raises:
+        InputError: The layer's strategy cannot compute this.
+    """
+    import torch
+
+    from llm_knowledge.errors import InputError
 
     def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, device=device).to(element)
+        return torch.randn(*sizes, device=device).to(dtype)
 
-    generator = Generator(rank, kind, core_width, residual=False, strategy=strategy)
-    layer = MetaLayer(in_features, out_features, generator).to(device, element)
+    batch, rank, in_features, out_features = shape
     group = None if distinct is None else torch.arange(batch, device=device) % distinct
+    rows = batch if distinct is None else distinct
     h, g = (random(*sizes).requires_grad_() for sizes in ((batch, in_features), (rows, rank)))
     inputs = [h, g, *layer.parameters()]
     dy, square = random(batch, out_features), random(PEAK_SIZE, PEAK_SIZE)
@@ -153,25 +225,11 @@ def profile_meta_layer(
         forward()
     except ValueError as error:
         raise InputError(f"profile meta-layer: {error}") from None
-    calls: dict[str, Callable[[], Any]] = {
+    return {
         "peak": lambda: square @ square,
         "forward": torch.no_grad()(forward),
         "step": lambda: torch.autograd.grad(forward(), inputs, dy),
     }
-    seconds = interleaved(calls, rounds, device)
-    peak = 2 * PEAK_SIZE**3 / statistics.median(seconds["peak"]) / 1e9
-    work = _work(kind, chosen, shape, distinct, core_width)
-    report: dict[str, Any] = {
-        "explanation": layer.explain(batch, distinct, device, element),
-        "strategy": chosen,
-        "peak_gflops": peak,
-        "machine": machine(),
-    }
-    for name, times in (("forward", work), ("step", 3 * work)):
-        milliseconds = {key: value * 1e3 for key, value in summary(seconds[name]).items()}
-        gflops = times / milliseconds["median"] / 1e6
-        report[name] = milliseconds | {"gflops": gflops, "fraction_of_peak": gflops / peak}
-    return report
 
 
 def text_of(report: dict[str, Any]) -> str:

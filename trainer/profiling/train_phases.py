@@ -61,10 +61,44 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
     Raises:
         InputError: If the data cannot be read.
     """
-    events = run.stream(list(run.config.data.train_splits), shuffle=True)
-    device, ranks = run.runtime.device, run.runtime.world_size
+    seconds, segments = _measure(run, rounds, warmup, trace)
+    slowest = [
+        {name: max(rank[number][name] for rank in everywhere) for name in seconds[number]}
+        for everywhere in [gather(seconds)]
+        for number in range(rounds)
+    ]
+    phases = {
+        name: summary([1e3 * timings[name] for timings in slowest]) for name in (*PHASES, *META)
+    }
+    segments_of_ranks = gather(segments)
+    steps = {
+        name: [
+            1e3 * max(rank[name][number] for rank in segments_of_ranks) / rounds
+            for number in range(SEGMENTS)
+        ]
+        for name in segments
+    }
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "device": run.runtime.device.type,
+        "ranks": run.runtime.world_size,
+        "rounds": rounds,
+        "warmup": warmup,
+        "torch_threads": torch.get_num_threads(),
+        "order": PHASES,
+        "meta": META,
+        **_report(phases, steps, run.config.train.global_batch_size),
+    }
+
+
+def _measure(
+    run: Run, rounds: int, warmup: int, trace: Path | None
+) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
+    """This rank's seconds of the phases of every serial step, and of the pipelined segments."""
     needed = warmup + rounds + (SEGMENTS + 1) * rounds + 2
-    clock = Clock(device)
+    events = run.stream(list(run.config.data.train_splits), shuffle=True)
+    clock = Clock(run.runtime.device)
     run.model.train()
     with events.feed(0, needed) as source:
         feed = run.remap_ids(source, assign=True)
@@ -78,20 +112,13 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
         source.check()
         if trace is not None:
             write_trace(run, iter(held[:2]), trace)
-    slowest = [
-        {name: max(rank[number][name] for rank in everywhere) for name in seconds_here[number]}
-        for everywhere in [gather(seconds_here)]
-        for number in range(rounds)
-    ]
-    phases = {name: summary([1e3 * one[name] for one in slowest]) for name in (*PHASES, *META)}
-    every = gather(segments)
-    steps = {
-        name: [
-            1e3 * max(rank[name][number] for rank in every) / rounds for number in range(SEGMENTS)
-        ]
-        for name in segments
-    }
-    samples = run.config.train.global_batch_size
+    return seconds_here, segments
+
+
+def _report(
+    phases: dict[str, dict[str, float]], steps: dict[str, list[float]], samples: int
+) -> dict[str, Any]:
+    """What the times in ms of phases and pipelined steps, of `samples` each, come to."""
     compute = sum(phases[name]["median"] for name in COMPUTE)
     communication = sum(phases[name]["median"] for name in COMMUNICATION)
     step = summary(steps["loader out"])
@@ -99,16 +126,7 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
         out / inside for out, inside in zip(steps["loader out"], steps["loader in"], strict=True)
     ]
     return {
-        "machine": machine(),
-        "versions": versions(),
-        "device": device.type,
-        "ranks": ranks,
         "global_batch_size": samples,
-        "rounds": rounds,
-        "warmup": warmup,
-        "torch_threads": torch.get_num_threads(),
-        "order": PHASES,
-        "meta": META,
         "phases": phases,
         "serial_step": sum(phases[name]["median"] for name in PHASES),
         "compute": compute,
@@ -116,7 +134,7 @@ def profile_train(run: Run, rounds: int, warmup: int, trace: Path | None = None)
         "step": step,
         "exposed_communication": max(step["median"] - compute, 0.0),
         "samples_per_second": {
-            name: summary([1e3 * samples / one for one in values]) for name, values in steps.items()
+            name: summary([1e3 * samples / ms for ms in values]) for name, values in steps.items()
         },
         "loader_in_over_out": summary(ratio),
     }

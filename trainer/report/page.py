@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from trainer.report.knowledge import (
     store_directories,
     tell_stories,
 )
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 COLUMNS = {
     "auc": "AUC",
@@ -308,6 +311,19 @@ def embed_json(value: Any) -> str:
     return text
 
 
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("trainer.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=visible,
+    )
+    environment.filters["breaks"] = _breaks
+    return environment.get_template("report.html.j2")
+
+
 def write_report(
     runs: list[Path],
     out: Path,
@@ -327,7 +343,6 @@ def write_report(
     Raises:
         InputError: No run, runs on different datasets, broken predictions or stores, no permission.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     from trainer.report.figures import curves
@@ -340,13 +355,6 @@ def write_report(
     for story in knowledge.get("stories", []):
         for row in story["rows"]:
             row["scenario"] = names.get(row["scenario"]) or row["scenario"]
-    environment = Environment(
-        loader=PackageLoader("trainer.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-    )
-    environment.filters["breaks"] = _breaks
     numbers = {
         "arms": [
             {"name": a.name, "runs": [str(r.path) for r in a.runs], "evaluations": a.evaluations}
@@ -355,7 +363,7 @@ def write_report(
         "comparisons": [view["result"] for view in views],
         "stories": knowledge.get("stories", []),
     }
-    html = environment.get_template("report.html.j2").render(
+    html = _template().render(
         facts=facts,
         arms=arms,
         tables=_tables(arms, names),

@@ -31,14 +31,16 @@ from llm_knowledge.errors import InputError
 from llm_knowledge.store.dated import DatedStores
 from trainer.config.features import FeaturesConfig
 from trainer.config.levels import TABLE_LEVELS
-from trainer.config.run import DataConfig, RunConfig, TrainConfig
+from trainer.config.run import DataConfig, RunConfig
+from trainer.config.train import TrainConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
 from trainer.distributed.process_group import Runtime, on_all_ranks
 from trainer.features.block import FeatureShape, feature_shapes
 from trainer.features.encoder import FeatureEncoder
-from trainer.models.llm4msr import KNOWLEDGE_PREFIX, LLM4MSR, DenseModel, Shapes
+from trainer.models.llm4msr import KNOWLEDGE_PREFIX, LLM4MSR, DenseModel
 from trainer.models.meta import standardise
+from trainer.models.shapes import Shapes
 from trainer.run.features import run_encoder
 from trainer.run.hardware import this_cluster
 from trainer.run.id_tables import IdUse, hash_zch, id_maps, zero_collision_tables

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.config.run import Precision
+from trainer.config.train import Precision
 
 
 def choose_precision(configured: Precision | None, device: str) -> Precision:

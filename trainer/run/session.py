@@ -17,7 +17,7 @@ from trainer.data.loading.batch import Batch
 from trainer.data.loading.loader import EventStream
 from trainer.data.loading.row_encoder import RowEncoder
 from trainer.distributed.process_group import Runtime, on_all_ranks
-from trainer.models.llm4msr import Predictions
+from trainer.models.shapes import Predictions
 from trainer.run.id_tables import IdUse
 
 

@@ -18,7 +18,7 @@ from trainer.checkpoint.restore import load_checkpoint
 from trainer.config.run import Changes, load_config
 from trainer.data.loading.loader import EventStream
 from trainer.distributed.process_group import distributed, on_all_ranks
-from trainer.models.llm4msr import Predictions
+from trainer.models.shapes import Predictions
 from trainer.run.build import build
 from trainer.run.inputs import open_inputs
 from trainer.run.session import Run

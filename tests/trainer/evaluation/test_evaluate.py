@@ -17,7 +17,7 @@ from tests.helpers.training_data import make_config, make_inputs
 from trainer.config.run import load_config
 from trainer.data.loading.loader import EventStream
 from trainer.distributed.process_group import Runtime, distributed
-from trainer.models.llm4msr import Predictions
+from trainer.models.shapes import Predictions
 from trainer.run.inputs import open_inputs
 from trainer.run.session import Run
 from trainer.training import scoring

@@ -27,7 +27,8 @@ from trainer.features.encoder import IDS, NUMBERS, FeatureEncoder
 from trainer.features.encoding import Encoding
 from trainer.features.ragged import Ragged
 from trainer.models import BACKBONES
-from trainer.models.llm4msr import LLM4MSR, Shapes
+from trainer.models.llm4msr import LLM4MSR
+from trainer.models.shapes import Shapes
 from trainer.planning.problem import problem_of_config
 from trainer.run.hardware import Cluster
 from trainer.training.loop import train

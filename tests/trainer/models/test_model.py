@@ -13,7 +13,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from trainer.config.backbones import BACKBONE_CLASSES
 from trainer.config.model import MetaConfig, ModelConfig
 from trainer.data.loading.batch import Batch
-from trainer.models.llm4msr import BACKBONES, DenseModel, Predictions, Shapes
+from trainer.models import BACKBONES
+from trainer.models.llm4msr import DenseModel
 from trainer.models.meta import (
     Generator,
     KnowledgeAdapter,
@@ -24,6 +25,7 @@ from trainer.models.meta import (
     alignment_loss,
     standardise,
 )
+from trainer.models.shapes import Predictions, Shapes
 from trainer.models.star import StarLinear
 
 ROWS, DIM, VECTOR, SCENARIOS = 12, 4, 6, 3

@@ -17,7 +17,7 @@ import trainer.training.loop
 from llm_knowledge.errors import InputError
 from tests.drills.fault_drill import at_batch, losses
 from tests.helpers.training_data import make_config, make_inputs
-from trainer.config.run import TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.distributed.process_group import Runtime
 from trainer.observe.metrics_log import RANK, STEP, RunLog
 from trainer.observe.watchdog import TERMINATED, Preempted, Watch

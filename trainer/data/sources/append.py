@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
@@ -97,28 +97,33 @@ def append_parquet(
         ).fetchall()[0][0]
         rows = _write_parts(con, staging, parts, folder, info, split)
         warn_of_unseen_items(con, folder)
-        items = con.execute(
-            f"SELECT count(*) FROM {parquet_sql([folder / 'items.parquet'])}"
-        ).fetchall()[0][0]
+        sizes = {"rows": rows, "users": users, "items": _count_rows(con, folder / "items.parquet")}
         parent = Parent(
             fingerprint=fingerprint(base),
             train_parts=len(parts["train"]),
             train_rows=info.rows["train"],
         )
-        assert info.split.boundaries is not None
-        assert split.boundaries is not None
-        successor = info.model_copy(
-            update={
-                "rows": rows,
-                "users": users,
-                "items": items,
-                "parents": [*info.parents, parent],
-                "split": split.model_copy(
-                    update={"boundaries": [info.split.boundaries[0], *split.boundaries[1:]]}
-                ),
-            }
-        )
-        return write_info(folder, successor)
+        return write_info(folder, _successor(info, parent, split, sizes))
+
+
+def _count_rows(con: duckdb.DuckDBPyConnection, file: Path) -> int:
+    return int(con.execute(f"SELECT count(*) FROM {parquet_sql([file])}").fetchall()[0][0])
+
+
+def _successor(
+    info: DatasetInfo, parent: Parent, split: SplitInfo, sizes: dict[str, Any]
+) -> DatasetInfo:
+    """What dataset.json says of the longer log: its first boundary is the first of all."""
+    assert info.split.boundaries is not None
+    assert split.boundaries is not None
+    boundaries = [info.split.boundaries[0], *split.boundaries[1:]]
+    return info.model_copy(
+        update={
+            **sizes,
+            "parents": [*info.parents, parent],
+            "split": split.model_copy(update={"boundaries": boundaries}),
+        }
+    )
 
 
 def _check_base(base: Path, info: DatasetInfo, rules: LogSchema, schema: Path) -> None:

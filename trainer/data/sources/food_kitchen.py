@@ -84,12 +84,7 @@ def prepare_food_kitchen(
             f"negatives is {negatives}; at least 1 is needed, the log has positives only"
         )
     source = raw or _find()
-    for file, columns in REQUIRED_COLUMNS.items():
-        names = read_footer(source / file)[0].names
-        for name in columns:
-            if name not in names:
-                raise InputError(f"{source / file}: column {name!r} is missing; it has {names}")
-            refuse_twins(source / file, names, name)
+    _check_columns(source)
     with output_directory(out) as folder:
         con = connect(folder / "scratch")
         items = _read_items(con, source, folder / "items.parquet")
@@ -107,31 +102,45 @@ def prepare_food_kitchen(
         staging = Staging(folder / "scratch" / "staged", event_schema("string", "string", "string"))
         staging.add(block, codes)
         who = "with events in both scenarios" if both_scenarios else "of one or both scenarios"
-        info = DatasetInfo(
-            name=NAME,
-            source={
-                "kind": "food-kitchen",
-                "users": f"{MIN_EVENTS} or more events, {who}",
-                "seed": seed,
-                "terms": "no licence stated: research use, rows are not to be published",
-            },
-            scenarios=SCENARIOS,
-            user_id_type="string",
-            item_id_type="string",
-            scenario_id_type="string",
-            timestamps="order",
-            split=SplitInfo(
-                rule="per_user_time",
-                fractions=FRACTIONS,
-                held_out_users=held_out_users,
-                held_out_valid_users=held_out_valid_users,
-                text=SPLIT_TEXT,
-            ),
-            negatives=Negatives(rule=NEGATIVES_TEXT.format(negatives=negatives, seed=seed)),
-            positive_name="bought",
-            negative_name=None,
+        split = SplitInfo(
+            rule="per_user_time",
+            fractions=FRACTIONS,
+            held_out_users=held_out_users,
+            held_out_valid_users=held_out_valid_users,
+            text=SPLIT_TEXT,
         )
-        return finish(con, staging, folder, info)
+        return finish(con, staging, folder, _describe(who, split, negatives, seed))
+
+
+def _check_columns(source: Path) -> None:
+    for file, columns in REQUIRED_COLUMNS.items():
+        names = read_footer(source / file)[0].names
+        for name in columns:
+            if name not in names:
+                raise InputError(f"{source / file}: column {name!r} is missing; it has {names}")
+            refuse_twins(source / file, names, name)
+
+
+def _describe(who: str, split: SplitInfo, negatives: int, seed: int) -> DatasetInfo:
+    """What dataset.json says; `who`: the users that are kept."""
+    return DatasetInfo(
+        name=NAME,
+        source={
+            "kind": "food-kitchen",
+            "users": f"{MIN_EVENTS} or more events, {who}",
+            "seed": seed,
+            "terms": "no licence stated: research use, rows are not to be published",
+        },
+        scenarios=SCENARIOS,
+        user_id_type="string",
+        item_id_type="string",
+        scenario_id_type="string",
+        timestamps="order",
+        split=split,
+        negatives=Negatives(rule=NEGATIVES_TEXT.format(negatives=negatives, seed=seed)),
+        positive_name="bought",
+        negative_name=None,
+    )
 
 
 SPLIT_TEXT = (
