@@ -339,7 +339,7 @@ def _report(
     rules: dict[str, str | None],
     copy: float,
 ) -> dict[str, Any]:
-    table = max(subject.tables, key=lambda one: one.rows)
+    table = max(subject.tables, key=lambda table: table.rows)
     ids = max(subject.batches[0].values().numel(), 1)
     dtype = torch.float16 if table.bytes_per_value == 2 else torch.float32
     random_rows = gather_bandwidth(table.rows, table.dim, ids, dtype, device)
@@ -348,10 +348,10 @@ def _report(
         if f"phases {name}" not in seconds:
             continue
         timings = seconds[f"phases {name}"]
-        one = _milliseconds(timings)
-        spent = one["ms"]["median"] / 1e3
+        milliseconds = _milliseconds(timings)
+        spent = milliseconds["ms"]["median"] / 1e3
         wire = link_bandwidth(link[name], device)
-        phases[name] = one | {
+        phases[name] = milliseconds | {
             "memory_bytes": memory[name],
             "link_bytes": link[name],
             "share_of_copy_bandwidth": memory[name] / spent / copy,
@@ -371,7 +371,7 @@ def _report(
         "sum_of_phases_over_step": _ratios(sums, sharded),
         "forward": _milliseconds(seconds["sharded forward"]),
         "step": _milliseconds(sharded),
-        "samples_per_second": samples / (summary([one[0] for one in sharded])["median"]),
+        "samples_per_second": samples / (summary([wall for wall, _ in sharded])["median"]),
         "baselines": {
             name: {
                 "rule": rule,

@@ -39,11 +39,11 @@ def _cell(cell: dict[str, Any]) -> list[str]:
     )
     for name in PHASES:
         if name in cell["phases"]:
-            one = cell["phases"][name]
+            phase = cell["phases"][name]
             lines.append(
-                f"  {name:<22}{_spread(one['ms']):>22}{one['memory_bytes'] / 1e6:>11.2f}"
-                f"{one['share_of_copy_bandwidth']:>9.0%}{one['share_of_gather_bandwidth']:>11.0%}"
-                f"{one['link_bytes'] / 1e6:>9.2f}{_share(one['share_of_link_bandwidth']):>9}"
+                f"  {name:<22}{_spread(phase['ms']):>22}{phase['memory_bytes'] / 1e6:>11.2f}"
+                f"{phase['share_of_copy_bandwidth']:>9.0%}{phase['share_of_gather_bandwidth']:>11.0%}"
+                f"{phase['link_bytes'] / 1e6:>9.2f}{_share(phase['share_of_link_bandwidth']):>9}"
             )
     part = cell["sum_of_phases_over_step"]["time"]["median"]
     rate, forward = cell["samples_per_second"], cell["forward"]["ms"]["median"]
@@ -52,11 +52,13 @@ def _cell(cell: dict[str, Any]) -> list[str]:
         f"  {'whole step':<22}{_spread(cell['step']['ms']):>22}   {rate:,.0f} samples/s, "
         f"forward {forward:.2f} ms",
     ]
-    for name, one in cell["baselines"].items():
-        faster = one["step_over_sharded"]
-        note = "" if one["rule"] == cell["rule"] else f", with {one['rule']}: another rule"
+    for name, baseline in cell["baselines"].items():
+        faster = baseline["step_over_sharded"]
+        note = (
+            "" if baseline["rule"] == cell["rule"] else f", with {baseline['rule']}: another rule"
+        )
         lines.append(
-            f"  {BASELINES[name]:<22}{_spread(one['step']['ms']):>22}   "
+            f"  {BASELINES[name]:<22}{_spread(baseline['step']['ms']):>22}   "
             f"{_spread(faster['time'])} of the sharded step's time, "
             f"{_spread(faster['processor_time'])} of its processor time{note}"
         )

@@ -122,12 +122,12 @@ class CheckpointWriter:
     def _checksums(self, partial: Path) -> dict[str, str]:
         """Checksums of what all ranks have written, each rank having read its own files."""
         rank = self._run.runtime.rank
-        own = on_all_ranks(
+        of_this_rank = on_all_ranks(
             lambda: {file.name: file_checksum(file) for file in partial.glob(f"__{rank}_*")},
             self._group,
         )
         everywhere: list[dict[str, str]] = [{}] * self._run.runtime.world_size
-        dist.all_gather_object(everywhere, own, group=self._group)
+        dist.all_gather_object(everywhere, of_this_rank, group=self._group)
         return {name: checksum for of_rank in everywhere for name, checksum in of_rank.items()}
 
     def _on_main(self, action: Any, target: Path) -> None:

@@ -150,14 +150,14 @@ class Watch:
             os._exit(1)
         # Should the interpreter itself be held up, this timer fires without it.
         faulthandler.dump_traceback_later(self._hang + 5, file=self._stacks or sys.stderr)
-        kind, place = self._place()
+        kind, line_of_code = self._place()
         path = self._folder / "ranks" / f"rank-{self._runtime.rank}.json"
         line = {
             "beat": beat,
             "batches": self._batches,
             "seconds": round(self._age(), 1),
             "waits_for": kind,
-            "at": place,
+            "at": line_of_code,
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
@@ -170,21 +170,21 @@ class Watch:
     def _place(self) -> tuple[str, str]:
         """What the main thread waits for, and the line of this project that it stands in."""
         frame = sys._current_frames().get(self._main)
-        files, place, inner = [], "", frame.f_code.co_filename if frame else ""
+        files, line_of_code, inner = [], "", frame.f_code.co_filename if frame else ""
         while frame is not None:
             name = frame.f_code.co_filename
             files.append(name)
-            if not place and any(package in name for package in PACKAGES):
+            if not line_of_code and any(package in name for package in PACKAGES):
                 short = name[max(name.rfind(package) for package in PACKAGES) + 1 :]
-                place = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
+                line_of_code = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
             frame = frame.f_back
         if any(part in inner for part in COLLECTIVES):
-            return "other ranks", place
+            return "other ranks", line_of_code
         if any("/trainer/data/" in name for name in files):
-            return "input", place
+            return "input", line_of_code
         if any("checkpoint" in name for name in files):
-            return "storage", place
-        return "nothing known", place
+            return "storage", line_of_code
+        return "nothing known", line_of_code
 
     def _dump(self) -> None:
         """Writes the stacks of this rank's threads and its latest collectives."""

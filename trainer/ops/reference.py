@@ -54,8 +54,10 @@ def reference_backward(dz: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: T
     slice in all, as many as if the forward pass had stored something.
     """
     if h.dtype == torch.float16:
-        found = reference_backward(*(one.float() for one in (dz, h, g, weight, bias)))
-        dh, dg, dweight, dbias = (one.half() for one in found)
+        wide_gradients = reference_backward(
+            *(tensor.float() for tensor in (dz, h, g, weight, bias))
+        )
+        dh, dg, dweight, dbias = (tensor.half() for tensor in wide_gradients)
         return dh, dg, dweight, dbias
     wide = _accumulator(h.dtype)
     dh = (dz @ weight[-1]).to(wide)
@@ -85,7 +87,7 @@ def diagonal_linear(
     scales for the backward pass was no faster on a CPU (docs/results/meta-layer.md); the compiler
     sees through this.
     """
-    scales, biases = (F.linear(g, one[:-1].t(), one[-1]) for one in (weight, bias))
+    scales, biases = (F.linear(g, slices[:-1].t(), slices[-1]) for slices in (weight, bias))
     if group is not None:
         scales, biases = take_rows(scales, group), take_rows(biases, group)
     return activate(scales * h.to(scales.dtype) + biases, activation)

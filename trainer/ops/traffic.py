@@ -33,8 +33,8 @@ class Traffic(NamedTuple):
         return self.flops / PEAK / seconds
 
 
-def _up(one: int, other: int) -> int:
-    return -(-one // other)
+def _up(number: int, other: int) -> int:
+    return -(-number // other)
 
 
 def traffic(

@@ -111,8 +111,8 @@ def diagonal_backward_input(
         share = dot(d, tl.trans(c), share, PRECISION)
         to_j = in_m[:, None] & (j < RANK)[None, :]
         tl.store(dg + m[:, None] * RANK + j[None, :], share, mask=to_j)
-    found = (scale * d.to(tl.float32)).to(dh.dtype.element_ty)
-    tl.store(dh + m[:, None] * OUT + n[None, :], found, mask=inside)
+    gradient = (scale * d.to(tl.float32)).to(dh.dtype.element_ty)
+    tl.store(dh + m[:, None] * OUT + n[None, :], gradient, mask=inside)
 
 
 @any_size
@@ -153,10 +153,10 @@ def diagonal_backward_weight(
         dscale = (d.to(tl.float32) * x.to(tl.float32)).to(x.dtype)
         of_weight = dot(gates, dscale, of_weight, PRECISION)
         of_bias = dot(gates, d, of_bias, PRECISION)
-    at = (share * (RANK + 1) + j)[:, None] * OUT + n[None, :]
+    cells = (share * (RANK + 1) + j)[:, None] * OUT + n[None, :]
     inside = (j <= RANK)[:, None] & in_n[None, :]
-    tl.store(dweight + at, of_weight, mask=inside)
-    tl.store(dbias + at, of_bias, mask=inside)
+    tl.store(dweight + cells, of_weight, mask=inside)
+    tl.store(dbias + cells, of_bias, mask=inside)
 
 
 KERNELS = {
@@ -171,7 +171,7 @@ def fused_forward(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation
     (rows, width), rank = h.shape, g.shape[1]
     if rows * width == 0:
         return h.new_empty(h.shape)
-    h, weight, bias = (padded(one, width) for one in (h, weight, bias))
+    h, weight, bias = (padded(tensor, width) for tensor in (h, weight, bias))
     out = h.shape[1]
     y = torch.empty_like(h)
     tile, _ = choose_tile("diagonal_forward", h.element_size(), out, rank + 1)
@@ -202,9 +202,9 @@ def fused_backward(
     """
     width = h.shape[1]
     if h.numel() == 0:
-        dh, dg, dweight, dbias = (one.new_zeros(one.shape) for one in (h, g, weight, bias))
+        dh, dg, dweight, dbias = (tensor.new_zeros(tensor.shape) for tensor in (h, g, weight, bias))
         return dh, dg, dweight, dbias
-    dz, h, weight, bias = (padded(one, width) for one in (dz, h, weight, bias))
+    dz, h, weight, bias = (padded(tensor, width) for tensor in (dz, h, weight, bias))
     g = g.contiguous()
     dh, dg = launch_backward_input(dz, h, g, weight, bias)
     dweight, dbias = launch_backward_weight(dz, h, g, weight)
@@ -251,5 +251,5 @@ def launch_backward_weight(
         (dz, h, g, *sums, rows, rank, out, share),
         tile,
     )
-    dweight, dbias = (one.sum(0).to(weight.dtype) for one in sums)
+    dweight, dbias = (partial.sum(0).to(weight.dtype) for partial in sums)
     return dweight, dbias

@@ -295,8 +295,8 @@ def meta_backward_weight(
     inside = in_m[None, :] & in_n[:, None]
     tl.store(to, acc.to(dweight.dtype.element_ty), mask=inside)
     if SLICES == 2:
-        found = next_acc.to(dweight.dtype.element_ty)
-        tl.store(to + OUT * IN, found, mask=inside & has_next)
+        gradient = next_acc.to(dweight.dtype.element_ty)
+        tl.store(to + OUT * IN, gradient, mask=inside & has_next)
 
 
 @any_size
@@ -307,10 +307,10 @@ def meta_sum(partial, y, SIZE, parts, ACTIVATION: tl.constexpr, BN: tl.constexpr
     inside = n < SIZE - first
     acc = tl.zeros((BN,), tl.float32)
     for part in range(0, parts):
-        at = partial + tl.cast(part, tl.int64) * SIZE + first + n
-        acc += tl.load(at, mask=inside, other=0.0)
-    found = activate_tile(acc, ACTIVATION).to(y.dtype.element_ty)
-    tl.store(y + first + n, found, mask=inside)
+        cells = partial + tl.cast(part, tl.int64) * SIZE + first + n
+        acc += tl.load(cells, mask=inside, other=0.0)
+    total = activate_tile(acc, ACTIVATION).to(y.dtype.element_ty)
+    tl.store(y + first + n, total, mask=inside)
 
 
 KERNELS = {
@@ -431,12 +431,12 @@ def _sum(partial: Tensor, dtype: torch.dtype, activation: str = "none") -> Tenso
     """The sum over the first dimension; of one part, which is what it shall be already, itself."""
     if len(partial) == 1:
         return partial[0]
-    found = partial.new_empty(partial.shape[1:], dtype=dtype)
+    total = partial.new_empty(partial.shape[1:], dtype=dtype)
     start(
         meta_sum,
-        (triton.cdiv(found.numel(), _SUM.bn),),
-        (partial, found, found.numel(), len(partial)),
+        (triton.cdiv(total.numel(), _SUM.bn),),
+        (partial, total, total.numel(), len(partial)),
         _SUM,
         ACTIVATION=ACTIVATION_CODES[activation],
     )
-    return found
+    return total

@@ -41,10 +41,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def load_gates(g, m, in_m, j, RANK):
     """A block of g~ [rows, RANK + 1]: g, and 1 for slice RANK."""
-    found = tl.load(
+    gates = tl.load(
         g + m[:, None] * RANK + j[None, :], mask=in_m[:, None] & (j < RANK)[None, :], other=0.0
     )
-    return found + tl.where(j == RANK, 1.0, 0.0).to(found.dtype)[None, :]
+    return gates + tl.where(j == RANK, 1.0, 0.0).to(gates.dtype)[None, :]
 
 
 @triton.jit
@@ -197,13 +197,13 @@ def start(
         )
 
 
-def padded(one: Tensor, *widths: int) -> Tensor:
+def padded(tensor: Tensor, *widths: int) -> Tensor:
     """Its last dimensions filled up with zeros to multiples of 16; contiguous, aligned to 16 bytes."""
     extra: list[int] = []
     for width in widths:
         extra += [0, -width % 16]
-    one = F.pad(one, extra) if any(extra) else one.contiguous()
-    return one.clone() if one.data_ptr() % 16 else one
+    tensor = F.pad(tensor, extra) if any(extra) else tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _capability(device: torch.device) -> int:

@@ -32,7 +32,7 @@ class StreamRange:
 
     start: int
     stop: int
-    place: float  # of the stream among all, in (0, 1]
+    position: float  # of the stream among all, in (0, 1]
 
     def chunks(self, size: int, piece: int) -> list[int]:
         """Bounds of the chunks that are shuffled as one; all but the last fill whole pieces.
@@ -42,7 +42,7 @@ class StreamRange:
         """
         if self.stop - self.start <= size:
             return [self.start, self.stop]
-        first = max(int(size * self.place) // piece, 1) * piece
+        first = max(int(size * self.position) // piece, 1) * piece
         return [self.start, *range(self.start + first, self.stop, size), self.stop]
 
 

@@ -231,11 +231,11 @@ def report_unread(raw: RawFiles, read: Iterable[str], rules: LogSchema, schema: 
         InputError: the schema says strict, and there are some.
     """
     known = set(read)
-    columns = dict.fromkeys(name for one in raw.schemas for name in one.names)
+    columns = dict.fromkeys(name for entry in raw.schemas for name in entry.names)
     unread = [
         name
         for name in columns
-        if name not in known and not any(fnmatch.fnmatchcase(name, one) for one in rules.ignore)
+        if name not in known and not any(fnmatch.fnmatchcase(name, entry) for entry in rules.ignore)
     ]
     if not unread:
         return
