@@ -96,6 +96,8 @@ def _read_catalogue(
     columns = {"item_id": catalogue.item_id, "title": catalogue.title}
     if catalogue.categories:
         columns["categories"] = catalogue.categories
+    if catalogue.since:
+        columns["since"] = catalogue.since
     for file, schema in zip(raw.files, raw.schemas, strict=True):
         for role, name in columns.items():
             require_column(file, schema.names, name, f"{role} of the catalogue")
@@ -122,6 +124,9 @@ def _read_catalogue(
     source = raw.sql(columns, {"categories": lists})
     logger.info("%s: catalogue of %s rows in %s files", raw.path, f"{raw.rows:,}", len(raw.files))
     with raw.explained():
+        if catalogue.since:
+            first = "row_number() OVER (PARTITION BY item_id ORDER BY since) = 1"
+            source = f"(SELECT * FROM {source} QUALIFY {first})"
         twice = con.execute(
             f"SELECT item_id, count(*) FROM {source} GROUP BY 1 "
             "HAVING count(*) > 1 OR item_id IS NULL LIMIT 1"

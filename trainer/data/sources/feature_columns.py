@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llm_knowledge.errors import InputError
 from trainer.data.dataset import FeatureInfo
 from trainer.data.sources.feature_schema import Feature
-from trainer.data.sources.log_schema import Catalogue, LogSchema
+from trainer.data.sources.log_schema import LogSchema
 from trainer.data.sources.raw_columns import kind_of, literal, require_column
 from trainer.data.sources.raw_files import RawFiles
 
@@ -116,16 +116,17 @@ def feature_casts(
     casts: dict[str, Callable[[str, Any], str]] = {}
     for name, feature in features.items():
         kind = SQL_TYPES[feature.type]
-        casts[f"feature_{name}"] = _cast(f"{kind}[]" if feature.kind == "ids" else kind)
+        casts[f"feature_{name}"] = cast_to(f"{kind}[]" if feature.kind == "ids" else kind)
         separator = rules[name].separator
         if separator is not None:
             casts[f"feature_{name}"] = _split(separator)
         if feature.weights is not None:
-            casts[f"weights_{name}"] = _cast("FLOAT[]")
+            casts[f"weights_{name}"] = cast_to("FLOAT[]")
     return casts
 
 
-def _cast(kind: str) -> Callable[[str, Any], str]:
+def cast_to(kind: str) -> Callable[[str, Any], str]:
+    """What makes a column one of an SQL type, see `RawFiles.sql`."""
     return lambda column, _: f"CAST({column} AS {kind})"
 
 
@@ -176,49 +177,6 @@ def check_feature_values(
 def _any(column: str, test: str) -> str:
     """SQL: whether a list has an element x of which a test is true."""
     return f"list_contains(list_transform({column}, lambda x: {test}), true)"
-
-
-def join_catalogue(
-    con: duckdb.DuckDBPyConnection,
-    events: str,
-    catalogue: Catalogue,
-    kind: str,
-    rules: LogSchema,
-    schema: Path,
-) -> tuple[str, dict[str, FeatureInfo]]:
-    """Joins the catalogue's features by item; an item without an entry has none.
-
-    Args:
-        con: Connection.
-        events: SQL of the log's events.
-        catalogue: The schema's.
-        kind: Of the log's item ids: "int64" or "string".
-        rules: The schema.
-        schema: Its file.
-
-    Returns:
-        SQL of the events with these features, and what they are.
-
-    Raises:
-        InputError: A column is missing, of a wrong kind, or has a value that no model takes.
-    """
-    raw = RawFiles.open(schema.parent / catalogue.path)
-    of_catalogue = {
-        name: feature for name, feature in rules.features.items() if feature.source == "catalogue"
-    }
-    features = describe_features(raw, of_catalogue)
-    named = [catalogue.item_id, catalogue.title, catalogue.categories or ""]
-    report_unread(raw, [*named, *feature_columns(features).values()], rules, schema)
-    if not features:
-        return events, features
-    with raw.explained():
-        check_feature_values(con, raw, features, of_catalogue)
-    columns = {"item_id": catalogue.item_id, **feature_columns(features)}
-    casts = {
-        "item_id": _cast("BIGINT" if kind == "int64" else "VARCHAR"),
-        **feature_casts(features, of_catalogue),
-    }
-    return f"(SELECT * FROM {events} LEFT JOIN {raw.sql(columns, casts)} USING (item_id))", features
 
 
 # ---------------------------------------------------------------- what nothing reads

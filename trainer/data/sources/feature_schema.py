@@ -21,7 +21,7 @@ class Feature(StrictModel):
 
     Attributes:
         kind: id (one value), ids (a list of them) or number.
-        source: `from` in the file: log, or catalogue.
+        source: `from` in the file: log, catalogue, or users.
         column: Its name there; by default the feature's.
         separator: kind ids: splits a column of text into the list.
         weights: kind ids: column with one number per id.
@@ -32,7 +32,7 @@ class Feature(StrictModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     kind: Literal["id", "ids", "number"]
-    source: Literal["log", "catalogue"] = Field(default="log", alias="from")
+    source: Literal["log", "catalogue", "users"] = Field(default="log", alias="from")
     column: str | None = None
     separator: str | None = Field(default=None, min_length=1)
     weights: str | None = None
@@ -41,8 +41,6 @@ class Feature(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _not_yet(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("from") == "users":
-            raise ValueError("from: users is not supported yet; join the column to the log")
         if isinstance(value, dict) and "text" in value:
             raise ValueError("text (features in prompts) is not supported yet; remove it")
         return value
@@ -54,14 +52,6 @@ class Feature(StrictModel):
                 raise ValueError(f"{option} goes with kind ids only")
         if self.separator is not None and self.weights is not None:
             raise ValueError("weights need a column of lists, not text with a separator")
-        dated = self.kind != "number" or self.source == "log"
-        if not dated and not self.timeless:
-            raise ValueError(
-                "a number of the catalogue holds for all times: a statistic over the whole log would tell "
-                "of later events; say timeless: true if it is none (a price, a length)"
-            )
-        if dated and self.timeless:
-            raise ValueError("timeless goes with numbers of the catalogue only")
         return self
 
 
@@ -118,6 +108,34 @@ class Counter(StrictModel):
         if len(set(self.by)) < len(self.by):
             raise ValueError("by names a key twice")
         return self
+
+
+def check_source(name: str, feature: Feature, tables: Mapping[str, bool]) -> None:
+    """Refuses a feature of a table that is not there, and a number that may tell of later events.
+
+    Args:
+        name: Of the feature.
+        feature: As declared.
+        tables: Tables that the schema names, and whether each says since when its rows hold.
+
+    Raises:
+        ValueError: Says what to do.
+    """
+    if feature.source != "log" and feature.source not in tables:
+        raise ValueError(
+            f"features.{name}: from {feature.source}, but the schema has no {feature.source}"
+        )
+    dated = feature.source == "log" or tables[feature.source]
+    if feature.kind == "number" and not dated and not feature.timeless:
+        raise ValueError(
+            f"features.{name}: a number of a table that says no since holds for all times: a statistic over "
+            "the whole log would tell of later events; give the table's since, or say timeless: true if it "
+            "is none (a price, a length)"
+        )
+    if feature.timeless and (feature.kind != "number" or dated):
+        raise ValueError(
+            f"features.{name}: timeless goes with numbers of a table without since only; remove it"
+        )
 
 
 def check_counter(

@@ -27,6 +27,7 @@ from trainer.data.sources.feature_schema import (
     Counter,
     Feature,
     check_counter,
+    check_source,
 )
 
 DEFAULT_FRACTIONS: dict[SplitName, float] = {
@@ -72,6 +73,8 @@ class Catalogue(StrictModel):
     """A Parquet file of items; `path` is relative to the schema file.
 
     With `unescape_html`, entities such as &amp; in titles and categories become what they stand for.
+    With `since`, an item may have several rows, each valid for events strictly later; its title and
+    categories are those of its first row, so that they tell of nothing later.
     """
 
     path: Path
@@ -80,6 +83,18 @@ class Catalogue(StrictModel):
     categories: str | None = None
     categories_separator: str = Field(default="|", min_length=1)
     unescape_html: bool = False
+    since: str | None = None
+
+
+class Users(StrictModel):
+    """A Parquet file of users; `path` is relative to the schema file.
+
+    With `since`, a user may have several rows, each valid for events strictly later.
+    """
+
+    path: Path
+    user_id: str = "user_id"
+    since: str | None = None
 
 
 class LogNegatives(StrictModel):
@@ -110,7 +125,7 @@ class LogNegatives(StrictModel):
         return self
 
 
-NOT_YET = ("users", "sequences")
+NOT_YET = ("sequences",)
 
 
 class SplitChoice(StrictModel):
@@ -178,11 +193,18 @@ class LogSchema(StrictModel):
     strict: bool = False
     timestamp_unit: Literal["seconds", "milliseconds", "microseconds", "nanoseconds"] = "seconds"
     catalogue: Catalogue | None = None
+    users: Users | None = None
     scenarios: list[Scenario] = Field(min_length=1)
     split: SplitChoice = SplitChoice()
     positive_name: str = "liked"
     negative_name: str | None = "disliked"
     negatives: LogNegatives | None = None
+
+    @property
+    def tables(self) -> dict[str, Catalogue | Users]:
+        """The tables beside the log."""
+        named = {"catalogue": self.catalogue, "users": self.users}
+        return {name: table for name, table in named.items() if table is not None}
 
     @property
     def samples_negatives(self) -> bool:
@@ -242,11 +264,13 @@ class LogSchema(StrictModel):
 
     @model_validator(mode="after")
     def _check_features(self) -> LogSchema:
+        given = {name: table.since is not None for name, table in self.tables.items()}
         for name, feature in self.features.items():
-            if feature.source == "catalogue" and self.catalogue is None:
-                raise ValueError(
-                    f"features.{name}: from catalogue, but the schema has no catalogue"
-                )
+            check_source(name, feature, given)
+        if any(given.values()) and not self.has_clock:
+            raise ValueError(
+                "since: the log has no clock, so no row of a table is earlier than an event"
+            )
         for name, counter in self.counters.items():
             if name in self.features:
                 raise ValueError(f"counters.{name}: is a feature too; call the counter otherwise")

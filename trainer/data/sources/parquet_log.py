@@ -27,9 +27,9 @@ from trainer.data.sources.feature_columns import (
     describe_features,
     feature_casts,
     feature_columns,
-    join_catalogue,
     report_unread,
 )
+from trainer.data.sources.joined_tables import join_table
 from trainer.data.sources.log_checks import (
     check_labels,
     check_scenarios,
@@ -111,9 +111,8 @@ def open_log(
         if rules.columns.timestamp is None and rules.columns.order is None:
             events = _number_rows(con, events, scratch)
         whole = events
-        if rules.catalogue is not None:
-            item_kind = kinds["item_id"]
-            whole, joined = join_catalogue(con, events, rules.catalogue, item_kind, rules, schema)
+        for table in rules.tables:
+            whole, joined = join_table(con, whole, table, kinds, rules, schema)
             features |= joined
         ordered = {name: features[name] for name in rules.features}
         ordered |= describe_counters(rules.counters)

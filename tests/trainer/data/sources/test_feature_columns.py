@@ -97,7 +97,6 @@ BAD: dict[str, tuple[Callable[[dict, dict, dict], object], str]] = {
         "timeless: true",
     ),
     "sequences": (lambda log, c, schema: schema.update(sequences={}), "sequences: not supported yet"),
-    "features of users": (declare("age", **{"kind": "number", "from": "users"}), "not supported yet"),
     "sampled negatives": (
         lambda log, catalogue, schema: schema.update(negatives={"per_positive": 2}),
         "features: not supported yet together with negatives.per_positive",
