@@ -210,6 +210,23 @@ def _grouped(
     return grouped_linear(h, generated, gates @ bias, group, activation)
 
 
+def _strategy_for(h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, group: Tensor | None) -> str:
+    """What "auto" takes for these arguments of `meta_linear`, autocast counted in."""
+    device = h.device.type
+    cast = autocasts(device) and h.dtype != torch.float64  # which stays
+    strategy, _ = _choose(
+        h.shape[0],
+        g.shape[1],
+        h.shape[1],
+        bias.shape[1],
+        None if group is None else g.shape[0],
+        device,
+        AUTOCAST_TYPE if cast else h.dtype,
+        weight.dim() == 2,
+    )
+    return strategy
+
+
 def meta_linear(
     h: Tensor,
     g: Tensor,
@@ -249,18 +266,7 @@ def meta_linear(
     _check(h, g, weight, bias, group)
     name = activation_name(activation)
     if strategy == "auto":
-        device = h.device.type
-        cast = autocasts(device) and h.dtype != torch.float64  # which stays
-        strategy, _ = _choose(
-            h.shape[0],
-            g.shape[1],
-            h.shape[1],
-            bias.shape[1],
-            None if group is None else g.shape[0],
-            device,
-            AUTOCAST_TYPE if cast else h.dtype,
-            weight.dim() == 2,
-        )
+        strategy = _strategy_for(h, g, weight, bias, group)
     if strategy == "grouped":
         if group is None:
             raise ValueError(

@@ -66,17 +66,7 @@ def traffic(
     flops = 2 * rows * slices * i * o
     gates, weight, x, z = 4 * slices * rows, slices * i * o, rows * i, rows * o
     if kernel == "backward_weight":
-        tile, _ = choose_tile(kernel, itemsize, i, 0)
-        across, along, groups = _up(i, tile.bn), _up(o, tile.bm), _up(slices, tile.slices)
-        programs = across * along * groups
-        shares = _up(rows, share_of_batch(processors, programs, rows, max(i, o), tile.bk))
-        # Where their number is odd, the last group reads its only slice's gates twice.
-        gates_read = 4 * rows * tile.slices * groups * across * along
-        once = itemsize * (z * across + x * along) * groups + gates_read
-        partial = weight * (itemsize if shares == 1 else 4) * shares
-        added = 0 if shares == 1 else partial + itemsize * weight
-        memory = itemsize * (x + z + weight) + gates + (partial + added - itemsize * weight)
-        return Traffic(flops, once + partial + added, memory, programs * shares)
+        return _traffic_of_weights(rows, slices, i, o, itemsize, processors)
     columns, depth = (o, i) if kernel == "forward" else (i, o)
     tile, one_k = choose_tile(kernel, itemsize, columns, depth)
     down, across = _up(rows, tile.bm), _up(columns, tile.bn)
@@ -100,3 +90,22 @@ def traffic(
         ends = range(0, slices, per_part)
         moved += itemsize * z * sum(_up(min(per_part, slices - j), 32) for j in ends)
     return Traffic(flops, moved, memory + itemsize * x + shares_of_dg, down * across * parts)
+
+
+def _traffic_of_weights(
+    rows: int, slices: int, i: int, o: int, itemsize: int, processors: int
+) -> Traffic:
+    """Counts "backward_weight", whose programs hold several slices each."""
+    gates, weight, x, z = 4 * slices * rows, slices * i * o, rows * i, rows * o
+    tile, _ = choose_tile("backward_weight", itemsize, i, 0)
+    across, along, groups = _up(i, tile.bn), _up(o, tile.bm), _up(slices, tile.slices)
+    programs = across * along * groups
+    shares = _up(rows, share_of_batch(processors, programs, rows, max(i, o), tile.bk))
+    # Where their number is odd, the last group reads its only slice's gates twice.
+    gates_read = 4 * rows * tile.slices * groups * across * along
+    once = itemsize * (z * across + x * along) * groups + gates_read
+    partial = weight * (itemsize if shares == 1 else 4) * shares
+    added = 0 if shares == 1 else partial + itemsize * weight
+    memory = itemsize * (x + z + weight) + gates + (partial + added - itemsize * weight)
+    flops = 2 * rows * slices * i * o
+    return Traffic(flops, once + partial + added, memory, programs * shares)

@@ -307,7 +307,7 @@ def replaced(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.slow
 def test_add_your_own_is_short_and_works(tmp_path: Path) -> None:
-    """The three places that the page names; then every common test of this file must pass with it."""
+    """The one line that the page names; then every common test of this file must pass with it."""
     page = (ROOT / "docs" / "tutorials" / "own-backbone.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(code.splitlines()) <= 60
@@ -317,15 +317,10 @@ def test_add_your_own_is_short_and_works(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     models = tmp_path / "trainer" / "models"
     (models / "scaled_bottom.py").write_text(code)
-    last = "from trainer.models.star import Star\n"
-    line = f"from trainer.models.scaled_bottom import {added}\n"
-    replaced(models / "__init__.py", last, line + last)
-    replaced(models / "__init__.py", "DeepFM,\n}", f'DeepFM,\n    "scaled_bottom": {added},\n}}')
-    replaced(
-        tmp_path / "trainer" / "config" / "model.py",
-        '    "deepfm",\n',
-        '    "deepfm",\n    "scaled_bottom",\n',
-    )
+    (line,) = re.findall(r"`(\"\w+\": \"[\w.]+\")`", page)
+    assert line == f'"scaled_bottom": "scaled_bottom.{added}"'
+    registry = tmp_path / "trainer" / "config" / "backbones.py"
+    replaced(registry, '"deepfm.DeepFM",\n', f'"deepfm.DeepFM",\n    {line},\n')
     copy = tmp_path / "tests" / "trainer" / "models" / "test_backbones.py"
     replaced(copy, "\nOWNING = {", '\nOWNING = {"scaled_bottom", ')
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
