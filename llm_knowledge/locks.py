@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -13,21 +14,37 @@ from pathlib import Path
 
 from llm_knowledge.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 LOCK = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-@contextmanager
-def directory_lock(path: Path) -> Iterator[None]:
-    """Holds a directory for one run; the kernel drops the lock with its owner, so none is ever stale.
+def hold_directory(path: Path, wait_seconds: float = 0.0) -> int | None:
+    """Takes a directory for one command; made where it is missing.
+
+    The kernel drops the lock of a process that dies, so a dead owner holds nothing.
+
+    Args:
+        path: The directory.
+        wait_seconds: How long another owner may still take.
+
+    Returns:
+        What `release_lock` needs; None, with a warning, where the file system has no locks.
 
     Raises:
-        InputError: Another run holds it (the message says which: process, host, since when), the
-            directory cannot be written, or its file system has no locks.
+        InputError: Another command holds it (the message says which process on which host since when), or
+            it cannot be written.
     """
+    end = time.monotonic() + wait_seconds
     try:
         path.mkdir(parents=True, exist_ok=True)
-        handle = take_lock(path)
+        while (handle := take_lock(path)) is None and time.monotonic() < end:
+            time.sleep(0.1)
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            logger.warning("%s: its file system has no locks: start no second command there", path)
+            return None
         raise InputError(
             f"{path}: cannot be written or locked ({error}); choose another directory"
         ) from error
@@ -36,10 +53,18 @@ def directory_lock(path: Path) -> Iterator[None]:
             f"{path}: another run is writing here ({lock_owner(path)}); wait for it, or choose another "
             "directory"
         )
+    return handle
+
+
+@contextmanager
+def directory_lock(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+    """`hold_directory` for a block."""
+    handle = hold_directory(path, wait_seconds)
     try:
         yield
     finally:
-        release_lock(path, handle)
+        if handle is not None:
+            release_lock(path, handle)
 
 
 def take_lock(path: Path) -> int | None:
@@ -49,7 +74,8 @@ def take_lock(path: Path) -> int | None:
         OSError: The directory cannot be written, or its file system has no locks.
     """
     file = path / LOCK
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    # A directory may come from somebody else: what a link in it leads to is not ours to write.
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The owner before us may have removed the file between our open and our lock.

@@ -222,6 +222,8 @@ def test_a_training_that_is_interrupted_says_how_it_goes_on(tmp_path: Path, numb
             cwd=ROOT,
             stdout=said,
             stderr=said,
+            # Under nohup, tests would hand on that a hangup is ignored, which training respects.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
     metrics, ends = tmp_path / "run/metrics.jsonl", time.monotonic() + 100
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
@@ -229,7 +231,10 @@ def test_a_training_that_is_interrupted_says_how_it_goes_on(tmp_path: Path, numb
         assert time.monotonic() < ends
         time.sleep(0.1)
     training.send_signal(number)
-    code = training.wait(timeout=60)
+    try:
+        code = training.wait(timeout=60)
+    finally:
+        training.kill()
     message = (tmp_path / "said").read_text()
     assert "Traceback" not in message
     assert "--resume goes on from" in message

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.dataset_files import read_description, split_files
 from llm_knowledge.errors import InputError
+from llm_knowledge.locks import directory_lock
 from llm_knowledge.parquet import parquet_sql
 from trainer.data.fingerprint import description_fingerprint
 from trainer.evaluation.predictions import (
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SEGMENTS = ("known", "sparse", "new_in_scenario", "new_user")
 TOP_K = 10
+WAIT_SECONDS = 30.0  # for another command that is writing in the run
 # Half the distance from 1 to the next smaller float32: clipping moves exact 0 and 1 only (and
 # probabilities below 1e-7).
 EPSILON = 1e-7
@@ -241,7 +243,8 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
             "dataset.json. Give the dataset's present place."
         )
     facts = read_description(data)
-    with database() as con:
+    # Another command may be replacing the predictions, by its own ones of the same rows.
+    with directory_lock(directory.path, WAIT_SECONDS), database() as con:
         load_predictions(con, directory.predictions(split), data)
         _check_complete(con, directory, split, data, facts)
         blocks = _all_metrics(con, facts)
@@ -250,16 +253,16 @@ def write_evaluation(run: Path, split: str = "test", dataset: Path | None = None
             # The simulator's truth is that of the first label.
             more = _all_metrics(con, {**facts, "truth": None})
             blocks.setdefault("labels", {})[label] = more
-    result = {
-        "format_version": 1,
-        "name": directory.arm,
-        "seed": directory.seed,
-        "split": split,
-        "dataset": {"name": facts.get("name"), "fingerprint": description_fingerprint(facts)},
-        **blocks,
-        "definitions": DEFINITIONS,
-    }
-    write_json(evaluation_file(run, split), result)
+        result = {
+            "format_version": 1,
+            "name": directory.arm,
+            "seed": directory.seed,
+            "split": split,
+            "dataset": {"name": facts.get("name"), "fingerprint": description_fingerprint(facts)},
+            **blocks,
+            "definitions": DEFINITIONS,
+        }
+        write_json(evaluation_file(run, split), result)
     return result
 
 

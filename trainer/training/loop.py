@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from trainer.run.id_tables import collision_rates
 from trainer.run.inputs import open_inputs
 from trainer.run.session import Continuation, Run
 from trainer.training.resume import find_continuation
-from trainer.training.run_folder import prepare_folder, write_plan
+from trainer.training.run_folder import prepare_folder, run_owner, write_plan
 from trainer.training.schedule import set_learning_rates
 from trainer.training.scoring import measure, write_predictions
 
@@ -54,8 +54,8 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         InputError: If configuration, data and stores do not fit together.
     """
     began = time.perf_counter()
-    with distributed(config.train.timeout_seconds) as runtime:
-        run, since = _set_up(config, runtime, resume)
+    with distributed(config.train.timeout_seconds) as runtime, ExitStack() as held:
+        run, since = _set_up(config, runtime, resume, held)
         state = fit(run, since)
         load_checkpoint(best_of(run.folder / "checkpoints", state), run)
         write_predictions(run, "test")
@@ -241,8 +241,13 @@ class Loop:
         return state.record_evaluation(auc)
 
 
-def _set_up(config: RunConfig, runtime: Runtime, resume: bool) -> tuple[Run, Continuation | None]:
-    """Checks what can be checked before anything is written, then builds the run."""
+def _set_up(
+    config: RunConfig, runtime: Runtime, resume: bool, held: ExitStack
+) -> tuple[Run, Continuation | None]:
+    """Checks what can be checked before anything is written, then builds the run.
+
+    The run's directory belongs to this training until `held` is closed.
+    """
     check_hosts(Path(config.output), config.model_dump())
     on_all_ranks(lambda: check_trackers(config.train.trackers))
     inputs = on_all_ranks(lambda: open_inputs(config, runtime))
@@ -252,6 +257,7 @@ def _set_up(config: RunConfig, runtime: Runtime, resume: bool) -> tuple[Run, Con
     start = config.train.start_from
     if start is not None and not checkpoints(Path(config.output) / "checkpoints"):
         on_all_ranks(lambda: find_start(Path(start)))
+    held.enter_context(run_owner(Path(config.output), runtime))
     folder = on_all_ranks(lambda: prepare_folder(config, runtime, resume))
     run = build(config, runtime, folder, inputs)
     if runtime.is_main:

@@ -2,15 +2,37 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import remove_abandoned
+from llm_knowledge.locks import hold_directory, release_lock
 from trainer.config.run import RunConfig, save_config
-from trainer.distributed.process_group import Runtime
+from trainer.distributed.process_group import Runtime, on_all_ranks
 from trainer.run.session import Run
 from trainer.training.resume import copy_vocabularies, note_data, resume_config
+
+
+@contextmanager
+def run_owner(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Holds a run directory for one command, so that no two write there; made where it is missing.
+
+    Raises:
+        InputError: On all ranks: another command holds it (the message says which process on which host
+            since when), or the directory cannot be written.
+    """
+    lock = on_all_ranks(lambda: hold_directory(folder) if runtime.is_main else None)
+    try:
+        if runtime.is_main:
+            remove_abandoned(folder)
+        yield
+    finally:
+        if lock is not None:
+            release_lock(folder, lock)
 
 
 def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from trainer.run.build import build
 from trainer.run.inputs import open_inputs
 from trainer.run.session import Run
 from trainer.training.resume import check_data
+from trainer.training.run_folder import run_owner
 
 # Of equal width in logits from -LARGEST to LARGEST: rare positives are apart there, but not as
 # probabilities. The AUC of so fine a histogram is exact to 1e-4 whatever the base rate.
@@ -170,11 +172,11 @@ def predict(folder: Path, split: str, changes: Changes = ()) -> Path:
         InputError: The data is not what the run was trained on, or there is no checkpoint of this model.
     """
     config = load_config(folder / "config.yaml", changes)
-    with distributed(config.train.timeout_seconds) as runtime:
+    with distributed(config.train.timeout_seconds) as runtime, ExitStack() as held:
         inputs = open_inputs(config, runtime)
-        on_all_ranks(
-            lambda: check_data(config.data.path, folder)
-        )  # before good predictions are replaced
+        # Before good predictions are replaced.
+        on_all_ranks(lambda: check_data(config.data.path, folder))
+        held.enter_context(run_owner(folder, runtime))
         run = build(config, runtime, folder, inputs)
         saved = folder / "checkpoints"
         whole = [path for path in checkpoints(saved) if problem_of(path) is None]

@@ -7,14 +7,14 @@ import errno
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_knowledge.dataset_files import footer_checksum
 from llm_knowledge.errors import InputError
-from llm_knowledge.parquet import escape_glob, parquet_sql
+from llm_knowledge.files import check_new_directory, publish_directory, workspace
+from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import DatasetInfo
 
 if TYPE_CHECKING:
@@ -39,45 +39,26 @@ def event_order(fraction: bool = False) -> str:
 def output_directory(out: Path) -> Iterator[Path]:
     """Give a new folder beside `out` that becomes `out` by one rename when the block succeeds.
 
-    Nothing of it stays behind when the block fails. Its subfolder `scratch` is for temporary files.
+    Nothing of it stays behind when the block fails; what a kill left goes with the next dataset that is
+    written beside it. Its subfolder `scratch` is for temporary files.
 
     Raises:
-        InputError: `out` holds something already, or cannot be written (permission, space).
+        InputError: `out` holds something already, or another command has filled it meanwhile, or it cannot
+            be written (permission, space).
     """
     out = Path(os.path.abspath(out))
     with writing_errors(out):
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"{out}: is not empty; nothing was changed; remove it or give another --out"
-            )
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{out}: is a file; give a folder that does not exist yet as --out")
-        work = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+        check_new_directory(out)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(out)
-            work.mkdir()
         except FileNotFoundError:  # where nothing can be made, as in /proc
             raise InputError(f"{out}: cannot be made there; give another --out") from None
-        try:
-            (work / "scratch").mkdir()
-            (work / "owner").write_text(f"{socket.gethostname()} {os.getpid()}")
-            yield work
-            shutil.rmtree(work / "scratch")
-            (work / "owner").unlink()
-            os.replace(work, out)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed runs on this machine left beside `out`; live or foreign ones stay."""
-    for folder in out.parent.glob(f"{escape_glob(out.name)}.tmp-*"):
-        with contextlib.suppress(OSError, ValueError):
-            host, pid = (folder / "owner").read_text().split()
-            if host == socket.gethostname() and not Path(f"/proc/{int(pid)}").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+        with workspace(out) as beside:
+            folder = beside / out.name
+            (folder / "scratch").mkdir(parents=True)
+            yield folder
+            shutil.rmtree(folder / "scratch")
+            publish_directory(folder, out)
 
 
 @contextlib.contextmanager
@@ -90,6 +71,11 @@ def writing_errors(out: Path) -> Iterator[None]:
     except (OSError, duckdb.Error) as error:
         number, text = getattr(error, "errno", None) or 0, str(error)
         full = "No space left" in text or "max_temp_directory_size" in text
+        if number in (errno.ENOTEMPTY, errno.EEXIST) and getattr(error, "filename2", None):
+            raise InputError(
+                f"{out}: another command has written it meanwhile; that one is whole, nothing of this "
+                "one was kept; give another --out"
+            ) from error
         if number in (errno.ENOSPC, errno.EDQUOT) or full:
             raise InputError(
                 f"{out.parent}: no space left while writing {out.name}; nothing was kept; "

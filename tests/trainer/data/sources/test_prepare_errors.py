@@ -2,16 +2,19 @@
 
 import errno
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.locks import directory_lock
 from tests.helpers.log_data import SCHEMA, prepare, random_log, write_log
 from trainer.data.dataset import SPLITS, open_dataset, split_files, validate_dataset
 from trainer.data.sources import staging as pipeline
 from trainer.data.sources.parquet_log import prepare_parquet
+from trainer.data.sources.writer import write_sorted
 
 
 def change(name: str, place: int, value: object):
@@ -149,17 +152,31 @@ def test_existing_output_is_never_touched(tmp_path):
 
 
 def test_empty_output_folder_is_used_and_abandoned_work_removed(tmp_path):
-    import socket
-
     (tmp_path / "out").mkdir()
-    for name, owner in (
-        ("out.tmp-1", "elsewhere 1"),
-        ("out.tmp-9", f"{socket.gethostname()} 999999999"),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "owner").write_text(owner)
-    prepare(tmp_path, random_log(200))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp-1", "raw"]
+    (tmp_path / ".out.00000000.llm4msr-tmp/scratch").mkdir(parents=True)  # of a killed command
+    living = tmp_path / ".out.11111111.llm4msr-tmp"
+    living.mkdir()
+    with directory_lock(living):
+        prepare(tmp_path, random_log(200))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "out", "raw"]
+
+
+def test_of_two_that_write_one_dataset_the_slower_is_told_so(tmp_path, monkeypatch):
+    """Both found the place empty; the first to end keeps it."""
+    (tmp_path / "first").mkdir()
+    first = prepare(tmp_path / "first", random_log(200))
+
+    def write_late(*arguments, **options):
+        if not (tmp_path / "out").exists():
+            shutil.copytree(first, tmp_path / "out")
+        return write_sorted(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "write_sorted", write_late)
+    with pytest.raises(InputError, match="out: another command has written it meanwhile"):
+        prepare(tmp_path, random_log(300))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out", "raw"]
+    for file in (tmp_path / "out").rglob("*.parquet"):
+        assert file.read_bytes() == (first / file.relative_to(tmp_path / "out")).read_bytes()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
