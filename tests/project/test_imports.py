@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.house import Tree, takes_whole_configuration
 from tests.helpers.paths import ROOT
 
 MAY_IMPORT = {
@@ -115,6 +116,20 @@ def test_rooms_are_small() -> None:
     files = [file for file in modules().values() if file.name != "__init__.py"]
     rooms = Counter(file.parent.relative_to(ROOT) for file in files)
     assert max(rooms.values()) <= 22, rooms.most_common(3)
+
+
+def test_few_functions_take_the_whole_configuration() -> None:
+    """What builds, saves or compares a run needs all of it; everything else takes sections or values."""
+    takers = [
+        function.name for function in Tree(ROOT).functions if takes_whole_configuration(function)
+    ]
+    assert "train" in takers  # it is counted as it should be
+    assert len(takers) <= 15, takers
+
+
+def test_the_formatter_formats_everything_in_trainer_and_embeddings() -> None:
+    tree = Tree(ROOT)
+    assert tree.skips("trainer", "embeddings") == 0
 
 
 def test_circles_are_found() -> None:

@@ -116,7 +116,7 @@ def profile_meta_layer(
     """
     import torch
 
-    from embeddings.profiling.measure import machine, summary
+    from embeddings.profiling.measure import machine
     from trainer.models.meta import Generator, MetaLayer
 
     sizes = (batch, rank, in_features, out_features, core_width, rounds - 1, distinct or batch)
@@ -129,17 +129,23 @@ def profile_meta_layer(
     peak = 2 * PEAK_SIZE**3 / statistics.median(seconds["peak"]) / 1e9
     taken = _strategy_taken(strategy, shape, distinct, element, device, kind, core_width)
     work = _work(kind, taken, shape, distinct, core_width)
-    report: dict[str, Any] = {
+    return {
         "explanation": layer.explain(batch, distinct, device, element),
         "strategy": taken,
         "peak_gflops": peak,
         "machine": machine(),
+        "forward": _speed(seconds["forward"], work, peak),
+        "step": _speed(seconds["step"], 3 * work, peak),
     }
-    for name, times in (("forward", work), ("step", 3 * work)):
-        milliseconds = {key: value * 1e3 for key, value in summary(seconds[name]).items()}
-        gflops = times / milliseconds["median"] / 1e6
-        report[name] = milliseconds | {"gflops": gflops, "fraction_of_peak": gflops / peak}
-    return report
+
+
+def _speed(seconds: list[float], work: int, peak: float) -> dict[str, float]:
+    """Times in ms, and what they mean for so many operations."""
+    from embeddings.profiling.measure import summary
+
+    milliseconds = {key: value * 1e3 for key, value in summary(seconds).items()}
+    gflops = work / milliseconds["median"] / 1e6
+    return milliseconds | {"gflops": gflops, "fraction_of_peak": gflops / peak}
 
 
 def _strategy_taken(
