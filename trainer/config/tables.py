@@ -16,9 +16,8 @@ Sharding = Literal[
     "planner",
 ]
 Kernel = Literal["fused", "uvm", "uvm_caching", "key_value"]
-TableName = Literal[
-    "user", "item", "user_knowledge", "item_knowledge"
-]  # ids and vectors of TABLE_LEVELS
+# Of ids and of vectors, by `trainer.config.levels.TABLE_LEVELS`.
+TableName = Literal["user", "item", "user_knowledge", "item_knowledge"]
 
 
 class Section(BaseModel):

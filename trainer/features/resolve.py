@@ -6,12 +6,13 @@ from typing import Literal
 
 from llm_knowledge.errors import InputError
 from trainer.config.features import FeaturesConfig, FeatureUse
+from trainer.config.levels import ITEM, SCENARIO, USER
 from trainer.data.dataset import DatasetInfo, FeatureInfo
 
 DEFAULT_DIM = 8
 NUMBER_WIDTH = 2  # the number, and whether it is missing
 # What a cross may combine besides features of kind id.
-COLUMNS_OF_ROLES = {"user": "user_id", "item": "item_id", "scenario": "scenario_id"}
+COLUMNS_OF_ROLES = {level.name: level.id_column for level in (USER, ITEM, SCENARIO)}
 Kind = Literal["id", "ids", "number", "cross"]
 
 # Options that a kind does not know, by kind; a number in buckets is a kind of its own here.
