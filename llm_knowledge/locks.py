@@ -46,7 +46,7 @@ def hold_directory(path: Path, wait_seconds: float = 0.0) -> int | None:
             logger.warning("%s: its file system has no locks: start no second command there", path)
             return None
         raise InputError(
-            f"{path}: cannot be written or locked ({error}); choose another directory"
+            f"{path}: cannot be written or locked ({error.strerror}); choose another directory"
         ) from error
     if handle is None:
         raise InputError(

@@ -92,6 +92,8 @@ class Job:
 
             def prepare() -> list[int] | None:
                 held.enter_context(directory_lock(self.config.out))
+                # First, also where the store is complete: a run may die just after its manifest.
+                remove_abandoned(self.config.out)
                 return self._prepare()
 
             missing = lead(self.workers, f"{stage}/plan", prepare)
@@ -152,7 +154,6 @@ class Job:
                 raise InputError(f"{out}: holds files of something else ({strangers[0]}); choose a "
                                  f"new directory")  # fmt: skip
             write_manifest(out, wanted)
-        remove_abandoned(out)
         self._build_profiles(wanted.job)
         with open_part(self.profiles) as profiles:
             return [index for index in range(profiles.num_row_groups)

@@ -20,6 +20,7 @@ from llm_knowledge.errors import InputError
 from llm_knowledge.extraction import job
 from llm_knowledge.extraction.config import ExtractConfig
 from llm_knowledge.extraction.extract import extract
+from llm_knowledge.files import WORKSPACE_SUFFIX
 from llm_knowledge.store.manifest import Manifest
 from llm_knowledge.store.reader import KnowledgeStore, verify
 from tests.helpers.knowledge_data import random_dataset, tiny_encoder
@@ -130,11 +131,12 @@ def test_killed_at_random_moments(tmp_path: Path, kill: str) -> None:
 
 def test_killed_between_manifest_and_tidying_up(tmp_path: Path, monkeypatch) -> None:
     config = small_config(tmp_path)
-    write = job.write_manifest
+    write, left = job.write_manifest, config.out / f".manifest.json.12345678{WORKSPACE_SUFFIX}"
 
     def dies(out: Path, manifest: Manifest) -> None:
         write(out, manifest)
         if manifest.complete:
+            left.mkdir()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -146,6 +148,7 @@ def test_killed_between_manifest_and_tidying_up(tmp_path: Path, monkeypatch) -> 
     parts = {file: file.stat().st_mtime_ns for file in config.out.glob("part-*")}
     extract(config)
     assert not profiles.exists()
+    assert not left.exists()
     assert parts == {file: file.stat().st_mtime_ns for file in config.out.glob("part-*")}
     verify(config.out)
 

@@ -362,7 +362,7 @@ def test_bad_input_on_two_processes_is_one_message_and_exit_code_2(
 def test_output_that_cannot_be_written(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     config = make_config(*inputs, tmp_path / "file" / "run")
-    with pytest.raises(InputError, match=r"cannot write the run directory \(Not a directory\)"):
+    with pytest.raises(InputError, match=r"cannot be written or locked \(Not a directory\)"):
         train(config)
     assert (tmp_path / "file").read_text() == "in the way"
 
