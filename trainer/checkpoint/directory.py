@@ -73,7 +73,7 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     saved = checkpoints(folder)
     whole = {path: read_state(path) for path in saved if problem_of(path) is None}
     newest = list(whole)[-keep_last:]
-    measured = {path: state.auc for path, state in whole.items() if state.auc is not None}
+    measured = {path: state.score for path, state in whole.items() if state.score is not None}
     best = sorted(measured, key=lambda path: measured[path], reverse=True)[:keep_best]
     kept = {*newest, *best, *(best_of(folder, whole[path]) for path in newest)}
     for path in saved:
@@ -87,8 +87,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def best_of(folder: Path, state: LoopState) -> Path:
-    """The checkpoint of the best evaluation."""
-    return folder / f"step-{state.best_step:08d}"
+    """The checkpoint of the best evaluation; this state's own before the first one."""
+    return folder / f"step-{state.best_step or state.step:08d}"
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -177,4 +177,6 @@ def read_state(checkpoint: Path) -> LoopState:
 def _loop_state(description: dict[str, Any]) -> LoopState:
     known = {field.name for field in fields(LoopState)}
     loop = {name: value for name, value in description["loop"].items() if name in known}
+    if "score" not in loop:  # version 0.1 knew the AUC only
+        loop |= {"score": loop.get("auc"), "best_score": loop.get("best_auc")}
     return TypeAdapter(LoopState).validate_json(json.dumps(loop), strict=True)

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from trainer.config.tables import ScheduleConfig, Section
 
 Precision = Literal["float32", "tf32", "bf16"]
+Selection = Literal["auc", "gauc", "logloss"]
 
 
 class GuardConfig(Section):
@@ -64,6 +65,12 @@ class TrainConfig(Section):
     )
     eval_every: int = Field(
         default=80, ge=1, description="Steps between evaluations on the valid split."
+    )
+    select_by: Selection = Field(
+        default="auc",
+        description="What makes an evaluation on the valid split the best, which checkpoint is scored, "
+        "and when patience ends: auc; gauc, the AUC within users, whose predictions rank 0 collects; "
+        "logloss, which also decides where the valid split has one class only.",
     )
     patience: int = Field(
         default=3, ge=1, description="Evaluations without improvement before stopping."

@@ -35,7 +35,8 @@ from trainer.run.session import Continuation, Run
 from trainer.training.resume import find_continuation
 from trainer.training.run_folder import prepare_folder, run_owner, write_plan
 from trainer.training.schedule import set_learning_rates
-from trainer.training.scoring import measure, write_predictions
+from trainer.training.scoring import write_predictions
+from trainer.training.validation import measure
 
 logger = logging.getLogger(__name__)
 
@@ -225,20 +226,30 @@ class Loop:
 
     def _evaluate(self, state: LoopState, epoch: int) -> bool:
         """Measures the valid split; returns whether it is the best so far."""
-        auc, logloss = measure(self.run, self.valid)
+        select_by = self.run.config.train.select_by
+        valid = measure(self.run, self.valid, "valid" if select_by == "gauc" else None)
+        numbers = {
+            "valid_auc": valid.auc,
+            "valid_logloss": valid.logloss,
+            "valid_normalised_entropy": valid.normalised_entropy,
+        }
+        if select_by == "gauc":
+            numbers["valid_gauc"] = valid.gauc
         ids = self.run.report_ids(scored=True)
-        self.log.write("valid", state.step, epoch, valid_auc=auc, valid_logloss=logloss, **ids)
+        self.log.write("valid", state.step, epoch, **numbers, **ids)
         if self.bar.disable:  # no bar: a log gets lines
-            shown = "undefined" if auc is None else f"{auc:.4f}"
+            shown = ["undefined" if value is None else f"{value:.4f}" for value in numbers.values()]
             logger.info(
-                "%s: step %d, epoch %d: valid AUC %s, logloss %.4f",
+                "%s: step %d, epoch %d: valid AUC %s, logloss %s, normalised entropy %s%s",
                 self.run.config.name,
                 state.step,
                 epoch,
-                shown,
-                logloss,
+                *shown[:3],
+                f", GAUC {shown[3]}" if select_by == "gauc" else "",
             )
-        return state.record_evaluation(auc)
+        return state.record_evaluation(
+            valid.criterion(select_by), valid.auc, valid.normalised_entropy
+        )
 
 
 def _set_up(
@@ -271,13 +282,22 @@ def _write_summary(run: Run, state: LoopState, began: float) -> None:
     if run.runtime.is_main:
         summary = {
             "steps": state.step,
-            "best_step": state.best_step,
+            "best_step": state.best_step or state.step,
+            "selected_by": state.best_by,
             "valid_auc": state.best_auc,
+            "valid_normalised_entropy": state.best_normalised_entropy,
             "wall_seconds": round(time.perf_counter() - began, 2),
             "world_size": run.runtime.world_size,
             "ids": ids | collision_rates(run.config.tables.hash_rows, run.config.data),
         }
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        if (state.best_normalised_entropy or 0) > 1:
+            logger.warning(
+                "%s: the chosen model's normalised entropy on valid is %.3f: its probabilities are worse "
+                "than the mean label rate for all; train.select_by: logloss chooses by probabilities",
+                run.config.name,
+                state.best_normalised_entropy,
+            )
 
 
 def _progress_bar(run: Run, step: int, total: int) -> tqdm:

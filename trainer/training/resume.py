@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_knowledge.errors import InputError
 from llm_knowledge.json_files import read_json
-from trainer.checkpoint.directory import checkpoints, read_state
+from trainer.checkpoint.directory import best_of, checkpoints, read_state
 from trainer.config.run import DataConfig, RunConfig, differences, load_config, save_config
 from trainer.data.dataset import DatasetInfo, open_dataset, split_files
 from trainer.data.fingerprint import fingerprint, new_training_rows
@@ -36,7 +36,7 @@ def find_continuation(
         raise InputError(
             "train.continue_from: new rows are in the split train; add it to data.train_splits"
         )
-    best = earlier / "checkpoints" / f"step-{read_state(saved[-1]).best_step:08d}"
+    best = best_of(earlier / "checkpoints", read_state(saved[-1]))
     trained_on = _trained_on(earlier)["fingerprint"]
     parts, rows = new_training_rows(dataset, Path(data.path), trained_on)
     return Continuation(best, split_files(data.path, "train")[parts:], dataset.rows["train"] - rows)

@@ -1,4 +1,4 @@
-"""Scoring a split with the live model: running metrics while training, predictions as Parquet."""
+"""Scoring a split with the live model; predictions as Parquet."""
 
 import os
 import shutil
@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm_knowledge.errors import InputError
@@ -26,9 +25,6 @@ from trainer.run.session import Run
 from trainer.training.resume import check_data
 from trainer.training.run_folder import run_owner
 
-# Of equal width in logits from -LARGEST to LARGEST: rare positives are apart there, but not as
-# probabilities. The AUC of so fine a histogram is exact to 1e-4 whatever the base rate.
-BINS, LARGEST = 65_536, 30.0
 ID_COLUMNS = ["user_id", "item_id", "scenario_id", "timestamp", "label"]
 
 
@@ -44,43 +40,6 @@ def score(run: Run, events: EventStream) -> Iterator[Predictions]:
         for _ in range(events.steps):
             yield run.pipeline.progress(batches)
         on_all_ranks(feed.check)
-
-
-def measure(run: Run, events: EventStream) -> tuple[float | None, float]:
-    """Computes AUC (None if only one class occurs) and logloss over all ranks, in constant memory."""
-    device = run.runtime.device
-    counts = torch.zeros(2, BINS, dtype=torch.float64, device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for predictions in score(run, events):
-        shifted = predictions.logits.float().nan_to_num().clamp(-LARGEST, LARGEST) + LARGEST
-        bins = (shifted * (BINS / (2 * LARGEST))).long().clamp(max=BINS - 1)
-        for label in (0, 1):
-            counts[label].index_add_(
-                0, bins, (predictions.weight * (predictions.label == label)).double()
-            )
-        loss = F.binary_cross_entropy_with_logits(
-            predictions.logits, predictions.label, predictions.weight, reduction="sum"
-        )
-        sums += torch.stack([loss, predictions.weight.sum()]).double()
-    dist.all_reduce(counts)
-    dist.all_reduce(sums)
-    if not torch.isfinite(sums).all():
-        raise InputError(
-            f"{run.folder}: predictions are not finite, training has diverged; lower train.learning_rate, "
-            "train.meta_learning_rate or tables.learning_rate",
-            shared=True,
-        )
-    return histogram_auc(counts), (sums[0] / sums[1].clamp(min=1)).item()
-
-
-def histogram_auc(counts: Tensor) -> float | None:
-    """AUC from [2, bins] counts of negatives and positives; a shared bin counts as a tie."""
-    negatives, positives = counts
-    pairs = negatives.sum() * positives.sum()
-    if pairs == 0:
-        return None
-    below = negatives.cumsum(0) - negatives
-    return ((positives * (below + 0.5 * negatives)).sum() / pairs).item()
 
 
 def write_predictions(run: Run, split: str) -> Path:

@@ -20,7 +20,7 @@ from trainer.distributed.process_group import Runtime, distributed
 from trainer.models.shapes import Predictions
 from trainer.run.inputs import open_inputs
 from trainer.run.session import Run
-from trainer.training import scoring
+from trainer.training import scoring, validation
 from trainer.training.loop import train
 
 
@@ -172,7 +172,8 @@ def test_auc_while_training_is_that_of_the_ranks(
             torch.from_numpy(logits), torch.from_numpy(label), torch.ones(rows), none, none, none
         )
 
-    monkeypatch.setattr(scoring, "score", score)
+    monkeypatch.setattr(validation, "score", score)
     with distributed(60) as runtime:
-        auc, _ = scoring.measure(SimpleNamespace(runtime=runtime, folder=tmp_path), None)
-    assert auc == pytest.approx(exact_auc(logits, label), abs=1e-4)
+        run = SimpleNamespace(runtime=runtime, folder=tmp_path)
+        measured = validation.measure(run, None)
+    assert measured.auc == pytest.approx(exact_auc(logits, label), abs=1e-4)

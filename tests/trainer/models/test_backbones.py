@@ -37,7 +37,7 @@ from trainer.models.llm4msr import DenseModel
 from trainer.run.build import build
 from trainer.run.inputs import open_inputs
 from trainer.training.run_folder import prepare_folder
-from trainer.training.scoring import measure
+from trainer.training.validation import measure
 
 PAGE = ROOT / "docs" / "reference" / "backbones.md"
 # S is a prime that divides no other width here: what it divides belongs to the scenarios.
@@ -390,7 +390,7 @@ def step_on_all_ranks(data: Path, stores: Path, root: Path) -> dict[str, list[fl
                 CheckpointWriter(run, folder).save(LoopState())
             load_checkpoint(start, run)
             valid = run.stream(["valid"], shuffle=False)
-            before = measure(run, valid)[1]
+            before = measure(run, valid).logloss
             run.model.train()
             train = run.stream(["train"], shuffle=False)
             assert train.steps == 1
@@ -406,7 +406,7 @@ def step_on_all_ranks(data: Path, stores: Path, root: Path) -> dict[str, list[fl
             )
             dist.all_reduce(sums)
             loss, further_logit = (sums[0] / sums[1]).item(), (sums[2] / sums[1]).item()
-            found[name] = [before, loss, measure(run, valid)[1], further_logit]
+            found[name] = [before, loss, measure(run, valid).logloss, further_logit]
     return found
 
 

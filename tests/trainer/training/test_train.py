@@ -26,7 +26,8 @@ from trainer.run.build import build
 from trainer.run.inputs import open_inputs
 from trainer.training.loop import train
 from trainer.training.run_folder import prepare_folder
-from trainer.training.scoring import histogram_auc, predict
+from trainer.training.scoring import predict
+from trainer.training.validation import histogram_auc
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
