@@ -188,7 +188,7 @@ class Encoder:
         self.normalize = self.kind == "encoder" if normalize is None else normalize
         self.max_tokens = token_limit(loaded, max_tokens, self.kind, answer_tokens)
         chat = self.kind == "decoder" and chat_template == "auto"
-        self._tokens = Tokens(self.tokenizer, self.max_tokens, chat)
+        self._tokens = Tokens(self.tokenizer, self.max_tokens, chat, answers=answer_tokens > 0)
         self.chat_hash = self._tokens.chat_hash
         self.counters = Counters()
         self._prefix: SharedPrefix | None = None

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from llm_knowledge.errors import InputError
+from llm_knowledge.encoding.chat import ChatTokens, without_controls
 
-if TYPE_CHECKING:
-    pass
-
-# Stands for the text while the chat template is rendered; no template holds it.
-_PLACE = "\u2042the text\u2042"
 # Prompts are counted before they are encoded: the ids of this many are kept in between.
 KEPT_TEXTS = 4096
 T = TypeVar("T")
@@ -30,78 +24,77 @@ class Tokens:
     the chat template do.
 
     Attributes:
-        head, tail: token ids of the chat template before and after the text, or empty.
+        chat: the chat template around every text; None where none is used.
         chat_hash: hex digest of the rendered chat template; None where none is used.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int, chat: bool) -> None:
-        """Render the chat template around one user message, if ``chat`` and there is one.
+    def __init__(self, tokenizer: Any, max_tokens: int, chat: bool, answers: bool = False) -> None:
+        """Renders the chat template around one user message, if `chat` and there is one.
+
+        Args:
+            tokenizer: of transformers.
+            max_tokens: most tokens of a text, those of the chat template included.
+            chat: whether to use the chat template.
+            answers: whether the model goes on from a text.
 
         Raises:
             InputError: the chat template cannot take one user message.
         """
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         tokenizer.truncation_side = "right"  # the instruction stands first and must stay
-        self.head: list[int] = []
-        self.tail: list[int] = []
-        self.chat_hash: str | None = None
+        with_chat = chat and getattr(tokenizer, "chat_template", None)
+        self.chat = ChatTokens(tokenizer, answers) if with_chat else None
+        self.chat_hash = self.chat.hash if self.chat else None
+        self._special = {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         self._kept: dict[str, list[int]] = {}
-        if chat and getattr(tokenizer, "chat_template", None):
-            before, after = _render_chat(tokenizer)
-            self.chat_hash = hashlib.blake2b(
-                f"{before}\0{after}".encode(), digest_size=16
-            ).hexdigest()
-            self.head, self.tail = (
-                tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-                if part
-                else []
-                for part in (before, after)
-            )
 
     def ids(self, texts: Sequence[str], truncate: bool) -> list[list[int]]:
-        """Token ids of texts; those above ``max_tokens`` lose the end of the text if asked."""
+        """Token ids of texts; those above `max_tokens` lose the end of the text if asked."""
         new = [text for text in dict.fromkeys(texts) if text not in self._kept]
-        fresh = dict(zip(new, self._plain(new), strict=True)) if new else {}
+        fresh = dict(zip(new, self._whole(new), strict=True)) if new else {}
         known = [fresh[text] if text in fresh else self._kept[text] for text in texts]
         if len(self._kept) + len(fresh) > KEPT_TEXTS:
             self._kept = {}
         if len(fresh) <= KEPT_TEXTS:
             self._kept |= fresh
-        room = self.max_tokens - len(self.head) - len(self.tail)
-        if not truncate:
-            room = 1 << 60
-        long = [row for row, own in enumerate(known) if len(own) > room]
-        for row, own in zip(long, self._plain([texts[row] for row in long], room), strict=True):
-            known[row] = own
-        if not self.chat_hash:
-            return known
-        return [self.head + own + self.tail for own in known]
+        if truncate:
+            long = [row for row, ids in enumerate(known) if len(ids) > self.max_tokens]
+            for row, ids in zip(long, self._cut([texts[row] for row in long]), strict=True):
+                known[row] = ids
+        return known
 
-    def _plain(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """Ids of the texts alone, with the tokenizer's own special tokens where no chat is used."""
-        if not texts:
-            return []
-        cut = {} if limit is None else {"truncation": True, "max_length": max(1, limit)}
-        said = self.tokenizer(list(texts), split_special_tokens=True, verbose=False,
-                              add_special_tokens=not self.chat_hash, **cut)  # fmt: skip
-        return said["input_ids"]
+    def _whole(self, texts: list[str]) -> list[list[int]]:
+        return self.chat.ids(texts) if self.chat else self._plain(texts)
 
+    def _cut(self, texts: list[str]) -> list[list[int]]:
+        if self.chat:
+            return [self.chat.cut(text, self.max_tokens) for text in texts]
+        return self._plain(texts, truncation=True, max_length=self.max_tokens) if texts else []
 
-def _render_chat(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before and after a user message."""
-    message = [{"role": "user", "content": _PLACE}]
-    try:
-        # Some templates write today's date: a fixed one keeps the vectors of all days comparable.
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True,
-                                             date_string="01 Jan 2025")  # fmt: skip
-    except Exception as error:  # the template is a program of the model's author
-        raise InputError(f"the model's chat template cannot be applied to one user message "
-                         f"({error}); use --chat-template off") from error  # fmt: skip
-    if text.count(_PLACE) != 1:
-        raise InputError("the model's chat template does not hold the user message once, as it "
-                         "stands; use --chat-template off")  # fmt: skip
-    before, _, after = text.partition(_PLACE)
-    return before, after
+    def _plain(self, texts: list[str], **truncation: Any) -> list[list[int]]:
+        """Ids of texts as they stand, with the special tokens that the tokenizer puts around them."""
+        said = self.tokenizer(
+            texts,
+            split_special_tokens=True,
+            return_special_tokens_mask=self.tokenizer.is_fast,
+            verbose=False,
+            **truncation,
+        )
+        if not self.tokenizer.is_fast:  # the mask of others also covers what a text spells
+            return said["input_ids"]
+        return [
+            self._without_forged(ids, mask)
+            for ids, mask in zip(said["input_ids"], said["special_tokens_mask"], strict=True)
+        ]
+
+    def _without_forged(self, ids: list[int], mask: list[int]) -> list[int]:
+        """Ids without special tokens but for those that stand around the text (mask 1)."""
+        start = mask.index(0) if 0 in mask else len(ids)
+        stop = len(ids) - mask[::-1].index(0) if 0 in mask else len(ids)
+        unknown = self.tokenizer.unk_token_id
+        return ids[:start] + without_controls(ids[start:stop], self._special, unknown) + ids[stop:]
 
 
 def split_paragraphs(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
