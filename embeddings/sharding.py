@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from tabulate import tabulate
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -317,10 +318,21 @@ def describe_plan(plan: ShardingPlan, tables: Iterable[Table], ranks: int) -> li
 
 def format_plan(tables: list[TablePlan]) -> str:
     """Renders the plan as a text table."""
-    lines = [f"{'table':<18}{'sharding':<16}{'kernel':<19}{'rows':>12}{'dim':>6}  MiB per rank"]
-    for table in tables:
-        sizes = " ".join(f"{size / 2**20:.2f}" for size in table.bytes_per_rank)
-        lines.append(
-            f"{table.table:<18}{table.sharding:<16}{table.kernel:<19}{table.rows:>12,}{table.dim:>6}  {sizes}"
-        )
-    return "\n".join(lines)
+    rows = [
+        [
+            table.table,
+            table.sharding,
+            table.kernel,
+            f"{table.rows:,}",
+            table.dim,
+            " ".join(f"{size / 2**20:.2f}" for size in table.bytes_per_rank),
+        ]
+        for table in tables
+    ]
+    return tabulate(
+        rows,
+        ["table", "sharding", "kernel", "rows", "dim", "MiB per rank"],
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", "left", "left", "right", "right", "left"),
+    )

@@ -1,7 +1,11 @@
 """A profile of embeddings for people: a table, and plots."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from embeddings.profiling.phases import PHASES
 
@@ -33,36 +37,54 @@ def _cell(cell: dict[str, Any]) -> list[str]:
         lines += [f"  WRONG: {line}" for line in cell["wrong"]] or [
             "  correct: outputs and updated rows equal those of unsharded tables"
         ]
-    lines.append(
-        f"  {'phase':<22}{'ms':>22}{'memory MB':>11}{'of copy':>9}{'of gather':>11}{'link MB':>9}"
-        f"{'of link':>9}"
-    )
-    for name in PHASES:
-        if name in cell["phases"]:
-            phase = cell["phases"][name]
-            lines.append(
-                f"  {name:<22}{_spread(phase['ms']):>22}{phase['memory_bytes'] / 1e6:>11.2f}"
-                f"{phase['share_of_copy_bandwidth']:>9.0%}{phase['share_of_gather_bandwidth']:>11.0%}"
-                f"{phase['link_bytes'] / 1e6:>9.2f}{_share(phase['share_of_link_bandwidth']):>9}"
-            )
+    phases = [
+        [
+            name,
+            _spread(phase["ms"]),
+            f"{phase['memory_bytes'] / 1e6:.2f}",
+            f"{phase['share_of_copy_bandwidth']:.0%}",
+            f"{phase['share_of_gather_bandwidth']:.0%}",
+            f"{phase['link_bytes'] / 1e6:.2f}",
+            _share(phase["share_of_link_bandwidth"]),
+        ]
+        for name, phase in cell["phases"].items()
+        if name in PHASES
+    ]
+    head = ["phase", "ms", "memory MB", "of copy", "of gather", "link MB", "of link"]
+    lines += _table(phases, head).splitlines()
     part = cell["sum_of_phases_over_step"]["time"]["median"]
     rate, forward = cell["samples_per_second"], cell["forward"]["ms"]["median"]
-    lines += [
-        f"  {'sum of phases':<22}{_spread(cell['sum_of_phases']['ms']):>22}   {part:.2f} of the step",
-        f"  {'whole step':<22}{_spread(cell['step']['ms']):>22}   {rate:,.0f} samples/s, "
-        f"forward {forward:.2f} ms",
+    whole = [
+        ["sum of phases", _spread(cell["sum_of_phases"]["ms"]), f"{part:.2f} of the step"],
+        [
+            "whole step",
+            _spread(cell["step"]["ms"]),
+            f"{rate:,.0f} samples/s, forward {forward:.2f} ms",
+        ],
     ]
     for name, baseline in cell["baselines"].items():
         faster = baseline["step_over_sharded"]
         note = (
             "" if baseline["rule"] == cell["rule"] else f", with {baseline['rule']}: another rule"
         )
-        lines.append(
-            f"  {BASELINES[name]:<22}{_spread(baseline['step']['ms']):>22}   "
-            f"{_spread(faster['time'])} of the sharded step's time, "
-            f"{_spread(faster['processor_time'])} of its processor time{note}"
+        whole.append(
+            [
+                BASELINES[name],
+                _spread(baseline["step"]["ms"]),
+                f"{_spread(faster['time'])} of the sharded step's time, "
+                f"{_spread(faster['processor_time'])} of its processor time{note}",
+            ]
         )
-    return lines
+    return [*lines, *_table(whole).splitlines()]
+
+
+def _table(rows: list[list[str]], head: Sequence[str] = ()) -> str:
+    """Rows under each other, indented; what follows the first column to the right, words to the left."""
+    aligned = ["right"] * (len(rows[0]) - 1) if head else ["right", "left"]
+    table = tabulate(
+        rows, head, tablefmt="plain", disable_numparse=True, colalign=("left", *aligned)
+    )
+    return textwrap.indent(table, "  ")
 
 
 def _spread(values: dict[str, float]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from llm_knowledge.errors import InputError
 from trainer.evaluation.bootstrap import METRICS, ScoredRows, bootstrap, load_rows, seed_draws
@@ -215,8 +216,19 @@ def _notes(members: list[list[RunDirectory]], table: list[dict[str, Any]]) -> li
 
 def format_table(result: dict[str, Any]) -> str:
     """Formats a comparison for a terminal: a line per group, section and metric, then notes."""
-    head = ["arm", "where", "metric", "base", "value", "difference", "95 % interval", "p"]
-    lines = [[*head, "seed sd", "verdict"]]
+    head = [
+        "arm",
+        "where",
+        "metric",
+        "base",
+        "value",
+        "difference",
+        "95 % interval",
+        "p",
+        "seed sd",
+    ]
+    head.append("verdict")
+    lines = []
     for row in result["table"]:
         where = row["key"] if row["section"] == "overall" else f"{row['section']} {row['key']}"
         if row["value"] is None:
@@ -229,22 +241,19 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append([row["group"], where, row["metric"], *numbers, row["verdict"]])
     # Names come from users' files: a control character must not reach the terminal.
     lines = [["".join(c if c.isprintable() else "?" for c in cell) for cell in x] for x in lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = []
-    for number, line in enumerate(lines):
-        cells = [
-            cell.rjust(width) if 3 <= column <= 8 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
-        if number == 0:
-            text.append("  ".join("─" * width for width in widths))
+    table = tabulate(
+        lines,
+        head,
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=("left", "left", "left", *["right"] * 6, "left"),
+    )
     scope = f"segment {result['segment']}, " if result["segment"] else ""
     title = (
         f"Differences to {result['base']} on the test split ({scope}{result['rows']:,} rows, "
         f"{result['users']:,} users, {result['samples']} bootstrap samples of users and seeds)"
     )
-    return "\n".join([title, "", *text, "", *result["notes"]])
+    return "\n".join([title, "", table, "", *result["notes"]])
 
 
 def write_comparison(result: dict[str, Any], path: Path) -> Path:

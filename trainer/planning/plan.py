@@ -6,6 +6,7 @@ torchrec's planner's choice; its milliseconds are a guess from constants and are
 
 import json
 import os
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 from torch import nn
 from torchrec.distributed.planner.types import PlannerError
 
@@ -185,24 +187,10 @@ def format_result(problem: Problem, plan: Plan) -> str:
     hardware, memory = problem.hardware, plan.memory
     device, _ = limits(hardware)
     lines = [*_table_lines(plan.tables), ""]
-    lines += [
-        f"memory per rank ({_size(device)} usable after {hardware.reserved:.0%} left free)",
-        f"  {'':<14}{'mean':>12}{'most':>12}",
-    ]
-    parts = {field.name: getattr(memory, field.name) for field in fields(memory)}
-    for name in ("tables", "optimizer", "frozen", "activations"):
-        lines.append(f"  {name:<14}{_size(parts[name].mean()):>12}{_size(parts[name].max()):>12}")
-    dense = problem.dense_parameters * DENSE_BYTES
-    lines.append(f"  {'dense':<14}{_size(dense):>12}{_size(dense):>12}")
-    total = memory.device + dense
-    lines.append(f"  {'all of it':<14}{_size(total.mean()):>12}{_size(total.max()):>12}")
-    if memory.host.max() > 0:
-        lines.append(
-            f"  host memory   {_size(memory.host.mean()):>12}{_size(memory.host.max()):>12}"
-        )
-    if memory.ssd.max() > 0:
-        lines.append(f"  SSD           {_size(memory.ssd.mean()):>12}{_size(memory.ssd.max()):>12}")
-    lines += ["", *_traffic_lines(problem, plan)]
+    lines.append(
+        f"memory per rank ({_size(device)} usable after {hardware.reserved:.0%} left free)"
+    )
+    lines += [*_memory_lines(problem, memory), "", *_traffic_lines(problem, plan)]
     if problem.copies > 1:
         lines.append(
             f"  averaging {problem.copies} copies (one per group of {hardware.ranks} ranks): "
@@ -223,18 +211,40 @@ def copies_bytes(problem: Problem, plan: Plan) -> np.ndarray:
     return 2 * (problem.copies - 1) / problem.copies * held
 
 
+def _memory_lines(problem: Problem, memory: Memory) -> list[str]:
+    dense = np.array(problem.dense_parameters * DENSE_BYTES)
+    parts = {
+        name: getattr(memory, name) for name in ("tables", "optimizer", "frozen", "activations")
+    }
+    parts |= {"dense": dense, "all of it": memory.device + dense}
+    parts |= {"host memory": memory.host} if memory.host.max() > 0 else {}
+    parts |= {"SSD": memory.ssd} if memory.ssd.max() > 0 else {}
+    rows = [[name, _size(sizes.mean()), _size(sizes.max())] for name, sizes in parts.items()]
+    return _aligned(rows, ["", "mean", "most"], left=1, indent="  ")
+
+
+def _aligned(rows: list[list[Any]], head: list[str], left: int, indent: str = "") -> list[str]:
+    """Lines of a table whose first `left` columns stand to the left, the others to the right."""
+    aligned = ["left"] * left + ["right"] * (len(head) - left)
+    table = tabulate(rows, head, tablefmt="plain", disable_numparse=True, colalign=aligned)
+    return textwrap.indent(table, indent).splitlines()
+
+
 def _table_lines(tables: list[TablePlan], most: int = 20) -> list[str]:
-    head = (
-        f"{'table':<22}{'sharding':<18}{'kernel':<19}{'rows':>16}{'dim':>6}{'ranks':>7}{'GiB':>10}"
-    )
-    lines = [head]
-    for table in tables[:most]:
-        on = sum(size > 0 for size in table.bytes_per_rank)
-        size = sum(table.bytes_per_rank) / GIB
-        lines.append(
-            f"{table.table:<22}{table.sharding:<18}{table.kernel:<19}{table.rows:>16,}{table.dim:>6}"
-            f"{on:>7}{size:>10.2f}"
-        )
+    rows = [
+        [
+            table.table,
+            table.sharding,
+            table.kernel,
+            f"{table.rows:,}",
+            table.dim,
+            sum(size > 0 for size in table.bytes_per_rank),
+            f"{sum(table.bytes_per_rank) / GIB:.2f}",
+        ]
+        for table in tables[:most]
+    ]
+    head = ["table", "sharding", "kernel", "rows", "dim", "ranks", "GiB"]
+    lines = _aligned(rows, head, left=3)
     if len(tables) > most:
         kinds = Counter(f"{table.sharding} ({table.kernel})" for table in tables)
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -243,9 +253,6 @@ def _table_lines(tables: list[TablePlan], most: int = 20) -> list[str]:
 
 
 def _traffic_lines(problem: Problem, plan: Plan) -> list[str]:
-    title = f"bytes on the wire ({problem.batch:,} samples per rank)"
-    links = f"{'in host':>14}{'inter-host':>14}"
-    lines = [f"{title:<44}{'per sample':>28}{'per step and rank':>28}", f"{'':<44}{links}{links}"]
     names = {
         "input": "ids to rows",
         "output": "vectors back",
@@ -258,12 +265,23 @@ def _traffic_lines(problem: Problem, plan: Plan) -> list[str]:
         for name, (links, ranks) in _links(problem, plan).items()
     }
     per_rank["all of it"] = [sum(sent) for sent in zip(*per_rank.values(), strict=True)]
-    for name, (inside, between) in per_rank.items():
-        lines.append(
-            f"  {name:<42}{inside / problem.batch:>14,.0f}{between / problem.batch:>14,.0f}"
-            f"{_size(inside):>14}{_size(between):>14}"
-        )
-    return lines
+    rows = [
+        [
+            name,
+            f"{inside / problem.batch:,.0f}",
+            f"{between / problem.batch:,.0f}",
+            _size(inside),
+            _size(between),
+        ]
+        for name, (inside, between) in per_rank.items()
+    ]
+    links = ("in host", "inter-host")
+    head = [
+        "",
+        *(f"{unit},\n{link}" for unit in ("per sample", "per step and rank") for link in links),
+    ]
+    title = f"bytes on the wire ({problem.batch:,} samples per rank)"
+    return [title, *_aligned(rows, head, left=1, indent="  ")]
 
 
 def _links(problem: Problem, plan: Plan) -> dict[str, tuple[tuple[float, float], int]]:

@@ -1,8 +1,11 @@
 """`llm4msr profile train`: where a configured model's step goes, samples/s with the loader in and out."""
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from trainer.profiling.embeddings import (
     add_measuring_arguments,
@@ -48,13 +51,20 @@ def text_of(report: dict[str, Any]) -> str:
     lines = [
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, {report['ranks']} ranks, "
         f"torch {machine['torch']}, load {machine['load']:.1f}, {samples}",
-        f"  {'phase, one after the other':<28}{'ms':>24}   of the serial step",
     ]
-    for name in report["order"]:
-        share = phases[name]["median"] / report["serial_step"]
-        lines.append(f"  {name:<28}{_spread(phases[name]):>24}{share:>10.0%}")
-    for name in report["meta"]:
-        lines.append(f"    of which {name:<19}{_spread(phases[name]):>24}")
+    rows = [
+        [name, _spread(phases[name]), f"{phases[name]['median'] / report['serial_step']:.0%}"]
+        for name in report["order"]
+    ]
+    rows += [[f"of which {name}", _spread(phases[name]), ""] for name in report["meta"]]
+    table = tabulate(
+        rows,
+        ["phase, one after the other", "ms", "of the serial step"],
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", "right", "right"),
+    )
+    lines += textwrap.indent(table, "  ").splitlines()
     rates = report["samples_per_second"]
     lines += [
         f"  serial step                 {report['serial_step']:.2f} ms: computing {report['compute']:.2f}, "
