@@ -64,7 +64,6 @@ def render_chat(tokenizer: Any, answers: bool) -> ChatTemplate:
     Raises:
         InputError: the template cannot be applied to one user message, or changes it.
     """
-
     source = _TODAY.sub(
         lambda call: json.dumps(_DATE.strftime(call[2])), tokenizer.get_chat_template()
     )

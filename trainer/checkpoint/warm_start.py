@@ -5,7 +5,6 @@ and items, a feature or a table more, other stores. Sorted vocabularies number t
 are added, so rows are carried over by id, with their optimizer state.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from embeddings.ids import IdMap, Vocabulary
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_json
 from trainer.checkpoint.directory import (
     best_of,
     checkpoints,
@@ -141,7 +141,7 @@ def warm_start(run: Run, source: Path) -> Carried:
     if run.runtime.is_main:
         for line in carried.lines():
             logger.info(line)
-        (run.folder / "start_from.json").write_text(json.dumps(carried.__dict__, indent=1))
+        write_json(run.folder / "start_from.json", carried.__dict__)
     return carried
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_text
 from llm_knowledge.yaml_files import dump_yaml, parse_yaml, read_yaml
 from trainer.config.features import FeaturesConfig
 from trainer.config.levels import KNOWLEDGE_TABLES, LEVELS
@@ -243,8 +244,8 @@ def load_section(model: type[Kind], path: str | Path | None, changes: Changes = 
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    """Writes the resolved configuration as YAML, every field included."""
-    path.write_text(dump_yaml(config.model_dump()), encoding="utf-8")
+    """Writes the resolved configuration as YAML, every field included; an older file is replaced whole."""
+    write_text(path, dump_yaml(config.model_dump()))
 
 
 def differences(

@@ -17,6 +17,7 @@ import numpy as np
 from tabulate import tabulate
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_json
 from trainer.evaluation.bootstrap import METRICS, ScoredRows, bootstrap, load_rows, seed_draws
 from trainer.evaluation.metrics import SEGMENTS
 from trainer.evaluation.predictions import (
@@ -25,7 +26,6 @@ from trainer.evaluation.predictions import (
     group_runs,
     read_run,
     resolve_runs,
-    write_json,
 )
 
 __all__ = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.dataset_files import read_description, split_files
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_json
 from llm_knowledge.locks import directory_lock
 from llm_knowledge.parquet import parquet_sql
 from trainer.data.fingerprint import description_fingerprint
@@ -23,7 +24,6 @@ from trainer.evaluation.predictions import (
     database,
     load_predictions,
     read_run,
-    write_json,
 )
 
 if TYPE_CHECKING:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -290,25 +288,3 @@ def _check_key_types(predictions: Path, events: Path) -> None:
                 f"{predictions}: column '{name}' is {predicted}, but {expected} in {events}. The run "
                 "was made from another dataset."
             )
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Writes JSON (NaN and infinity are an error) as `write_text` does; returns the path."""
-    path = Path(path)
-    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    return write_text(path, text)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text so that the old file stays whole until the new one is complete."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}). Choose another place.") from error
-    return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from embeddings.ids import Vocabulary
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_json
 from trainer.data.checks import find_problem
 from trainer.features.encoding import Encoding, UnusableError, options_of
 from trainer.features.ragged import Ragged
@@ -107,9 +107,7 @@ class FeatureEncoder:
                 encoding.vocabulary.save(folder / "ids" / f"{encoding.name}.parquet")
         entries = {encoding.name: _entry(encoding) for encoding in self.encodings}
         content = {"format_version": FORMAT_VERSION, "features": entries}
-        partial = folder / f".{FILE}.partial"
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(partial, folder / FILE)
+        write_json(folder / FILE, content)
 
     @classmethod
     def load(cls, folder: Path) -> FeatureEncoder:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_bytes
 from trainer.data.loading.batch import Batch
 from trainer.data.loading.prefetch import BatchFeed
 from trainer.distributed.process_group import on_all_ranks
@@ -222,11 +223,8 @@ def _reopen(path: Path, step: int) -> Any:
     if _step_of(last) is not None:
         lines.append(last)
     kept = [line for line in lines if (_step_of(line) or 0) <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text(
-        "".join(f"{line}\n" for line in kept), encoding="utf-8", errors="surrogateescape"
-    )
-    partial.replace(path)
+    lines_kept = "".join(f"{line}\n" for line in kept)
+    write_bytes(path, lines_kept.encode("utf-8", "surrogateescape"))
     return path.open("a", buffering=1)
 
 

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import torch
 
+from llm_knowledge.files import write_json
 from trainer.config.train import TrainConfig
 from trainer.distributed.process_group import Runtime
 
@@ -161,8 +162,7 @@ class Watch:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        path.with_suffix(".partial").write_text(json.dumps(line))
-        os.replace(path.with_suffix(".partial"), path)
+        write_json(path, line, durable=False)
         if self._runtime.is_main and (self._folder / "trace-request").exists():
             (self._folder / "trace-request").unlink(missing_ok=True)
             self.trace_wanted = True

@@ -4,8 +4,6 @@ Bytes are this project's formulas (`embeddings/planning`). Where tables lie is
 torchrec's planner's choice; its milliseconds are a guess from constants and are called one.
 """
 
-import json
-import os
 import textwrap
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ from embeddings.planning.traffic import Traffic, all_reduce, by_link, plan_traff
 from embeddings.sharding import TablePlan, check_plan, describe_plan, make_planner, sharders
 from embeddings.tables import collections
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_json
 from trainer.planning.problem import Problem
 
 GIB = 2**30
@@ -77,7 +76,7 @@ def plan_absent(problem: Problem, out: Path | None = None) -> Plan:
     text = format_result(problem, plan)
     print(text)
     if out is not None:
-        write_json(problem, plan, out)
+        write_plan(problem, plan, out)
     if (missing := deficit(plan.memory, problem.hardware)) > 0:
         raise InputError(explain_shortage(problem, missing))
     return plan
@@ -294,7 +293,7 @@ def _links(problem: Problem, plan: Plan) -> dict[str, tuple[tuple[float, float],
     return links | {"dense": (by_link(plan.dense_traffic, whole.hosts), whole.ranks)}
 
 
-def write_json(problem: Problem, plan: Plan, out: Path) -> None:
+def write_plan(problem: Problem, plan: Plan, out: Path) -> None:
     """Writes all of it: bytes per rank, bytes per step of every stage and link, every piece."""
     stages = {field.name: getattr(plan.traffic, field.name) for field in fields(plan.traffic)}
     stages["dense"] = plan.dense_traffic
@@ -320,13 +319,7 @@ def write_json(problem: Problem, plan: Plan, out: Path) -> None:
         "planning_seconds": round(plan.seconds, 2),
         "tables": [asdict(table) for table in plan.tables],
     }
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(document), encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    write_json(out, document)
 
 
 def _size(size: float) -> str:

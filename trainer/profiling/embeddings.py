@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +118,7 @@ def publish(options: argparse.Namespace, report: dict[str, Any], text_of: Any, p
     """Prints a report and writes its files."""
     print(json.dumps(report, indent=1) if options.json else text_of(report))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "report.json").write_text(json.dumps(report, indent=1))
+        write_json(options.out / "report.json", report)
         files = [
             options.out / "report.json",
             *(plots(report, options.out) if options.plots else []),

@@ -19,6 +19,7 @@ import numpy as np
 
 from llm_knowledge.dataset_files import read_description
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import write_text
 from llm_knowledge.levels import LEVELS
 from llm_knowledge.store.manifest import read_manifest
 from trainer.evaluation.metrics import (
@@ -27,7 +28,7 @@ from trainer.evaluation.metrics import (
     is_evaluation,
     write_evaluation,
 )
-from trainer.evaluation.predictions import RunDirectory, group_by_arm, read_run, write_text
+from trainer.evaluation.predictions import RunDirectory, group_by_arm, read_run
 from trainer.report.knowledge import (
     MIN_IMPRESSIONS,
     configured_stores,

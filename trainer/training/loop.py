@@ -1,6 +1,5 @@
 """Training, top to bottom: set up, the loop, the best model's predictions. One process or a thousand."""
 
-import json
 import logging
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from llm_knowledge.files import write_json
 from trainer.checkpoint.directory import best_of, checkpoints
 from trainer.checkpoint.loop_state import LoopState
 from trainer.checkpoint.restore import load_checkpoint, restore_newest
@@ -177,7 +177,9 @@ class Loop:
                 if state.step % options.log_every == 0 or step == steps[-1] or log.full:
                     self._exchange(state, rates, tracer)
             else:
-                state.step = stop  # steps left out at the end are done, too
+                state.count_step(
+                    stop - 1, steps_per_epoch
+                )  # steps left out at the end are done, too
             tracer.end()  # evaluations are not part of it
             if log.pending:
                 self._exchange(state, rates, tracer)
@@ -290,7 +292,7 @@ def _write_summary(run: Run, state: LoopState, began: float) -> None:
             "world_size": run.runtime.world_size,
             "ids": ids | collision_rates(run.config.tables.hash_rows, run.config.data),
         }
-        (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_json(run.folder / "summary.json", summary)
         if (state.best_normalised_entropy or 0) > 1:
             logger.warning(
                 "%s: the chosen model's normalised entropy on valid is %.3f: its probabilities are worse "

@@ -1,12 +1,11 @@
 """What a run was trained on and with; a run that goes on from another one on the rows since."""
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.files import new_directory, write_json
 from llm_knowledge.json_files import read_json
 from trainer.checkpoint.directory import best_of, checkpoints, read_state
 from trainer.config.run import DataConfig, RunConfig, differences, load_config, save_config
@@ -58,9 +57,7 @@ def note_data(data: str, folder: Path) -> None:
     """
     file, present = folder / "data.json", fingerprint(data)
     if not file.exists():
-        partial = folder / ".data.json.partial"
-        partial.write_text(json.dumps({"path": data, "fingerprint": present}, indent=1))
-        os.replace(partial, file)
+        write_json(file, {"path": data, "fingerprint": present})
     elif _trained_on(folder)["fingerprint"] != present:
         raise InputError(
             f"{data}: has changed since {folder} began, whose position in it would be wrong; "
@@ -92,10 +89,8 @@ def copy_vocabularies(earlier: Path, folder: Path) -> None:
     if encoder.is_file():
         shutil.copyfile(encoder, folder / ENCODER)
     if ids.is_dir() and not (folder / "ids").exists():
-        partial = folder / ".ids.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(ids, partial)
-        partial.rename(folder / "ids")
+        with new_directory(folder / "ids") as copied:
+            shutil.copytree(ids, copied, dirs_exist_ok=True)
 
 
 # What a run may change when it is resumed: none of it shows in the result.
@@ -141,5 +136,4 @@ def resume_config(saved: Path, config: RunConfig) -> None:
         InputError: If anything else differs.
     """
     if check_same_run(saved, config):
-        save_config(config, saved.with_name(".config.yaml.partial"))
-        os.replace(saved.with_name(".config.yaml.partial"), saved)
+        save_config(config, saved)

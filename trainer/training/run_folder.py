@@ -1,7 +1,5 @@
 """The run directory: created, or accepted to be resumed."""
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,7 +7,7 @@ from pathlib import Path
 
 from embeddings.versions import versions
 from llm_knowledge.errors import InputError
-from llm_knowledge.files import remove_abandoned
+from llm_knowledge.files import remove_abandoned, write_json, write_text
 from llm_knowledge.locks import hold_directory, release_lock
 from trainer.config.run import RunConfig, save_config
 from trainer.distributed.process_group import Runtime, on_all_ranks
@@ -48,13 +46,11 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
     try:
         if not saved.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
-            # By rename and last: where config.yaml is, a run can be resumed.
+            write_json(folder / "versions.json", versions())
             if config.train.continue_from is not None:
                 copy_vocabularies(Path(config.train.continue_from), folder)
             note_data(config.data.path, folder)
-            save_config(config, folder / ".config.yaml.partial")
-            os.replace(folder / ".config.yaml.partial", saved)
+            save_config(config, saved)  # last: where it is, a run can be resumed
         elif not resume:
             raise InputError(
                 f"{folder}: a run is already there; pass --resume, remove it, or choose another output"
@@ -69,7 +65,5 @@ def prepare_folder(config: RunConfig, runtime: Runtime, resume: bool) -> Path:
 
 def write_plan(run: Run) -> None:
     """Writes what a training was planned as; scoring, on as many ranks as it likes, leaves it alone."""
-    (run.folder / "plan.txt").write_text(run.plan)
-    (run.folder / "plan.json").write_text(
-        json.dumps([asdict(table) for table in run.tables], indent=1)
-    )
+    write_text(run.folder / "plan.txt", run.plan)
+    write_json(run.folder / "plan.json", [asdict(table) for table in run.tables])
