@@ -2,8 +2,8 @@
 
 Keys are cut into chunks; each becomes one part, written by rename. A run that was killed is
 continued by starting it again: parts that are there are kept. The result does not depend on the
-number of workers. Start it as ``torchrun --nproc-per-node 2 -m llm_knowledge.extraction --data DATA
-...`` or without torchrun.
+number of workers. Start it as `torchrun --nproc-per-node 2 -m llm_knowledge.extraction --data DATA
+...` or without torchrun.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llm_knowledge.levels import LEVELS
 
 
 def check(config: ExtractConfig) -> None:
-    """Refuse what can be refused without loading the model: cheap, for use before torchrun starts.
+    """Refuses what can be refused without loading the model: cheap, for use before torchrun starts.
 
     Raises:
         InputError: dataset, template, model directory, an option or the output directory.
@@ -38,10 +38,10 @@ def check(config: ExtractConfig) -> None:
     if config.level == "all" and config.template:
         raise InputError("--template: belongs to one level; extract the levels one by one")
     dataset = Dataset.open(config.data)
-    for one in _jobs(config):
-        dataset.files(one.level, one.cutoff)
+    for level_config in _jobs(config):
+        dataset.files(level_config.level, level_config.cutoff)
         if config.template:
-            load_template(config.template, one.level)
+            load_template(config.template, level_config.level)
     if config.model is None or Path(config.model).is_dir():
         from llm_knowledge.encoding.encoder import read_json
 
@@ -54,7 +54,7 @@ def check(config: ExtractConfig) -> None:
 
 
 def extract(config: ExtractConfig) -> Path:
-    """Run an extraction, or this worker's share of it, and return ``config.out``.
+    """Runs an extraction, or this worker's share of it, and returns `config.out`.
 
     Every worker returns after the stores are complete and verified. A complete store of the same
     job is left as it is.
@@ -69,8 +69,8 @@ def extract(config: ExtractConfig) -> Path:
     with connect(timedelta(minutes=config.timeout_minutes)) as workers:
         lead(workers, "check", lambda: check(config))
         encoder = Encoder(**{name: getattr(config, name) for name in ENCODER_FIELDS})
-        for one in _jobs(config):
-            Job(one, encoder, workers).run()
+        for level_config in _jobs(config):
+            Job(level_config, encoder, workers).run()
     return config.out
 
 
@@ -99,10 +99,10 @@ def _jobs(config: ExtractConfig) -> list[ExtractConfig]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run from parsed options; returns 0.
+    """Runs from parsed options; returns 0.
 
     Raises:
-        InputError: see ``extract``. ``shared`` is set where rank 0 raises the same.
+        InputError: see `extract`. `shared` is set where rank 0 raises the same.
     """
     import os
     import time

@@ -49,7 +49,7 @@ MOST_PARTS = 10_000
 
 
 def lead(workers: Workers, name: str, work: Callable[[], Any]) -> Any:
-    """Run ``work`` on rank 0 alone; every worker gets its result, or stops if it fails."""
+    """Runs `work` on rank 0 alone; every worker gets its result, or stops if it fails."""
     if workers.rank == 0:
         try:
             result = work()
@@ -75,8 +75,13 @@ class Job:
         name = config.template or default_template(config.level, encoder.kind)
         self.template: Template = load_template(name, config.level)
         self.renderer: Renderer = Renderer(
-            self.template, self.dataset.scenarios, self.dataset.positive_name,
-            self.dataset.negative_name, encoder.count_tokens, encoder.max_tokens)  # fmt: skip
+            self.template,
+            self.dataset.scenarios,
+            self.dataset.positive_name,
+            self.dataset.negative_name,
+            encoder.count_tokens,
+            encoder.max_tokens,
+        )
         self.profiles = config.out / "profiles.parquet"
 
     @property
@@ -86,7 +91,7 @@ class Job:
         return self.config.level if cutoff is None else f"{self.config.level}@{cutoff}"
 
     def run(self) -> None:
-        """Lead (rank 0) or follow, until the store is complete."""
+        """Leads (rank 0) or follows, until the store is complete."""
         stage, leader = self.stage, self.workers.rank == 0
         with ExitStack() as held:
 
@@ -123,44 +128,59 @@ class Job:
         return Manifest(
             level=level,  # type: ignore[arg-type]
             complete=False,
-            model=ModelInfo(name=encoder.name, revision=encoder.revision,
-                            weights_hash=encoder.weights_hash, max_tokens=encoder.max_tokens,
-                            precision=encoder.dtype_name, chat_template=encoder.chat_hash,
-                            answer=AnswerInfo(tokens=encoder.answer_tokens, state=encoder.state)
-                            if encoder.answer_tokens else None),
-            template=TemplateInfo(name=self.template.name, version=self.template.version,
-                                  hash=self.template.hash),
-            pooling=encoder.pooling, layer=encoder.layer, dim=encoder.dim,
+            model=ModelInfo(
+                name=encoder.name,
+                revision=encoder.revision,
+                weights_hash=encoder.weights_hash,
+                max_tokens=encoder.max_tokens,
+                precision=encoder.dtype_name,
+                chat_template=encoder.chat_hash,
+                answer=AnswerInfo(tokens=encoder.answer_tokens, state=encoder.state)
+                if encoder.answer_tokens
+                else None,
+            ),
+            template=TemplateInfo(
+                name=self.template.name, version=self.template.version, hash=self.template.hash
+            ),
+            pooling=encoder.pooling,
+            layer=encoder.layer,
+            dim=encoder.dim,
             dtype=config.store_dtype,  # type: ignore[arg-type]
             key_type=self.dataset.key_types[level],  # type: ignore[arg-type]
-            rows=0, cutoff=cutoff,
-            input_fingerprint=fingerprint_of(about), normalized=encoder.normalize,
+            rows=0,
+            cutoff=cutoff,
+            input_fingerprint=fingerprint_of(about),
+            normalized=encoder.normalize,
             profile=_profile_info(config),
             versions=_versions(),
-        )  # fmt: skip
+        )
 
     def _prepare(self) -> list[int] | None:
-        """Check the directory, build the profiles, list the missing parts; None if all is done."""
-        out, wanted = self.config.out, self._manifest()
+        """Checks the directory, builds the profiles, lists the missing parts; None if all is done."""
+        out, manifest = self.config.out, self._manifest()
         if (out / "manifest.json").exists():
-            found = read_manifest(out)
-            _refuse_other_job(out, found, wanted)
-            if found.complete:
+            existing = read_manifest(out)
+            _refuse_other_job(out, existing, manifest)
+            if existing.complete:
                 verify(out)
                 return None
         else:
             strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")]
             if strangers:
-                raise InputError(f"{out}: holds files of something else ({strangers[0]}); choose a "
-                                 f"new directory")  # fmt: skip
-            write_manifest(out, wanted)
-        self._build_profiles(wanted.job)
+                raise InputError(
+                    f"{out}: holds files of something else ({strangers[0]}); choose a new directory"
+                )
+            write_manifest(out, manifest)
+        self._build_profiles(manifest.job)
         with open_part(self.profiles) as profiles:
-            return [index for index in range(profiles.num_row_groups)
-                    if not _part_is_there(out, index, wanted, profiles)]  # fmt: skip
+            return [
+                index
+                for index in range(profiles.num_row_groups)
+                if not _part_is_there(out, index, manifest, profiles)
+            ]
 
     def _build_profiles(self, job: str) -> None:
-        """Write ``profiles.parquet`` once; a row group is a chunk, so that a worker reads its own."""
+        """Writes `profiles.parquet` once; a row group is a chunk, so that a worker reads its own."""
         if self.profiles.exists():
             with open_part(self.profiles) as old:
                 if (old.schema_arrow.metadata or {}).get(JOB_KEY) == job.encode():
@@ -184,37 +204,54 @@ class Job:
 
     def _chunk(self) -> int:
         """Keys of one part: by the number of keys alone, never by the number of workers."""
-        keys = int(self.dataset.raw.get(f"{self.config.level}s") or 0) \
-            if self.config.level != "scenario" else 0  # fmt: skip
+        keys = (
+            int(self.dataset.raw.get(f"{self.config.level}s") or 0)
+            if self.config.level != "scenario"
+            else 0
+        )
         chunk = self.config.chunk or min(256, max(64, -(-keys // 32)))
         return max(chunk, -(-keys // MOST_PARTS))
 
     def _work(self, missing: list[int]) -> None:
-        """Claim chunks until none is left. Rank 0 shows the progress of all workers."""
+        """Claims chunks until none is left. Rank 0 shows the progress of all workers."""
         stage, count = self.stage, self.workers.count
 
         def claim() -> int:
             return count(f"{stage}/next", 1) - 1
 
-        place = claim()
-        if place >= len(missing) and self.workers.rank:
+        next_chunk = claim()
+        if next_chunk >= len(missing) and self.workers.rank:
             return  # the others were faster, and rank 0 may have finished and removed the profiles
         manifest = self._manifest()
         with open_part(self.profiles) as profiles:
             sizes = [profiles.metadata.row_group(index).num_rows for index in missing]
             total = profiles.metadata.num_rows
-            progress = Progress(self.workers, stage, total, total - sum(sizes),
-                                self.encoder.counters, self.config.progress)  # fmt: skip
-            while place < len(missing):
-                index = missing[place]
-                progress.begin(sizes[place])
+            progress = Progress(
+                self.workers,
+                stage,
+                total,
+                total - sum(sizes),
+                self.encoder.counters,
+                self.config.progress,
+            )
+            while next_chunk < len(missing):
+                index = missing[next_chunk]
+                progress.begin(sizes[next_chunk])
                 rows = profiles.read_row_group(index)
                 prompts, vectors, answers = self._encode(rows["data"].to_pylist())
-                write_part(self.config.out, index, manifest, rows["key"].to_pylist(), vectors,
-                           prompts, answers, rows["cutoff"].to_pylist())  # fmt: skip
+                write_part(
+                    self.config.out,
+                    index,
+                    manifest,
+                    rows["key"].to_pylist(),
+                    vectors,
+                    prompts,
+                    answers,
+                    rows["cutoff"].to_pylist(),
+                )
                 progress.add(len(rows))
                 count(f"{stage}/parts", 1)
-                place = claim()
+                next_chunk = claim()
             if self.workers.rank == 0:
 
                 def all_done() -> bool:
@@ -242,15 +279,21 @@ class Job:
         return prompts, vectors, answers
 
     def _finish(self) -> None:
-        """List all parts in the manifest, verify the store, then call it complete."""
+        """Lists all parts in the manifest, verifies the store, then calls it complete."""
         out, parts = self.config.out, []
         with open_part(self.profiles) as profiles:
             cutoffs = profiles.read(["cutoff"])["cutoff"]
             for index in range(profiles.num_row_groups):
                 keys = profiles.read_row_group(index, columns=["key"])["key"]
-                parts.append(Part(file=part_name(index), rows=len(keys), key_min=keys[0].as_py(),
-                                  key_max=keys[-1].as_py(),
-                                  checksum=file_checksum(out / part_name(index))))  # fmt: skip
+                parts.append(
+                    Part(
+                        file=part_name(index),
+                        rows=len(keys),
+                        key_min=keys[0].as_py(),
+                        key_max=keys[-1].as_py(),
+                        checksum=file_checksum(out / part_name(index)),
+                    )
+                )
         update: dict[str, Any] = {"rows": len(cutoffs), "parts": parts, "complete": True}
         if self.config.level != "user" and cutoffs.null_count == 0:
             update["cutoff"] = Cutoff(kind="global", value=cutoffs[0].as_py())
@@ -262,9 +305,15 @@ class Job:
 def profile_options(config: ExtractConfig, template: Template) -> ProfileOptions:
     """What the profiles of an extraction are made with."""
     return ProfileOptions(
-        config.per_scenario, config.total, min_interactions=config.min_interactions,
-        cutoff=config.cutoff, tastes="{tastes}" in template.body,
-        engine=config.engine, spark_master=config.spark_master, memory_limit=config.memory_limit)  # fmt: skip
+        config.per_scenario,
+        config.total,
+        min_interactions=config.min_interactions,
+        cutoff=config.cutoff,
+        tastes="{tastes}" in template.body,
+        engine=config.engine,
+        spark_master=config.spark_master,
+        memory_limit=config.memory_limit,
+    )
 
 
 def _profile_info(config: ExtractConfig) -> ProfileInfo | None:
@@ -286,19 +335,26 @@ def _versions() -> dict[str, str]:
     import transformers
 
     modules = (duckdb, pyarrow, torch, transformers)
-    return {"python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in modules}}  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in modules},
+    }
 
 
-def _refuse_other_job(out: Path, found: Manifest, wanted: Manifest) -> None:
-    if found.job == wanted.job:
+def _refuse_other_job(out: Path, existing: Manifest, manifest: Manifest) -> None:
+    if existing.job == manifest.job:
         return
-    old, new = found.model_dump(), wanted.model_dump()
-    differ = [f"{name}: {old[name]!r} there, {new.get(name)!r} now" for name in old
-              if name not in ("complete", "rows", "cutoff", "parts", "versions")
-              and old[name] != new.get(name)]  # fmt: skip
-    raise InputError(f"{out}: holds the knowledge of another job ({'; '.join(differ)}); choose "
-                     f"another --out or remove it")  # fmt: skip
+    old, new = existing.model_dump(), manifest.model_dump()
+    differ = [
+        f"{name}: {old[name]!r} there, {new.get(name)!r} now"
+        for name in old
+        if name not in ("complete", "rows", "cutoff", "parts", "versions")
+        and old[name] != new.get(name)
+    ]
+    raise InputError(
+        f"{out}: holds the knowledge of another job ({'; '.join(differ)}); choose "
+        f"another --out or remove it"
+    )
 
 
 def _part_is_there(out: Path, index: int, manifest: Manifest, profiles: pq.ParquetFile) -> bool:

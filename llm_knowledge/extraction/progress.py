@@ -21,7 +21,7 @@ class Progress:
     def __init__(
         self, workers: Workers, unit: str, total: int, before: int, counters: Counters, show: bool
     ) -> None:
-        """Begin a level.
+        """Begins a level.
 
         Args:
             workers: all workers of the run.
@@ -37,28 +37,37 @@ class Progress:
         self._counters, self._start = counters, replace(counters)
         self._begun, self._shown, self._rows = time.monotonic(), time.monotonic(), 0
         self.bar: Any = tqdm(
-            total=total, initial=before, unit=unit, mininterval=0.5, desc=f"{unit} knowledge",
-            disable=not (show and workers.rank == 0))  # fmt: skip
+            total=total,
+            initial=before,
+            unit=unit,
+            mininterval=0.5,
+            desc=f"{unit} knowledge",
+            disable=not (show and workers.rank == 0),
+        )
 
     def begin(self, chunk: int) -> None:
-        """Tell the others that this worker reads the next ``chunk`` rows."""
+        """Tells the others that this worker reads the next `chunk` rows."""
         self._note(chunk)
 
     def add(self, rows: int) -> None:
-        """Tell the others that this worker has written ``rows`` more rows."""
+        """Tells the others that this worker has written `rows` more rows."""
         self._rows += rows
         self._note(0)
         self.draw()
 
     def _note(self, chunk: int) -> None:
         now, start = asdict(self._counters), asdict(self._start)
-        own = {name: now[name] - start[name] for name in now}
-        own |= {"rows": self._rows, "chunk": chunk, "clock": time.monotonic() - self._begun,
-                "at": time.time()}  # fmt: skip
-        self._workers.note(f"{self._unit}/progress", own)
+        values = {name: now[name] - start[name] for name in now}
+        values |= {
+            "rows": self._rows,
+            "chunk": chunk,
+            "clock": time.monotonic() - self._begun,
+            "at": time.time(),
+        }
+        self._workers.note(f"{self._unit}/progress", values)
 
     def draw(self, last: bool = False) -> None:
-        """Bring the bar up to date; from time to time and at the end, a line for every worker."""
+        """Brings the bar up to date; from time to time and at the end, a line for every worker."""
         if self.bar.disable:
             return
         shares = self._workers.notes(f"{self._unit}/progress")
@@ -72,7 +81,7 @@ class Progress:
             self.bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Draw for the last time."""
+        """Draws for the last time."""
         self.draw(last=True)
         self.bar.close()
 
@@ -80,10 +89,14 @@ class Progress:
 def speed(shares: list[dict[str, float]]) -> str:
     """Tokens per second, padding and reuse of the workers together."""
     rate = sum(share["tokens"] / max(share["clock"], 1e-9) for share in shares)
-    whole = {name: sum(share[name] for share in shares)
-             for name in ("tokens", "computed", "padding", "reused")}  # fmt: skip
-    return (f"{rate:,.0f} tokens/s, padding {whole['padding'] / max(1, whole['computed']):.0%}, "
-            f"reused {whole['reused'] / max(1, whole['tokens']):.0%}")  # fmt: skip
+    whole = {
+        name: sum(share[name] for share in shares)
+        for name in ("tokens", "computed", "padding", "reused")
+    }
+    return (
+        f"{rate:,.0f} tokens/s, padding {whole['padding'] / max(1, whole['computed']):.0%}, "
+        f"reused {whole['reused'] / max(1, whole['tokens']):.0%}"
+    )
 
 
 def lines(shares: dict[int, dict[str, float]], unit: str, left: int) -> list[str]:

@@ -43,8 +43,10 @@ class Refreshed:
     manifest: Manifest | None = None
 
     def __str__(self) -> str:
-        return (f"{self.kept:,} kept, {self.changed:,} changed, {self.added:,} new, {self.removed:,} "
-                f"removed on request, {self.gone:,} no longer in the data")  # fmt: skip
+        return (
+            f"{self.kept:,} kept, {self.changed:,} changed, {self.added:,} new, {self.removed:,} "
+            f"removed on request, {self.gone:,} no longer in the data"
+        )
 
 
 @dataclass
@@ -60,10 +62,10 @@ class _Chunk:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run from parsed options, print what changed, and return 0.
+    """Runs from parsed options, prints what changed, and returns 0.
 
     Raises:
-        InputError: see ``refresh``.
+        InputError: see `refresh`.
     """
     remove = list(options.remove)
     if options.remove_file:
@@ -76,8 +78,15 @@ def main(options: argparse.Namespace) -> int:
         remove += [line.strip() for line in lines if line.strip()]
     names = ("model", "template", "trust_remote_code", "device", "batch_tokens", "memory_limit")
     dated = {} if options.cutoff is None else {"cutoff": options.cutoff}
-    done = refresh(options.store, options.data, options.out, remove, options.child,
-                   **{name: getattr(options, name) for name in names}, **dated)  # fmt: skip
+    done = refresh(
+        options.store,
+        options.data,
+        options.out,
+        remove,
+        options.child,
+        **{name: getattr(options, name) for name in names},
+        **dated,
+    )
     print(f"{options.out}: {done}")
     if remove:
         old = [str(options.store), *(str(child) for child, _ in options.child)]
@@ -93,20 +102,20 @@ def refresh(
     children: Sequence[tuple[str | Path, str | Path]] = (),
     **options: Any,
 ) -> Refreshed:
-    """Write the store that a full extraction from ``data`` would write, encoding only what changed.
+    """Writes the store that a full extraction from `data` would write, encoding only what changed.
 
-    A row is kept if its prompt is the same, and encoded if not; its cut-off is that of ``data``.
+    A row is kept if its prompt is the same, and encoded if not; its cut-off is that of `data`.
     Memory holds some thousand rows and the keys. Nothing appears unless all of it is done; what a
-    refresh that was killed had done lies hidden beside ``out``, and the same call continues it.
+    refresh that was killed had done lies hidden beside `out`, and the same call continues it.
 
     Args:
-        store: complete store of ``extract``; it is only read.
+        store: complete store of `extract`; it is only read.
         data: prepared dataset directory, as it is now.
         out: new directory of the refreshed store.
-        remove: keys to leave out, though they may be in ``data``.
+        remove: keys to leave out, though they may be in `data`.
         children: (compressed store, new directory): compressed again from the refreshed store, by
             the same projection, so that removed keys are gone there too.
-        options: fields of ``ExtractConfig`` that name the model again: model, template,
+        options: fields of `ExtractConfig` that name the model again: model, template,
             trust_remote_code, device, batch_tokens, memory_limit, prefix_reuse; and cutoff, for a
             dated successor.
 
@@ -124,19 +133,21 @@ def refresh(
     _refuse(old, children)
     config, encoder = _same_model(old.manifest, Path(data), Path(out), options)
     job = Job(config, encoder, OneWorker())
-    wanted = _refuse_other(old, job._manifest())
-    wanted = wanted.model_copy(update={"parents": [old.fingerprint]})
+    manifest = _refuse_other(old, job._manifest())
+    manifest = manifest.model_copy(update={"parents": [old.fingerprint]})
     forget = _keys(old, remove)
     done = Refreshed()
-    with resumed_directory(out, wanted) as building:
-        parts = sorted(_parts(old, job, building, wanted, forget, done), key=lambda one: one.file)
+    with resumed_directory(out, manifest) as building:
+        parts = sorted(
+            _parts(old, job, building, manifest, forget, done), key=lambda part: part.file
+        )
         if not parts:
             raise InputError(f"{data}: no row is left; nothing was written")
         rows = sum(part.rows for part in parts)
         update: dict[str, Any] = {"rows": rows, "parts": parts, "complete": True}
-        if wanted.level != "user" and (cutoff := _common_cutoff(building, parts)) is not None:
+        if manifest.level != "user" and (cutoff := _common_cutoff(building, parts)) is not None:
             update["cutoff"] = cutoff
-        done.manifest = wanted.model_copy(update=update)
+        done.manifest = manifest.model_copy(update=update)
         verify(building, done.manifest)
         write_manifest(building, done.manifest)
     for child, successor in children:
@@ -164,17 +175,28 @@ def _same_model(
     from llm_knowledge.extraction.config import ENCODER_FIELDS, ExtractConfig
 
     if about.profile is None and about.level == "user":
-        raise InputError("the store does not say how many items a prompt may have: it was written by "
-                         "an older version; extract once more")  # fmt: skip
+        raise InputError(
+            "the store does not say how many items a prompt may have: it was written by "
+            "an older version; extract once more"
+        )
     sizes = about.profile.model_dump() if about.profile else {}
     config = ExtractConfig(
-        data=data, out=out, level=about.level, revision=about.model.revision,
-        pooling=about.pooling, layer=about.layer, dtype=about.model.precision,
-        store_dtype=about.dtype, normalize=about.normalized, max_tokens=about.model.max_tokens,
-        chat_template="auto" if about.model.chat_template else "off", progress=False,
+        data=data,
+        out=out,
+        level=about.level,
+        revision=about.model.revision,
+        pooling=about.pooling,
+        layer=about.layer,
+        dtype=about.model.precision,
+        store_dtype=about.dtype,
+        normalize=about.normalized,
+        max_tokens=about.model.max_tokens,
+        chat_template="auto" if about.model.chat_template else "off",
+        progress=False,
         answer_tokens=about.model.answer.tokens if about.model.answer else 0,
-        state=about.model.answer.state if about.model.answer else "prompt", **sizes,
-    )  # fmt: skip
+        state=about.model.answer.state if about.model.answer else "prompt",
+        **sizes,
+    )
     config = replace(config, **{"template": about.template.name, **options})
     if config.template is None:
         config = replace(config, template=about.template.name)
@@ -185,11 +207,16 @@ def _same_model(
 def _refuse_other(old: KnowledgeStore, new: Manifest) -> Manifest:
     before, now = old.manifest.model_dump(), new.model_dump()
     names = ("model", "template", "pooling", "layer", "dim", "key_type", "normalized", "dtype")
-    differ = [f"{name}: {before[name]!r} there, {now[name]!r} now" for name in names
-              if before[name] != now[name]]  # fmt: skip
+    differ = [
+        f"{name}: {before[name]!r} there, {now[name]!r} now"
+        for name in names
+        if before[name] != now[name]
+    ]
     if differ:
-        raise InputError(f"{old.path}: {'; '.join(differ)}; a refresh takes the model and the template "
-                         f"that made the store, extract anew for others")  # fmt: skip
+        raise InputError(
+            f"{old.path}: {'; '.join(differ)}; a refresh takes the model and the template "
+            f"that made the store, extract anew for others"
+        )
     return new
 
 
@@ -203,9 +230,9 @@ def _keys(old: KnowledgeStore, remove: Sequence[int | str]) -> set[Any]:
 
 
 def _parts(
-    old: KnowledgeStore, job: Job, out: Path, wanted: Manifest, forget: set[Any], done: Refreshed
+    old: KnowledgeStore, job: Job, out: Path, manifest: Manifest, forget: set[Any], done: Refreshed
 ) -> Iterator[Part]:
-    """Write the parts: chunks wait until enough prompts have changed, then go together."""
+    """Writes the parts: chunks wait until enough prompts have changed, then go together."""
     from llm_knowledge.extraction.job import profile_options
     from llm_knowledge.profiles.dataset import profile_batches
 
@@ -220,24 +247,26 @@ def _parts(
             chunk = _compare(old, job, batch, forget, done, seen)
             if not chunk.keys:
                 continue
-            part = _earlier_part(out, index, wanted, chunk)
+            part = _earlier_part(out, index, manifest, chunk)
             if part is not None:
                 yield part
             else:
                 waiting.append((index, chunk))
             index += 1
-            enough = sum(len(one.new) for _, one in waiting) >= WAITING_PROMPTS
-            if enough or sum(len(one.keys) for _, one in waiting) >= WAITING_ROWS:
-                yield from _flush(old, job, out, wanted, waiting)
+            enough = sum(len(chunk.new) for _, chunk in waiting) >= WAITING_PROMPTS
+            if enough or sum(len(chunk.keys) for _, chunk in waiting) >= WAITING_ROWS:
+                yield from _flush(old, job, out, manifest, waiting)
                 waiting = []
-        yield from _flush(old, job, out, wanted, waiting)
-    own = old.row_of(list(forget)) if forget else np.empty(0, np.int64)
-    unmet -= {key for key, row in zip(forget, own, strict=True) if row >= 0}
+        yield from _flush(old, job, out, manifest, waiting)
+    old_rows = old.row_of(list(forget)) if forget else np.empty(0, np.int64)
+    unmet -= {key for key, row in zip(forget, old_rows, strict=True) if row >= 0}
     if unmet:
-        raise InputError(f"--remove: key {min(unmet)!r} is neither in {old.path} nor in "
-                         f"{config.data}; nothing was written")  # fmt: skip
-    done.removed = int((own >= 0).sum())
-    done.gone = int((~seen).sum()) - int((~seen[own[own >= 0]]).sum())
+        raise InputError(
+            f"--remove: key {min(unmet)!r} is neither in {old.path} nor in "
+            f"{config.data}; nothing was written"
+        )
+    done.removed = int((old_rows >= 0).sum())
+    done.gone = int((~seen).sum()) - int((~seen[old_rows[old_rows >= 0]]).sum())
 
 
 def _compare(
@@ -250,31 +279,42 @@ def _compare(
 ) -> _Chunk:
     """Rows of one batch of profiles: kept where the prompt is the one that the old store has."""
     rows = batch.to_pylist()
-    at = old.row_of([row["key"] for row in rows])
-    seen[at[at >= 0]] = True
-    stay = [place for place, row in enumerate(rows) if row["key"] not in forget]
-    rows, at = [rows[place] for place in stay], at[stay]
+    old_rows = old.row_of([row["key"] for row in rows])
+    seen[old_rows[old_rows >= 0]] = True
+    stay = [row_number for row_number, row in enumerate(rows) if row["key"] not in forget]
+    rows, old_rows = [rows[row_number] for row_number in stay], old_rows[stay]
     profiles = [json.loads(row["data"]) for row in rows]
     # Whole prompts first: nothing needs its tokens counted that is what it was.
     prompts = [job.renderer.text(profile) for profile in profiles]
-    known = np.flatnonzero(at >= 0)
-    before = dict(zip(known.tolist(), old.read_text(at[known]), strict=True))
-    same = [place in before and before[place]["prompt"] == text
-            for place, text in enumerate(prompts)]  # fmt: skip
-    rest = [place for place in range(len(rows)) if not same[place]]
-    for place, text in zip(rest, job.renderer.render(profiles[p] for p in rest), strict=True):
-        prompts[place] = text
-        same[place] = place in before and before[place]["prompt"] == text
-    new = [place for place in rest if not same[place]]
+    known = np.flatnonzero(old_rows >= 0)
+    before = dict(zip(known.tolist(), old.read_text(old_rows[known]), strict=True))
+    same = [
+        row_number in before and before[row_number]["prompt"] == text
+        for row_number, text in enumerate(prompts)
+    ]
+    rest = [row_number for row_number in range(len(rows)) if not same[row_number]]
+    for row_number, text in zip(rest, job.renderer.render(profiles[p] for p in rest), strict=True):
+        prompts[row_number] = text
+        same[row_number] = row_number in before and before[row_number]["prompt"] == text
+    new = [row_number for row_number in rest if not same[row_number]]
     done.kept += len(rows) - len(new)
-    done.changed += sum(at[place] >= 0 for place in new)
-    done.added += sum(at[place] < 0 for place in new)
-    answers = [before[place]["answer"] if same[place] else None for place in range(len(rows))]
-    return _Chunk([row["key"] for row in rows], [row["cutoff"] for row in rows], prompts, answers,
-                  np.where(same, at, -1), new)  # fmt: skip
+    done.changed += sum(old_rows[row_number] >= 0 for row_number in new)
+    done.added += sum(old_rows[row_number] < 0 for row_number in new)
+    answers = [
+        before[row_number]["answer"] if same[row_number] else None
+        for row_number in range(len(rows))
+    ]
+    return _Chunk(
+        [row["key"] for row in rows],
+        [row["cutoff"] for row in rows],
+        prompts,
+        answers,
+        np.where(same, old_rows, -1),
+        new,
+    )
 
 
-def _earlier_part(out: Path, index: int, wanted: Manifest, chunk: _Chunk) -> Part | None:
+def _earlier_part(out: Path, index: int, manifest: Manifest, chunk: _Chunk) -> Part | None:
     """The part of this chunk, if a refresh that was killed wrote it already."""
     from llm_knowledge.store.manifest import Part, file_checksum, part_name
     from llm_knowledge.store.reader import check_footer, open_part
@@ -284,51 +324,63 @@ def _earlier_part(out: Path, index: int, wanted: Manifest, chunk: _Chunk) -> Par
         return None
     try:
         with open_part(file) as part:
-            check_footer(file, part, wanted, len(chunk.keys))
+            check_footer(file, part, manifest, len(chunk.keys))
             # Reading the whole part checks the checksum of every page.
             table = part.read()
     except (InputError, OSError):
         return None
-    if any(table[name].to_pylist() != mine for name, mine in
-           (("key", chunk.keys), ("prompt", chunk.prompts), ("cutoff", chunk.cutoffs))):  # fmt: skip
+    if any(
+        table[name].to_pylist() != mine
+        for name, mine in (
+            ("key", chunk.keys),
+            ("prompt", chunk.prompts),
+            ("cutoff", chunk.cutoffs),
+        )
+    ):
         return None
-    return Part(file=file.name, rows=len(chunk.keys), key_min=chunk.keys[0],
-                key_max=chunk.keys[-1], checksum=file_checksum(file))  # fmt: skip
+    return Part(
+        file=file.name,
+        rows=len(chunk.keys),
+        key_min=chunk.keys[0],
+        key_max=chunk.keys[-1],
+        checksum=file_checksum(file),
+    )
 
 
 def _flush(
-    old: KnowledgeStore, job: Job, out: Path, wanted: Manifest, waiting: list[tuple[int, _Chunk]]
+    old: KnowledgeStore, job: Job, out: Path, manifest: Manifest, waiting: list[tuple[int, _Chunk]]
 ) -> Iterator[Part]:
     from llm_knowledge.encoding.encoder import BLOCK_TEXTS
     from llm_knowledge.store.writer import write_part
 
-    texts = [chunk.prompts[place] for _, chunk in waiting for place in chunk.new]
+    texts = [chunk.prompts[position] for _, chunk in waiting for position in chunk.new]
     starts = range(0, len(texts), BLOCK_TEXTS)
-    encoded, said = job.encoder.read(texts[at : at + BLOCK_TEXTS] for at in starts)
+    encoded, said = job.encoder.read(texts[start : start + BLOCK_TEXTS] for start in starts)
     used = 0
     for index, chunk in waiting:
-        vectors = np.empty((len(chunk.keys), wanted.dim), np.float32)
+        vectors = np.empty((len(chunk.keys), manifest.dim), np.float32)
         kept = chunk.old_rows >= 0
         rows = chunk.old_rows[kept]
         if rows.size:
             block = old.read_vectors(int(rows[0]), int(rows[-1]) + 1)
             vectors[kept] = block[rows - rows[0]]
         vectors[chunk.new] = encoded[used : used + len(chunk.new)]
-        for place, text in zip(chunk.new, said[used:] if said else [], strict=False):
-            chunk.answers[place] = text
+        for position, text in zip(chunk.new, said[used:] if said else [], strict=False):
+            chunk.answers[position] = text
         used += len(chunk.new)
-        yield write_part(out, index, wanted, chunk.keys, vectors, chunk.prompts, chunk.answers,
-                         chunk.cutoffs)  # fmt: skip
+        yield write_part(
+            out, index, manifest, chunk.keys, vectors, chunk.prompts, chunk.answers, chunk.cutoffs
+        )
 
 
 def _common_cutoff(path: Path, parts: list[Part]) -> Any:
-    """The one cut-off of all rows (scenarios of a global split), as ``extract`` writes it."""
+    """The one cut-off of all rows (scenarios of a global split), as `extract` writes it."""
     import pyarrow.parquet as pq
 
     from llm_knowledge.store.manifest import Cutoff
 
     tables = [pq.read_table(path / part.file, columns=["cutoff"]) for part in parts]
-    found = {value for table in tables for value in table["cutoff"].to_pylist()}
-    if len(found) != 1 or None in found:
+    cutoffs = {value for table in tables for value in table["cutoff"].to_pylist()}
+    if len(cutoffs) != 1 or None in cutoffs:
         return None
-    return Cutoff(kind="global", value=found.pop())
+    return Cutoff(kind="global", value=cutoffs.pop())

@@ -17,7 +17,7 @@ from llm_knowledge.errors import InputError
 
 
 class Workers(Protocol):
-    """What an extraction needs from its peers. ``name`` keeps the stages of a run apart."""
+    """What an extraction needs from its peers. `name` keeps the stages of a run apart."""
 
     rank: int
     size: int
@@ -26,13 +26,13 @@ class Workers(Protocol):
         """Rank 0 hands a JSON-able value to all."""
 
     def receive(self, name: str) -> dict[str, Any]:
-        """Wait for a published value."""
+        """Waits for a published value."""
 
     def count(self, name: str, amount: int) -> int:
-        """Add to a counter of all workers and return its new value."""
+        """Adds to a counter of all workers and returns its new value."""
 
     def note(self, name: str, value: dict[str, float]) -> None:
-        """Leave this worker's latest value for all to see."""
+        """Leaves this worker's latest value for all to see."""
 
     def notes(self, name: str) -> dict[int, dict[str, float]]:
         """The latest values by rank, of those who left one. Waits for nobody."""
@@ -48,26 +48,26 @@ class OneWorker:
         self._values: dict[str, dict[str, Any]] = {}
 
     def publish(self, name: str, value: dict[str, Any]) -> None:
-        """Keep a value."""
+        """Keeps a value."""
         self._values[name] = value
 
     def receive(self, name: str) -> dict[str, Any]:
-        """Return a kept value."""
+        """Returns a kept value."""
         return self._values[name]
 
     def count(self, name: str, amount: int) -> int:
-        """Add to a counter."""
+        """Adds to a counter."""
         self._counts[name] = self._counts.get(name, 0) + amount
         return self._counts[name]
 
     def note(self, name: str, value: dict[str, float]) -> None:
-        """Keep a value."""
+        """Keeps a value."""
         self._values[f"note/{name}"] = value
 
     def notes(self, name: str) -> dict[int, dict[str, float]]:
         """The kept value."""
-        found = self._values.get(f"note/{name}")
-        return {} if found is None else {0: found}
+        notes = self._values.get(f"note/{name}")
+        return {} if notes is None else {0: notes}
 
 
 class StoreWorkers:
@@ -88,29 +88,29 @@ class StoreWorkers:
         self._store = dist.PrefixStore(f"extract/{attempt}", store)
 
     def publish(self, name: str, value: dict[str, Any]) -> None:
-        """Hand a value to all workers."""
+        """Hands a value to all workers."""
         self._store.set(name, json.dumps(value))
 
     def receive(self, name: str) -> dict[str, Any]:
-        """Wait for a published value, up to the timeout."""
+        """Waits for a published value, up to the timeout."""
         return json.loads(self._store.get(name))
 
     def count(self, name: str, amount: int) -> int:
-        """Add to a counter of all workers."""
+        """Adds to a counter of all workers."""
         return self._store.add(name, amount)
 
     def note(self, name: str, value: dict[str, float]) -> None:
-        """Leave this worker's latest value for all to see."""
+        """Leaves this worker's latest value for all to see."""
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
 
     def notes(self, name: str) -> dict[int, dict[str, float]]:
         """The latest values by rank, of those who left one."""
-        places = {rank: f"{name}/{rank}" for rank in range(self.size)}
-        there = [rank for rank, place in places.items() if self._store.check([place])]
-        if not there:
+        slots = {rank: f"{name}/{rank}" for rank in range(self.size)}
+        ranks = [rank for rank, slot in slots.items() if self._store.check([slot])]
+        if not ranks:
             return {}
-        found = self._store.multi_get([places[rank] for rank in there])
-        return {rank: json.loads(value) for rank, value in zip(there, found, strict=True)}
+        notes = self._store.multi_get([slots[rank] for rank in ranks])
+        return {rank: json.loads(value) for rank, value in zip(ranks, notes, strict=True)}
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def connect(timeout: timedelta) -> Iterator[Workers]:
 
 
 def wait_until(done: Callable[[], bool], timeout: timedelta, pause: float = 0.05) -> bool:
-    """Poll until ``done()``; false if that took longer than ``timeout``."""
+    """Polls until `done()`; false if that took longer than `timeout`."""
     import time
 
     end = time.monotonic() + timeout.total_seconds()

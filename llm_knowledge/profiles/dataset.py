@@ -1,10 +1,10 @@
 """What is known of a user, a scenario and an item, by DuckDB or Spark from a prepared dataset.
 
-Only the ``profile`` split and the catalogue are read, and for a dated profile the events of the
-``train`` split up to its cut-off: no event of the valid or test split can reach a prompt. Every
-profile is one row (key, cutoff, data), ``data`` being JSON for ``prompts``. Results are
+Only the `profile` split and the catalogue are read, and for a dated profile the events of the
+`train` split up to its cut-off: no event of the valid or test split can reach a prompt. Every
+profile is one row (key, cutoff, data), `data` being JSON for `prompts`. Results are
 deterministic: every order has a total tie-break. The log is never looped over in Python, and memory
-does not grow with it, see ``engines``; the queries are in ``profile_queries``.
+does not grow with it, see `engines`; the queries are in `profile_queries`.
 
 Cut-offs: of dated profiles it is the date asked for. Without one, a user's is the time of the
 user's newest profile event. An item's is null, since only the catalogue is read. A scenario's
@@ -53,7 +53,7 @@ WHOLE_FILE_HASH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Dataset:
-    """The facts of ``dataset.json`` that profiles and prompts need."""
+    """The facts of `dataset.json` that profiles and prompts need."""
 
     path: Path
     name: str
@@ -66,7 +66,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
-        """Read ``dataset.json``.
+        """Reads `dataset.json`.
 
         Raises:
             InputError: it is absent, not JSON, of another version, or lacks a field.
@@ -82,8 +82,16 @@ class Dataset:
                 for s in raw["scenarios"]
             }
             types = {level: str(raw[f"{level}_id_type"]) for level in ("user", "item", "scenario")}
-            return cls(Path(path), str(raw["name"]), scenarios, types, raw["split"]["rule"],
-                       str(raw.get("positive_name") or "liked"), raw.get("negative_name"), raw)  # fmt: skip
+            return cls(
+                Path(path),
+                str(raw["name"]),
+                scenarios,
+                types,
+                raw["split"]["rule"],
+                str(raw.get("positive_name") or "liked"),
+                raw.get("negative_name"),
+                raw,
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: field {error} is missing or has a wrong type") from error
 
@@ -107,8 +115,10 @@ class Dataset:
         splits = [] if level == "item" else splits
         parts = [file for split in splits for file in part_files(self.path, split)]
         if level != "item" and not parts:
-            raise InputError(f"{self.path / 'profile'}: no part-*.parquet; the profile split is "
-                             f"empty, prepare the data with a profile window")  # fmt: skip
+            raise InputError(
+                f"{self.path / 'profile'}: no part-*.parquet; the profile split is "
+                f"empty, prepare the data with a profile window"
+            )
         items = self.path / "items.parquet"
         if not items.is_file():
             raise InputError(f"{items}: not found; prepare the data again")
@@ -157,7 +167,7 @@ class ProfileOptions:
 def profile_batches(
     dataset: Dataset, level: str, options: ProfileOptions, rows: int, scratch: Path
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the profiles of a level as record batches of ``rows`` rows (the last may be shorter).
+    """Yields the profiles of a level as record batches of `rows` rows (the last may be shorter).
 
     Columns: key (int64 | string, unique, increasing over all batches), cutoff (int64 or null), data
     (JSON text). Users without any profile event have no row.
@@ -179,8 +189,9 @@ def profile_batches(
     key_type = pa.int64() if dataset.key_types[level] == "int64" else pa.string()
     schema = pa.schema([("key", key_type), ("cutoff", pa.int64()), ("data", pa.string())])
     files = dataset.files(level, options.cutoff)
-    engine = open_engine(options.engine, scratch, options.memory_limit, options.threads,
-                         options.spark_master)  # fmt: skip
+    engine = open_engine(
+        options.engine, scratch, options.memory_limit, options.threads, options.spark_master
+    )
     with engine:
         try:
             engine.open(files[0], files[1:], options.cutoff)
@@ -190,22 +201,30 @@ def profile_batches(
             query = item_query(engine.dialect)
             if level == "user":
                 query = user_query(
-                    engine.dialect, options.per_scenario, options.total, dataset.negatives,
-                    options.min_interactions, options.cutoff, options.tastes)  # fmt: skip
-            found = False
+                    engine.dialect,
+                    options.per_scenario,
+                    options.total,
+                    dataset.negatives,
+                    options.min_interactions,
+                    options.cutoff,
+                    options.tastes,
+                )
+            any_user = False
             stream = engine.stream(query, rows, by_user=level == "user")
             for batch in _rebatch((_cast(batch, schema) for batch in stream), rows):
-                found = True
+                any_user = True
                 yield batch
-            if level == "user" and not found:
+            if level == "user" and not any_user:
                 most = engine.fetch(most_events_query(dataset.negatives))[0][0]
                 raise _nobody(dataset, options, most or 0)
         except engine.errors as error:
             names = ", ".join(sorted({str(file.parent) for file in files}))
             text = str(error).splitlines()[0]
             if "Out of Memory" in text:
-                raise InputError(f"--memory-limit {options.memory_limit}: not enough for the {level} "
-                                 f"profiles ({text}); raise it") from error  # fmt: skip
+                raise InputError(
+                    f"--memory-limit {options.memory_limit}: not enough for the {level} "
+                    f"profiles ({text}); raise it"
+                ) from error
             raise InputError(f"{names}: the {level} profiles cannot be read: {text}") from error
 
 
@@ -216,8 +235,10 @@ def _nobody(dataset: Dataset, options: ProfileOptions, most: int) -> InputError:
             "" if dataset.negatives else " (label 0 means nothing here: negative_name is null)"
         )
         return InputError(f"{dataset.path}: no event{until}: no user has a profile{sampled}")
-    return InputError(f"--min-interactions: no user has {options.min_interactions} events{until} in "
-                      f"{dataset.path}; the most that one has is {most}")  # fmt: skip
+    return InputError(
+        f"--min-interactions: no user has {options.min_interactions} events{until} in "
+        f"{dataset.path}; the most that one has is {most}"
+    )
 
 
 def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
@@ -228,7 +249,7 @@ def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _rebatch(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """Cut a stream of batches into batches of exactly ``rows`` rows, the last one shorter."""
+    """Cuts a stream of batches into batches of exactly `rows` rows, the last one shorter."""
     import pyarrow as pa
 
     held: list[pa.RecordBatch] = []
@@ -256,22 +277,33 @@ def _scenario_batches(
     liked: dict[Any, dict[str, int]] = {}
     for scenario, category, count in engine.fetch(category_query(engine.dialect)):
         liked.setdefault(scenario, {})[category] = count
-    pairs = {row[:2]: (row[2], correlation(*row[2:]))
-             for row in engine.fetch(pairs_query(dataset.negatives))}  # fmt: skip
+    pairs = {
+        row[:2]: (row[2], correlation(*row[2:]))
+        for row in engine.fetch(pairs_query(dataset.negatives))
+    }
     unknown = [scenario for scenario in activity if scenario not in dataset.scenarios]
     if unknown:
-        raise InputError(f"{dataset.path / 'profile'}: scenario_id {unknown[0]!r} is not in "
-                         f"dataset.json ({list(dataset.scenarios)})")  # fmt: skip
+        raise InputError(
+            f"{dataset.path / 'profile'}: scenario_id {unknown[0]!r} is not in "
+            f"dataset.json ({list(dataset.scenarios)})"
+        )
     if not activity:
         raise _nobody(dataset, options, 0)
     cutoff = options.cutoff
     if cutoff is None and dataset.split_rule == "global_time":
         cutoff = max(row[4] for row in activity.values())
     keys = sorted(dataset.scenarios)
-    data = [json.dumps(_scenario_data(key, dataset, options, activity, liked, pairs),
-                       ensure_ascii=False) for key in keys]  # fmt: skip
-    columns = [pa.array(keys, schema.field("key").type), pa.array([cutoff] * len(keys), pa.int64()),
-               pa.array(data)]  # fmt: skip
+    data = [
+        json.dumps(
+            _scenario_data(key, dataset, options, activity, liked, pairs), ensure_ascii=False
+        )
+        for key in keys
+    ]
+    columns = [
+        pa.array(keys, schema.field("key").type),
+        pa.array([cutoff] * len(keys), pa.int64()),
+        pa.array(data),
+    ]
     yield from pa.Table.from_arrays(columns, schema=schema).to_batches(max_chunksize=rows)
 
 
@@ -283,20 +315,22 @@ def _scenario_data(
     liked: dict[Any, dict[str, int]],
     pairs: dict[Any, Any],
 ) -> dict[str, Any]:
-    """Aggregates of one scenario as JSON values; ``rate`` is None where negatives are sampled."""
+    """Aggregates of one scenario as JSON values; `rate` is None where negatives are sampled."""
     events, users, items, rate, _ = activity.get(key, (0, 0, 0, None, None))
-    own = liked.get(key, {})
+    liked_here = liked.get(key, {})
     others: list[dict[str, Any]] = []
     for other in dataset.scenarios:
         if other == key:
             continue
         common, agreement = pairs.get((key, other), (0, None))
-        others.append({
-            "name": dataset.scenarios[other]["name"],
-            "common_users": common / users if users else 0.0,
-            "agreement": agreement if dataset.negatives and common >= 30 else None,
-            "category_similarity": _cosine(own, liked.get(other, {})),
-        })  # fmt: skip
+        others.append(
+            {
+                "name": dataset.scenarios[other]["name"],
+                "common_users": common / users if users else 0.0,
+                "agreement": agreement if dataset.negatives and common >= 30 else None,
+                "category_similarity": _cosine(liked_here, liked.get(other, {})),
+            }
+        )
     others.sort(key=lambda other: (-other["common_users"], other["name"]))
     return {
         **dataset.scenarios[key],
@@ -304,7 +338,7 @@ def _scenario_data(
         "users": users,
         "items": items,
         "rate": rate if dataset.negatives else None,
-        "top_categories": list(own)[: options.categories],
+        "top_categories": list(liked_here)[: options.categories],
         "distinct_categories": _distinct(key, liked, options.categories),
         "others": others,
     }
@@ -321,8 +355,11 @@ def _distinct(key: Any, liked: dict[Any, dict[str, int]], count: int) -> list[st
     if not own_sum or not rest_sum:
         return []
     # One added observation keeps a category that is seen once from looking distinctive.
-    lift = {c: (n / own_sum) / ((rest.get(c, 0) + 1) / rest_sum) for c, n in own.items()
-            if n >= 0.01 * own_sum}  # fmt: skip
+    lift = {
+        c: (n / own_sum) / ((rest.get(c, 0) + 1) / rest_sum)
+        for c, n in own.items()
+        if n >= 0.01 * own_sum
+    }
     return sorted((c for c in lift if lift[c] >= 1.2), key=lambda c: (-lift[c], c))[:count]
 
 

@@ -1,6 +1,6 @@
 """The engines that profiles are queried with: DuckDB on one machine, Spark on many.
 
-An engine holds the views ``events`` and ``items`` and answers the queries of ``profile_queries``. DuckDB
+An engine holds the views `events` and `items` and answers the queries of `profile_queries`. DuckDB
 works through users in buckets of bounded size, because it cannot spill the lists of an aggregate. Spark
 writes its result as files that are then read one after the other. Neither lets memory grow with the log.
 """
@@ -43,7 +43,7 @@ class Engine(Protocol):
     ) -> None: ...
 
     def open(self, items: Path, events: Sequence[Path], until: int | None) -> None:
-        """Make the views; with ``until``, of events with a timestamp of at most that."""
+        """Makes the views; with `until`, of events with a timestamp of at most that."""
         ...
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
@@ -51,7 +51,7 @@ class Engine(Protocol):
         ...
 
     def stream(self, query: str, rows: int, by_user: bool) -> Iterator[pa.RecordBatch]:
-        """The rows of a result ordered by ``key``; ``by_user``: it groups events by user."""
+        """The rows of a result ordered by `key`; `by_user`: it groups events by user."""
         ...
 
 
@@ -80,7 +80,7 @@ class DuckDB:
         self._database.close()
 
     def open(self, items: Path, events: Sequence[Path], until: int | None) -> None:
-        """See ``Engine``."""
+        """See `Engine`."""
         self._view("items", [items])
         if events:
             self._view("log", events)
@@ -95,11 +95,11 @@ class DuckDB:
         )
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
-        """See ``Engine``."""
+        """See `Engine`."""
         return self._database.execute(query).fetchall()
 
     def stream(self, query: str, rows: int, by_user: bool) -> Iterator[pa.RecordBatch]:
-        """See ``Engine``."""
+        """See `Engine`."""
         buckets = self._buckets() if by_user else []
         for bucket in buckets:
             self._view("events", sorted(bucket.glob("*.parquet")))
@@ -109,7 +109,7 @@ class DuckDB:
             yield from self._database.execute(query).to_arrow_reader(max(2048, rows))
 
     def _buckets(self) -> list[Path]:
-        """Write the events into folders of whole users, in the order of the users; none if few."""
+        """Writes the events into folders of whole users, in the order of the users; none if few."""
         if self.fetch("SELECT count(*) FROM events")[0][0] <= BUCKET_EVENTS:
             return []
         folder = self._scratch / "buckets"
@@ -127,7 +127,7 @@ class DuckDB:
 
 
 class Spark:
-    """Apache Spark: local mode by default, a cluster where ``master`` says so.
+    """Apache Spark: local mode by default, a cluster where `master` says so.
 
     On a cluster the data and the output directory must be where every executor sees them. A session that
     the process has already is used and left open.
@@ -139,14 +139,17 @@ class Spark:
         self, scratch: Path, memory_limit: str, threads: int | None, master: str | None
     ) -> None:
         if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
-            raise InputError("--engine spark: no Java is found; install Java 17 or set JAVA_HOME, or use "
-                             "--engine duckdb")  # fmt: skip
+            raise InputError(
+                "--engine spark: no Java is found; install Java 17 or set JAVA_HOME, or use "
+                "--engine duckdb"
+            )
         try:
             from pyspark.errors import PySparkException
             from pyspark.sql import SparkSession
         except ImportError as error:
-            raise InputError("--engine spark: PySpark is not installed: "
-                             "pip install -r requirements/spark.txt") from error  # fmt: skip
+            raise InputError(
+                "--engine spark: PySpark is not installed: pip install -r requirements/spark.txt"
+            ) from error
         self.errors: tuple[type[Exception], ...] = (PySparkException,)
         self._scratch = scratch
         master = master or f"local[{threads or '*'}]"
@@ -160,8 +163,12 @@ class Spark:
             "spark.driver.memory": memory_limit.lower().removesuffix("b"),
         }
         if master.startswith("local"):
-            options |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1",
-                        "spark.local.dir": str(scratch), "spark.sql.shuffle.partitions": "8"}  # fmt: skip
+            options |= {
+                "spark.driver.bindAddress": "127.0.0.1",
+                "spark.driver.host": "127.0.0.1",
+                "spark.local.dir": str(scratch),
+                "spark.sql.shuffle.partitions": "8",
+            }
         builder = SparkSession.builder.appName("llm4msr profiles").master(master)
         for name, value in options.items():
             builder = builder.config(name, value)
@@ -176,7 +183,7 @@ class Spark:
             self._session.stop()
 
     def open(self, items: Path, events: Sequence[Path], until: int | None) -> None:
-        """See ``Engine``."""
+        """See `Engine`."""
         self._session.read.parquet(spark_path(items)).createOrReplaceTempView("items")
         if events:
             log = self._session.read.parquet(*map(spark_path, events))
@@ -185,11 +192,11 @@ class Spark:
             kept.createOrReplaceTempView("events")
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
-        """See ``Engine``."""
+        """See `Engine`."""
         return [tuple(row) for row in self._session.sql(query).collect()]
 
     def stream(self, query: str, rows: int, by_user: bool) -> Iterator[pa.RecordBatch]:
-        """See ``Engine``."""
+        """See `Engine`."""
         import pyarrow.parquet as pq
 
         folder = self._scratch / "spark"
@@ -204,7 +211,7 @@ class Spark:
 def open_engine(
     name: str, scratch: Path, memory_limit: str, threads: int | None, master: str | None = None
 ) -> Engine:
-    """Start an engine.
+    """Starts an engine.
 
     Args:
         name: "duckdb" or "spark".

@@ -1,11 +1,11 @@
 """What is known of a user, a scenario and an item: one definition in SQL for DuckDB and for Spark.
 
-Every query reads the views ``events`` (user_id, item_id, scenario_id, timestamp, label) and ``items``
-(item_id, title, categories). What the two engines spell differently is the ``Dialect``; both give the
+Every query reads the views `events` (user_id, item_id, scenario_id, timestamp, label) and `items`
+(item_id, title, categories). What the two engines spell differently is the `Dialect`; both give the
 same rows, text and order: strings are ordered by their UTF-8 bytes, every order is total, and no
 aggregate depends on the order of its input.
 
-Rows of label 0 are events only where label 0 means something (``negatives``). Elsewhere they were sampled:
+Rows of label 0 are events only where label 0 means something (`negatives`). Elsewhere they were sampled:
 nobody met those items, and whoever counts them counts the sampling.
 """
 
@@ -36,7 +36,7 @@ class Dialect:
         return "named_struct(" + ", ".join(f"'{n}', {value}" for n, value in fields.items()) + ")"
 
     def ordered_list(self, value: str, *order: str) -> str:
-        """Aggregate: the values of a group, ascending by ``order``."""
+        """Aggregate: the values of a group, ascending by `order`."""
         if self.name == "duckdb":
             return f"list({value} ORDER BY {', '.join(order)})"
         keys = {f"k{place}": key for place, key in enumerate(order)}
@@ -49,12 +49,12 @@ SPARK = Dialect("spark", "explode", "array_join", "filter({list}, c -> {kept})",
 
 
 def _met(negatives: bool) -> str:
-    """Which rows of ``events`` happened."""
+    """Which rows of `events` happened."""
     return "" if negatives else "WHERE label = 1"
 
 
 # What a reader sees nothing of: spaces, characters of control and format, private ones, fillers, an empty
-# Braille cell, variation selectors, tags. ``clean`` of ``prompts`` leaves nothing of such a text either.
+# Braille cell, variation selectors, tags. `clean` of `prompts` leaves nothing of such a text either.
 _UNSEEN = (
     r"[\p{Z}\p{Cc}\p{Cf}\p{Co}\x{34F}\x{115F}\x{1160}\x{17B4}\x{17B5}\x{180B}-\x{180F}\x{2800}\x{3164}"
     r"\x{FE00}-\x{FE0F}\x{FFA0}\x{E0000}-\x{E0FFF}]"

@@ -29,10 +29,10 @@ Method = Literal["pca", "truncate"]
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run from parsed options, print what was lost, and return 0.
+    """Runs from parsed options, prints what was lost, and returns 0.
 
     Raises:
-        InputError: see ``compress``.
+        InputError: see `compress`.
     """
     paths = store_paths(options.store)
     if paths == [options.store]:
@@ -57,9 +57,11 @@ def main(options: argparse.Namespace) -> int:
 def _say(out: Path, done: Manifest) -> None:
     lost = done.compression
     assert lost is not None
-    print(f"{out}: {lost.source_dim} -> {done.dim} dimensions, {done.dtype}; retained variance "
-          f"{lost.retained_variance:.4f}, overlap of the {NEIGHBOURS} nearest "
-          f"{lost.neighbour_overlap:.3f}, cosine error {lost.cosine_error:.2e}")  # fmt: skip
+    print(
+        f"{out}: {lost.source_dim} -> {done.dim} dimensions, {done.dtype}; retained variance "
+        f"{lost.retained_variance:.4f}, overlap of the {NEIGHBOURS} nearest "
+        f"{lost.neighbour_overlap:.3f}, cosine error {lost.cosine_error:.2e}"
+    )
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,10 @@ def compress(
     method: Method = "pca",
     dtype: Literal["float16", "int8"] = "float16",
 ) -> Manifest:
-    """Write a store with ``dim`` dimensions per vector; keys, prompts, answers, cut-offs stay.
+    """Writes a store with `dim` dimensions per vector; keys, prompts, answers, cut-offs stay.
 
     Memory holds a block of vectors, for PCA also the covariance (float64 [D, D]), and the texts of
-    one part. What was lost is measured and stands in the new manifest, see ``Compression``.
+    one part. What was lost is measured and stands in the new manifest, see `Compression`.
 
     Args:
         path: a complete store.
@@ -129,18 +131,20 @@ def compress(
             f"method {method!r}, dtype {dtype!r}: want pca or truncate, float16 or int8"
         )
     if method == "pca" and dim > max(1, len(source) - 1):
-        raise InputError(f"dim: {len(source)} rows span at most {max(1, len(source) - 1)} dimensions "
-                         f"for pca; ask for fewer, or use truncate")  # fmt: skip
+        raise InputError(
+            f"dim: {len(source)} rows span at most {max(1, len(source) - 1)} dimensions "
+            f"for pca; ask for fewer, or use truncate"
+        )
     return _write(source, out, fit(source, dim, method), dtype)
 
 
 def recompress(path: str | Path, like: str | Path, out: str | Path) -> Manifest:
-    """Compress a store as another one was: the same projection and dtype, nothing fitted anew.
+    """Compresses a store as another one was: the same projection and dtype, nothing fitted anew.
 
     Rows that are the same in both sources stay the same. Vectors before and after can be mixed.
 
     Raises:
-        InputError: ``like`` is not a compressed store, or of another model.
+        InputError: `like` is not a compressed store, or of another model.
     """
     source, model = KnowledgeStore.open(path), KnowledgeStore.open(like)
     about = model.manifest
@@ -186,8 +190,9 @@ def fit(store: KnowledgeStore, dim: int, method: Method) -> Projection:
     if method == "truncate":
         kept = float((square_D / rows - mean_D**2)[:dim].sum())
         share = kept / variance if variance > 0 else 1.0
-        return Projection(method, dim, min(share, 1.0), np.zeros(0), np.zeros((0, 0)),
-                          store.manifest.normalized)  # fmt: skip
+        return Projection(
+            method, dim, min(share, 1.0), np.zeros(0), np.zeros((0, 0)), store.manifest.normalized
+        )
     products_DD /= rows
     products_DD -= np.outer(mean_D, mean_D)
     values_D, vectors_DD = np.linalg.eigh(products_DD)
@@ -200,27 +205,42 @@ def fit(store: KnowledgeStore, dim: int, method: Method) -> Projection:
 
 
 def blocks(store: KnowledgeStore, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-    """Vectors of rows start..stop-1 in order, [N, D], at most ``BLOCK_BYTES`` as float32."""
+    """Vectors of rows start..stop-1 in order, [N, D], at most `BLOCK_BYTES` as float32."""
     stop = len(store) if stop is None else stop
     step = max(1, min(BLOCK_BYTES // (4 * store.manifest.dim), 65_536))
-    for at in range(start, stop, step):
-        yield store.read_vectors(at, min(at + step, stop))
+    for block_start in range(start, stop, step):
+        yield store.read_vectors(block_start, min(block_start + step, stop))
 
 
 def _write(
     source: KnowledgeStore, out: str | Path, projection: Projection, dtype: DType
 ) -> Manifest:
     unit = projection.method == "truncate" and projection.unit
-    empty = Compression(method=projection.method, source_dim=source.manifest.dim, sample_rows=0,
-                        retained_variance=projection.retained, neighbour_overlap=0.0,
-                        cosine_error=0.0)  # fmt: skip
-    wanted = source.manifest.model_copy(update={
-        "dim": projection.dim, "dtype": dtype, "normalized": unit, "parents": [source.fingerprint],
-        "compression": empty, "complete": False, "parts": []})  # fmt: skip
+    empty = Compression(
+        method=projection.method,
+        source_dim=source.manifest.dim,
+        sample_rows=0,
+        retained_variance=projection.retained,
+        neighbour_overlap=0.0,
+        cosine_error=0.0,
+    )
+    manifest = source.manifest.model_copy(
+        update={
+            "dim": projection.dim,
+            "dtype": dtype,
+            "normalized": unit,
+            "parents": [source.fingerprint],
+            "compression": empty,
+            "complete": False,
+            "parts": [],
+        }
+    )
     with new_directory(out) as building:
-        parts = [_write_part(source, index, building, wanted, projection)
-                 for index in range(len(source.manifest.parts))]  # fmt: skip
-        done = wanted.model_copy(update={"parts": parts, "complete": True})
+        parts = [
+            _write_part(source, index, building, manifest, projection)
+            for index in range(len(source.manifest.parts))
+        ]
+        done = manifest.model_copy(update={"parts": parts, "complete": True})
         checksum = _save_projection(building / PROJECTION, projection)
         small = KnowledgeStore.open(building, manifest=done)
         lost = empty.model_copy(
@@ -233,14 +253,22 @@ def _write(
 
 
 def _write_part(
-    source: KnowledgeStore, index: int, out: Path, wanted: Manifest, projection: Projection
+    source: KnowledgeStore, index: int, out: Path, manifest: Manifest, projection: Projection
 ) -> Part:
     start, stop = int(source.offsets[index]), int(source.offsets[index + 1])
     small_NK = np.concatenate([projection.apply(block) for block in blocks(source, start, stop)])
     table: pa.Table = source._read(index, ["key", "prompt", "answer", "cutoff"])
     columns = {name: table[name].to_pylist() for name in table.column_names}
-    return write_part(out, index, wanted, columns["key"], small_NK, columns["prompt"],
-                      columns["answer"], columns["cutoff"])  # fmt: skip
+    return write_part(
+        out,
+        index,
+        manifest,
+        columns["key"],
+        small_NK,
+        columns["prompt"],
+        columns["answer"],
+        columns["cutoff"],
+    )
 
 
 def _save_projection(file: Path, projection: Projection) -> str | None:
@@ -272,22 +300,25 @@ def _measure(
         one, other = _nearest(before, count), _nearest(after, count)
         both = [len(np.intersect1d(a, b)) for a, b in zip(one, other, strict=True)]
         overlap = float(np.mean(both)) / count
-    return {"sample_rows": len(picks), "neighbour_overlap": overlap,
-            "cosine_error": max(0.0, 1.0 - float(cosine.mean()))}  # fmt: skip
+    return {
+        "sample_rows": len(picks),
+        "neighbour_overlap": overlap,
+        "cosine_error": max(0.0, 1.0 - float(cosine.mean())),
+    }
 
 
 def _sample(store: KnowledgeStore, picks: np.ndarray) -> np.ndarray:
     """Vectors of ascending row numbers, float64 [len(picks), dim], in one pass over the blocks."""
-    found, at = [], 0
+    sampled, at = [], 0
     for block in blocks(store):
         inside = picks[(picks >= at) & (picks < at + len(block))] - at
-        found.append(block[inside].astype(np.float64))
+        sampled.append(block[inside].astype(np.float64))
         at += len(block)
-    return np.concatenate(found)
+    return np.concatenate(sampled)
 
 
 def _nearest(rows: np.ndarray, count: int) -> np.ndarray:
-    """The ``count`` nearest other rows of each row by Euclidean distance, in any order."""
+    """The `count` nearest other rows of each row by Euclidean distance, in any order."""
     rows = rows - rows.mean(axis=0)
     square = np.square(rows).sum(axis=1)
     distance = square[:, None] + square[None] - 2 * rows @ rows.T

@@ -37,12 +37,17 @@ def store_paths(path: str | Path) -> list[Path]:
     if (path / "manifest.json").exists() or not path.is_dir():
         return [path]
     # A name with a dot in front is a store that is being written.
-    found = sorted(child for child in path.iterdir()
-                   if not child.name.startswith(".") and (child / "manifest.json").exists())  # fmt: skip
-    if not found:
-        raise InputError(f"{path / 'manifest.json'}: not found; this is no knowledge store and holds "
-                         f"none, make one with `knowledge extract`")  # fmt: skip
-    return found
+    stores = sorted(
+        child
+        for child in path.iterdir()
+        if not child.name.startswith(".") and (child / "manifest.json").exists()
+    )
+    if not stores:
+        raise InputError(
+            f"{path / 'manifest.json'}: not found; this is no knowledge store and holds "
+            f"none, make one with `knowledge extract`"
+        )
+    return stores
 
 
 class DatedStores:
@@ -64,13 +69,15 @@ class DatedStores:
 
     @classmethod
     def open(cls, paths: str | Path | Iterable[str | Path]) -> DatedStores:
-        """Open a store, a directory of dated stores, or a list of either.
+        """Opens a store, a directory of dated stores, or a list of either.
 
         Raises:
             InputError: one cannot be opened, or they do not belong together.
         """
         given = [paths] if isinstance(paths, str | Path) else list(paths)
-        return cls([KnowledgeStore.open(found) for path in given for found in store_paths(path)])
+        return cls(
+            [KnowledgeStore.open(store_path) for path in given for store_path in store_paths(path)]
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -86,21 +93,23 @@ class DatedStores:
 
     def read_vectors(self, start: int, stop: int) -> np.ndarray:
         """Vectors of rows start..stop-1 over all stores: [stop-start, dim] float16 or float32."""
-        found = []
+        blocks = []
         for store, first, last in zip(
             self.stores, self.offsets[:-1], self.offsets[1:], strict=True
         ):
             low, high = max(start, int(first)), min(stop, int(last))
             if low < high:
-                found.append(store.read_vectors(low - int(first), high - int(first)))
-        return np.concatenate(found) if found else self.stores[0].read_vectors(0, 0)
+                blocks.append(store.read_vectors(low - int(first), high - int(first)))
+        return np.concatenate(blocks) if blocks else self.stores[0].read_vectors(0, 0)
 
 
 def _date(store: KnowledgeStore) -> int:
     cutoff = store.manifest.cutoff
     if cutoff.kind != "global" or cutoff.value is None:
-        raise InputError(f"{store.path}: has no date (its cut-off is {cutoff.kind}); stores side by side "
-                         f"need one each: `knowledge extract --cutoffs`")  # fmt: skip
+        raise InputError(
+            f"{store.path}: has no date (its cut-off is {cutoff.kind}); stores side by side "
+            f"need one each: `knowledge extract --cutoffs`"
+        )
     return cutoff.value
 
 
@@ -108,17 +117,25 @@ def _check_together(stores: Sequence[KnowledgeStore]) -> None:
     first = stores[0]
     for before, store in itertools.pairwise(stores):
         if _date(before) == _date(store):
-            raise InputError(f"{before.path} and {store.path} have the same cut-off {_date(store)}; keep "
-                             f"one of them")  # fmt: skip
-        one, other = first.manifest, store.manifest
-        differ = [f"{name}: {getattr(one, name)!r} there, {getattr(other, name)!r} here" for name in _SAME
-                  if getattr(one, name) != getattr(other, name)]  # fmt: skip
+            raise InputError(
+                f"{before.path} and {store.path} have the same cut-off {_date(store)}; keep "
+                f"one of them"
+            )
+        earlier, other = first.manifest, store.manifest
+        differ = [
+            f"{name}: {getattr(earlier, name)!r} there, {getattr(other, name)!r} here"
+            for name in _SAME
+            if getattr(earlier, name) != getattr(other, name)
+        ]
         maps = [
-            m.compression and (m.compression.method, m.compression.projection) for m in (one, other)
+            m.compression and (m.compression.method, m.compression.projection)
+            for m in (earlier, other)
         ]
         if maps[0] != maps[1]:
-            differ.append("their vectors were made smaller by different projections; compress the "
-                          "directory of dated stores as a whole")  # fmt: skip
+            differ.append(
+                "their vectors were made smaller by different projections; compress the "
+                "directory of dated stores as a whole"
+            )
         if differ:
             raise InputError(f"{store.path}: cannot stand beside {first.path}: {'; '.join(differ)}")
 
@@ -152,16 +169,16 @@ def cutoff_times(words: Sequence[str], dataset: Dataset) -> list[int]:
 
 def _training_window(dataset: Dataset) -> tuple[int, int]:
     """Times of the first and the last training event, from the footers."""
-    found: list[int] = []
+    times: list[int] = []
     for file in sorted((dataset.path / "train").glob("part-*.parquet")):
         with open_part(file) as part:
-            place = part.schema_arrow.names.index("timestamp")
+            column = part.schema_arrow.names.index("timestamp")
             for group in range(part.metadata.num_row_groups):
-                about = part.metadata.row_group(group).column(place).statistics
+                about = part.metadata.row_group(group).column(column).statistics
                 if about is None or not about.has_min_max:
-                    found += part.read_row_group(group, ["timestamp"])["timestamp"].to_pylist()
+                    times += part.read_row_group(group, ["timestamp"])["timestamp"].to_pylist()
                 else:
-                    found += [about.min, about.max]
-    if not found:
+                    times += [about.min, about.max]
+    if not times:
         raise InputError(f"{dataset.path / 'train'}: --cutoffs day: there is no training event")
-    return min(found), max(found)
+    return min(times), max(times)

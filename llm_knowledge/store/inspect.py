@@ -16,13 +16,13 @@ from llm_knowledge.store.reader import NO_CUTOFF, KnowledgeStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of an inspection to a parser."""
+    """Adds the options of an inspection to a parser."""
     parser.add_argument("store", type=Path, help="knowledge store directory")
     parser.add_argument("--key", help="key to show; default: the first")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Inspect from parsed options; returns the exit code."""
+    """Inspects from parsed options; returns the exit code."""
     try:
         inspect_store(args.store, args.key)
     except InputError as error:
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
 def inspect_store(
     path: str | Path, key: str | int | None = None, out: TextIO | None = None
 ) -> None:
-    """Print the manifest's summary, the prompt of a key and the five nearest keys by cosine.
+    """Prints the manifest's summary, the prompt of a key and the five nearest keys by cosine.
 
     Vectors are read block by block, so a store of any size can be looked at.
 
@@ -75,8 +75,10 @@ def _summary(store: KnowledgeStore) -> Iterator[str]:
     yield f"{store.path}: {m.level} knowledge, {'complete' if m.complete else 'INCOMPLETE'}"
     yield f"  rows        {m.rows} in {len(m.parts)} parts, {size:.1f} MiB, keys {m.key_type}"
     yield f"  model       {m.model.name} {m.model.revision or ''}({m.model.weights_hash[:19]}...)"
-    yield (f"  vectors     dim {m.dim}, {m.dtype}, {m.pooling} pooling, layer {m.layer}, "
-           f"{'length 1' if m.normalized else 'not normalized'}")  # fmt: skip
+    yield (
+        f"  vectors     dim {m.dim}, {m.dtype}, {m.pooling} pooling, layer {m.layer}, "
+        f"{'length 1' if m.normalized else 'not normalized'}"
+    )
     yield f"  template    {m.template.name} version {m.template.version} ({m.template.hash[:8]}...)"
     yield f"  cut-off     {m.cutoff.kind}{span}"
     yield f"  fingerprint {store.fingerprint}"
@@ -95,13 +97,13 @@ def _when(seconds: int) -> str:
 def _find(store: KnowledgeStore, key: str | int | None) -> int:
     if key is None:
         return 0
-    wanted: str | int = str(key)
+    typed_key: str | int = str(key)
     if store.manifest.key_type == "int64":
         try:
-            wanted = int(key)
+            typed_key = int(key)
         except ValueError as error:
             raise InputError(f"{store.path}: keys are integers, got {key!r}") from error
-    row = int(store.row_of([wanted])[0])  # type: ignore[arg-type]
+    row = int(store.row_of([typed_key])[0])  # type: ignore[arg-type]
     if row < 0:
         raise InputError(f"{store.path}: has no key {key!r}; its first is {_shown(store, 0)}")
     return row

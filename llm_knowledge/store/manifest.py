@@ -47,7 +47,7 @@ class AnswerInfo(_Strict):
 
 
 class ModelInfo(_Strict):
-    """Which frozen model made the vectors; ``chat_template`` is a hash of what stood around them."""
+    """Which frozen model made the vectors; `chat_template` is a hash of what stood around them."""
 
     name: str
     revision: str | None = None
@@ -67,14 +67,14 @@ class TemplateInfo(_Strict):
 
 
 class Cutoff(_Strict):
-    """``per_key``: in the rows; ``global``: one time (seconds) for all; ``none``: nothing dated."""
+    """`per_key`: in the rows; `global`: one time (seconds) for all; `none`: nothing dated."""
 
     kind: Literal["per_key", "global", "none"]
     value: int | None = None
 
 
 class ProfileInfo(_Strict):
-    """How much of a user's past was asked for, see ``profiles.ProfileOptions``."""
+    """How much of a user's past was asked for, see `profiles.ProfileOptions`."""
 
     per_scenario: int
     total: int
@@ -86,9 +86,9 @@ class Compression(_Strict):
     """How vectors were made smaller, and what that cost, measured on a sample of the rows.
 
     Attributes:
-        method: "pca" (centred, ``projection.safetensors`` holds it) or "truncate".
+        method: "pca" (centred, `projection.safetensors` holds it) or "truncate".
         source_dim: length of the source's vectors.
-        projection: ``blake2b:<hex>`` of the projection file, None for "truncate".
+        projection: `blake2b:<hex>` of the projection file, None for "truncate".
         sample_rows: rows that were measured.
         retained_variance: 0..1, variance of the kept dimensions over all rows, before the cast.
         neighbour_overlap: 0..1, share of the 10 nearest rows (Euclidean, within the sample) that
@@ -106,7 +106,7 @@ class Compression(_Strict):
 
 
 class Part(_Strict):
-    """One file of the store; ``checksum`` is ``blake2b:<hex>`` of its bytes."""
+    """One file of the store; `checksum` is `blake2b:<hex>` of its bytes."""
 
     file: str
     rows: int
@@ -166,7 +166,7 @@ def fingerprint_of(value: Any) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """``blake2b:<hex>`` of the bytes of a file.
+    """`blake2b:<hex>` of the bytes of a file.
 
     Raises:
         InputError: It cannot be read.
@@ -180,12 +180,12 @@ def file_checksum(path: Path) -> str:
 
 
 def part_name(index: int) -> str:
-    """File name of part ``index``."""
+    """File name of part `index`."""
     return f"part-{index:05d}.parquet"
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read and check ``manifest.json``.
+    """Reads and checks `manifest.json`.
 
     Raises:
         InputError: no directory, no manifest, not JSON, unknown or missing fields, another format.
@@ -198,12 +198,15 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         return Manifest.model_validate_json(file.read_bytes())
     except FileNotFoundError as error:
-        raise InputError(f"{file}: not found; this is no knowledge store, "
-                         f"make one with `knowledge extract`") from error  # fmt: skip
+        raise InputError(
+            f"{file}: not found; this is no knowledge store, make one with `knowledge extract`"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"{file}: {field}: {first['msg']}; the manifest is damaged or was written "
-                         f"by another version") from error  # fmt: skip
+        raise InputError(
+            f"{file}: {field}: {first['msg']}; the manifest is damaged or was written "
+            f"by another version"
+        ) from error

@@ -1,8 +1,8 @@
 """The knowledge store: a directory of Parquet parts and a manifest.
 
-Layout: ``manifest.json`` and ``part-00000.parquet ...`` with the columns ``key`` (int64 or string),
-``vector`` (fixed-size binary, dim x itemsize bytes, little endian), ``scale`` (float32, int8 stores
-only), ``prompt`` (string), ``answer`` (string or null), ``cutoff`` (int64 seconds or null). Keys
+Layout: `manifest.json` and `part-00000.parquet ...` with the columns `key` (int64 or string),
+`vector` (fixed-size binary, dim x itemsize bytes, little endian), `scale` (float32, int8 stores
+only), `prompt` (string), `answer` (string or null), `cutoff` (int64 seconds or null). Keys
 are unique and sorted over all parts, so a row number is the rank of its key. A row may be joined
 with an event only if the event's timestamp is greater than the row's cut-off.
 """
@@ -34,7 +34,7 @@ PROJECTION = "projection.safetensors"  # mean and basis of a store compressed by
 
 
 def open_part(file: Path) -> pq.ParquetFile:
-    """Open a part; a missing or broken file is an InputError that names it."""
+    """Opens a part; a missing or broken file is an InputError that names it."""
     if file.exists() and not file.is_file():
         raise InputError(
             f"{file}: is no regular file; extract again, or put the store back from a copy"
@@ -48,7 +48,7 @@ def open_part(file: Path) -> pq.ParquetFile:
 
 
 def check_footer(file: Path, handle: pq.ParquetFile, manifest: Manifest, rows: int) -> None:
-    """Compare a part's footer with the manifest: rows, vector width, the job's fingerprint."""
+    """Compares a part's footer with the manifest: rows, vector width, the job's fingerprint."""
     schema, meta = handle.schema_arrow, handle.metadata
     if meta.num_rows != rows:
         raise InputError(f"{file}: has {meta.num_rows} rows, the manifest says {rows}")
@@ -62,18 +62,22 @@ def check_footer(file: Path, handle: pq.ParquetFile, manifest: Manifest, rows: i
         "cutoff": pa.int64(),
     }
     for column, kind in types.items():
-        if (found := schema.field(column).type) != kind:
-            raise InputError(f"{file}: column {column!r} is {found}, must be {kind}; extract again")
+        if (type_found := schema.field(column).type) != kind:
+            raise InputError(f"{file}: column {column!r} is {type_found}, must be {kind}; extract again")
     vector = schema.field("vector")
     width = manifest.dim * DTYPES[manifest.dtype].itemsize
     said = {_text(k): _text(v) for k, v in (vector.metadata or {}).items()}
     if vector.type != pa.binary(width) or said.get("dim") != str(manifest.dim):
-        raise InputError(f"{file}: column 'vector' is {vector.type} with dim {said.get('dim')}, the "
-                         f"manifest says {width} bytes, dim {manifest.dim}")  # fmt: skip
+        raise InputError(
+            f"{file}: column 'vector' is {vector.type} with dim {said.get('dim')}, the "
+            f"manifest says {width} bytes, dim {manifest.dim}"
+        )
     job = _text((schema.metadata or {}).get(JOB_KEY, b""))
     if job != manifest.job:
-        raise InputError(f"{file}: row 0: made by another model, template or input (fingerprint "
-                         f"{job or 'absent'}, the manifest has {manifest.job})")  # fmt: skip
+        raise InputError(
+            f"{file}: row 0: made by another model, template or input (fingerprint "
+            f"{job or 'absent'}, the manifest has {manifest.job})"
+        )
 
 
 def _text(written: bytes) -> str:
@@ -106,26 +110,34 @@ class KnowledgeStore:
         allow_incomplete: bool = False,
         manifest: Manifest | None = None,
     ) -> KnowledgeStore:
-        """Open a store after cheap checks: manifest, presence, row counts, dim, model of the parts.
+        """Opens a store after cheap checks: manifest, presence, row counts, dim, model of the parts.
 
         Raises:
-            InputError: a check failed, or the store is incomplete and ``allow_incomplete`` is
+            InputError: a check failed, or the store is incomplete and `allow_incomplete` is
             false.
         """
         path = Path(path)
         manifest = manifest or read_manifest(path)
         if manifest.format_version != FORMAT_VERSION:
-            raise InputError(f"{path}: format_version {manifest.format_version}, this version reads "
-                             f"{FORMAT_VERSION}")  # fmt: skip
+            raise InputError(
+                f"{path}: format_version {manifest.format_version}, this version reads "
+                f"{FORMAT_VERSION}"
+            )
         if not manifest.complete and not allow_incomplete:
-            raise InputError(f"{path}: the store is incomplete; run the same `knowledge extract` "
-                             f"again, it continues where it stopped")  # fmt: skip
+            raise InputError(
+                f"{path}: the store is incomplete; run the same `knowledge extract` "
+                f"again, it continues where it stopped"
+            )
         if manifest.complete and not manifest.parts:
-            raise InputError(f"{path / 'manifest.json'}: parts: there is none, a complete store has rows; "
-                             f"extract again")  # fmt: skip
+            raise InputError(
+                f"{path / 'manifest.json'}: parts: there is none, a complete store has rows; "
+                f"extract again"
+            )
         if manifest.complete and sum(part.rows for part in manifest.parts) != manifest.rows:
-            raise InputError(f"{path / 'manifest.json'}: rows: {manifest.rows}, but the parts have "
-                             f"{sum(part.rows for part in manifest.parts)}")  # fmt: skip
+            raise InputError(
+                f"{path / 'manifest.json'}: rows: {manifest.rows}, but the parts have "
+                f"{sum(part.rows for part in manifest.parts)}"
+            )
         for part in manifest.parts:
             file = path / part.file
             if Path(part.file).name != part.file:
@@ -174,9 +186,11 @@ class KnowledgeStore:
             keys = column.to_numpy().astype(dtype, copy=False)
             wrong = np.flatnonzero(keys[1:] <= keys[:-1])
             if wrong.size:
-                at, same = int(wrong[0]) + 1, keys[wrong[0] + 1] == keys[wrong[0]]
-                raise InputError(f"{self._place(at)}: key {keys[at : at + 1].tolist()[0]!r} is "
-                                 f"{'a duplicate' if same else 'out of order'}; extract again")  # fmt: skip
+                row, same = int(wrong[0]) + 1, keys[wrong[0] + 1] == keys[wrong[0]]
+                raise InputError(
+                    f"{self._place(row)}: key {keys[row : row + 1].tolist()[0]!r} is "
+                    f"{'a duplicate' if same else 'out of order'}; extract again"
+                )
             self._keys = keys
         return self._keys
 
@@ -186,28 +200,28 @@ class KnowledgeStore:
         return f"{self._file(index)}: row {row - self.offsets[index]}"
 
     def cutoffs(self) -> np.ndarray:
-        """Cut-off of each row, int64 seconds [rows]; ``NO_CUTOFF`` (smallest int64) where null."""
+        """Cut-off of each row, int64 seconds [rows]; `NO_CUTOFF` (smallest int64) where null."""
         return pc.fill_null(self._column("cutoff"), int(NO_CUTOFF)).to_numpy()
 
     def row_of(self, keys: Sequence[int] | Sequence[str] | np.ndarray) -> np.ndarray:
         """Row numbers of keys, int64 [n]; -1 for a key that the store does not have."""
-        own = self.keys()
+        stored = self.keys()
         if self.manifest.key_type == "string":
             try:
-                found = pc.index_in(
-                    pa.array(keys, pa.string()), value_set=pa.array(own, pa.string())
+                rows = pc.index_in(
+                    pa.array(keys, pa.string()), value_set=pa.array(stored, pa.string())
                 )
             except (pa.ArrowException, TypeError) as error:
                 raise InputError(f"{self.path}: keys are strings, got {keys[:1]!r}") from error
-            return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-        wanted = np.asarray(keys)
-        if wanted.size and wanted.dtype.kind not in "iu":
-            raise InputError(f"{self.path}: keys are int64, got {wanted.dtype} {wanted[:1]!r}")
-        wanted = wanted.astype(np.int64)
-        if not len(own):
-            return np.full(len(wanted), -1, np.int64)
-        rows = np.searchsorted(own, wanted)
-        hit = own[np.minimum(rows, len(own) - 1)] == wanted
+            return pc.fill_null(rows, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        asked = np.asarray(keys)
+        if asked.size and asked.dtype.kind not in "iu":
+            raise InputError(f"{self.path}: keys are int64, got {asked.dtype} {asked[:1]!r}")
+        asked = asked.astype(np.int64)
+        if not len(stored):
+            return np.full(len(asked), -1, np.int64)
+        rows = np.searchsorted(stored, asked)
+        hit = stored[np.minimum(rows, len(stored) - 1)] == asked
         return np.where(hit, rows, -1).astype(np.int64)
 
     def read_vectors(self, start: int, stop: int) -> np.ndarray:
@@ -225,27 +239,29 @@ class KnowledgeStore:
         columns = ["vector", "scale"] if int8 else ["vector"]
         first = int(np.searchsorted(self.offsets, start, side="right")) - 1
         for index in range(first, len(self.manifest.parts)):
-            at = int(self.offsets[index])
-            if at >= stop:
+            row = int(self.offsets[index])
+            if row >= stop:
                 break
             meta = self._handle(index).metadata
             for group in range(meta.num_row_groups):
                 rows = meta.row_group(group).num_rows
-                low, high = max(start, at), min(stop, at + rows)
+                low, high = max(start, row), min(stop, row + rows)
                 if low < high:
                     table = self._read(index, columns, [group])
-                    values = decode_vectors(table, self.manifest)[low - at : high - at]
+                    values = decode_vectors(table, self.manifest)[low - row : high - row]
                     # One sum per row: not finite as soon as one of its numbers is not.
                     bad = np.flatnonzero(~np.isfinite(values.sum(axis=1, dtype=np.float32)))
                     if bad.size:
-                        raise InputError(f"{self._place(low + int(bad[0]))}: the vector has NaN or "
-                                         f"Inf; extract again")  # fmt: skip
+                        raise InputError(
+                            f"{self._place(low + int(bad[0]))}: the vector has NaN or "
+                            f"Inf; extract again"
+                        )
                     out[low - start : high - start] = values
-                at += rows
+                row += rows
         return out
 
     def read_text(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, str | None]]:
-        """``{"prompt": ..., "answer": ...}`` of the given row numbers, in their order."""
+        """`{"prompt": ..., "answer": ...}` of the given row numbers, in their order."""
         rows = np.asarray(rows, np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.offsets[-1]):
             raise InputError(f"{self.path}: row numbers must be in 0..{self.offsets[-1] - 1}")
@@ -261,7 +277,7 @@ class KnowledgeStore:
 
 
 def decode_vectors(table: pa.Table, manifest: Manifest) -> np.ndarray:
-    """Column ``vector`` of a table as [rows, dim] float16 or float32 (int8 times ``scale``)."""
+    """Column `vector` of a table as [rows, dim] float16 or float32 (int8 times `scale`)."""
     dtype, dim = DTYPES[manifest.dtype], manifest.dim
     blocks = [np.empty((0, dim), dtype)]
     for chunk in table["vector"].chunks:
@@ -278,7 +294,7 @@ def decode_vectors(table: pa.Table, manifest: Manifest) -> np.ndarray:
 
 
 def verify(path: str | Path, manifest: Manifest | None = None) -> None:
-    """Read every byte of a store and check it against its manifest (or one not written yet).
+    """Reads every byte of a store and checks it against its manifest (or one not written yet).
 
     Raises:
         InputError: incomplete, part missing, checksum, another model's part, wrong dimension,
@@ -294,8 +310,10 @@ def verify(path: str | Path, manifest: Manifest | None = None) -> None:
             raise InputError(f"{file}: the part is missing; extract again to restore it")
         checksum = file_checksum(file)
         if checksum != part.checksum:
-            raise InputError(f"{file}: its bytes changed: checksum {checksum}, the manifest says "
-                             f"{part.checksum}; delete the part and extract again")  # fmt: skip
+            raise InputError(
+                f"{file}: its bytes changed: checksum {checksum}, the manifest says "
+                f"{part.checksum}; delete the part and extract again"
+            )
     check_projection(path, manifest)
     store = KnowledgeStore.open(path, manifest=manifest)
     previous: int | str | None = None
@@ -304,8 +322,10 @@ def verify(path: str | Path, manifest: Manifest | None = None) -> None:
         table = store._read(index, store._handle(index).schema_arrow.names)
         previous = _check_keys(file, table["key"], previous)
         if (table["key"][0].as_py(), previous) != (part.key_min, part.key_max):
-            raise InputError(f"{file}: the key range differs from {part.key_min!r}.."
-                             f"{part.key_max!r} in the manifest")  # fmt: skip
+            raise InputError(
+                f"{file}: the key range differs from {part.key_min!r}.."
+                f"{part.key_max!r} in the manifest"
+            )
         _check_vectors(file, table, manifest)
         _check_cutoffs(file, table["cutoff"], manifest)
 
@@ -324,8 +344,10 @@ def check_projection(path: Path, manifest: Manifest) -> None:
         raise InputError(f"{file}: is missing; compress the store again")
     checksum = file_checksum(file)
     if checksum != compression.projection:
-        raise InputError(f"{file}: its bytes changed: checksum {checksum}, the manifest says "
-                         f"{compression.projection}; compress the store again")  # fmt: skip
+        raise InputError(
+            f"{file}: its bytes changed: checksum {checksum}, the manifest says "
+            f"{compression.projection}; compress the store again"
+        )
 
 
 def _check_keys(file: Path, column: pa.ChunkedArray, previous: int | str | None) -> int | str:
@@ -352,8 +374,10 @@ def _check_vectors(file: Path, table: pa.Table, manifest: Manifest) -> None:
         bad = np.flatnonzero(np.abs(np.linalg.norm(values, axis=1) - 1) > 0.02)
         if bad.size:
             length = np.linalg.norm(values[bad[0]])
-            raise InputError(f"{file}: row {bad[0]}: the vector has length {length:.3f}, the manifest "
-                             f"says normalized")  # fmt: skip
+            raise InputError(
+                f"{file}: row {bad[0]}: the vector has length {length:.3f}, the manifest "
+                f"says normalized"
+            )
 
 
 def _check_cutoffs(file: Path, column: pa.ChunkedArray, manifest: Manifest) -> None:
@@ -365,5 +389,7 @@ def _check_cutoffs(file: Path, column: pa.ChunkedArray, manifest: Manifest) -> N
     else:
         return
     if bad.size:
-        raise InputError(f"{file}: row {bad[0]}: cut-off {cutoffs[bad[0]]}, the manifest says "
-                         f"{manifest.cutoff.kind} {manifest.cutoff.value}")  # fmt: skip
+        raise InputError(
+            f"{file}: row {bad[0]}: cut-off {cutoffs[bad[0]]}, the manifest says "
+            f"{manifest.cutoff.kind} {manifest.cutoff.value}"
+        )

@@ -40,7 +40,7 @@ ROW_GROUP_BYTES = 64 << 20
 
 
 def write_manifest(path: str | Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` by rename: a reader sees the old or the new one, never half."""
+    """Writes `manifest.json` by rename: a reader sees the old or the new one, never half."""
     path = Path(path)
     write_text(path / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
 
@@ -55,14 +55,14 @@ def write_part(
     answers: Sequence[str | None] | None = None,
     cutoffs: Sequence[int | None] | None = None,
 ) -> Part:
-    """Write one part by rename and return its entry for the manifest.
+    """Writes one part by rename and returns its entry for the manifest.
 
     Args:
         path: the store's directory, which exists.
         index: number of the part; part i's keys lie before part i+1's.
         manifest: level, dim, dtype and key type of the store, and the job's fingerprint.
         keys: [rows] strictly increasing, not empty.
-        vectors: [rows, dim] float; stored as ``manifest.dtype``.
+        vectors: [rows, dim] float; stored as `manifest.dtype`.
         prompts: [rows] the text that the model read.
         answers: [rows] generated text, or None.
         cutoffs: [rows] seconds of the newest event in the prompt, None where no event is in it.
@@ -73,8 +73,10 @@ def write_part(
     path, name, rows = Path(path), part_name(index), len(keys)
     vectors = np.asarray(vectors)
     if rows == 0 or vectors.shape != (rows, manifest.dim):
-        raise InputError(f"{path / name}: vectors have shape {vectors.shape}, expected "
-                         f"[{rows} > 0, {manifest.dim}]")  # fmt: skip
+        raise InputError(
+            f"{path / name}: vectors have shape {vectors.shape}, expected "
+            f"[{rows} > 0, {manifest.dim}]"
+        )
     raw, scale = _to_bytes(vectors, manifest.dtype, path / name)
     table = _part_table(manifest, index, keys, raw, scale, prompts, answers, cutoffs)
     group = max(1, min(65_536, ROW_GROUP_BYTES // max(1, raw.shape[1])))
@@ -97,7 +99,7 @@ def write_part(
 def _to_bytes(
     vectors: np.ndarray, dtype: DType, where: Path
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Cast [rows, dim] floats to (uint8 [rows, dim*itemsize], float32 scale [rows] or None)."""
+    """Casts [rows, dim] floats to (uint8 [rows, dim*itemsize], float32 scale [rows] or None)."""
     scale = None
     _refuse_not_finite(vectors, where)
     if dtype == "int8":
@@ -113,8 +115,10 @@ def _to_bytes(
 def _refuse_not_finite(vectors: np.ndarray, where: Path) -> None:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
-        raise InputError(f"{where}: row {bad[0]}: the vector has NaN or Inf as {vectors.dtype}; "
-                         f"store float32, or normalize, or check the model")  # fmt: skip
+        raise InputError(
+            f"{where}: row {bad[0]}: the vector has NaN or Inf as {vectors.dtype}; "
+            f"store float32, or normalize, or check the model"
+        )
 
 
 def _part_table(
@@ -150,14 +154,14 @@ def _part_table(
 
 
 @contextmanager
-def resumed_directory(path: str | Path, wanted: Manifest) -> Iterator[Path]:
-    """As ``new_directory``, but what a killed run of the same job has written is there again.
+def resumed_directory(path: str | Path, manifest: Manifest) -> Iterator[Path]:
+    """As `new_directory`, but what a killed run of the same job has written is there again.
 
     It stays if the block is interrupted or the disk is full, and goes if the block refuses its
     input.
 
     Raises:
-        InputError: as ``new_directory``; another run of this job is going on.
+        InputError: as `new_directory`; another run of this job is going on.
     """
     path = Path(os.path.abspath(path))
     check_new_directory(path)
@@ -166,11 +170,11 @@ def resumed_directory(path: str | Path, wanted: Manifest) -> Iterator[Path]:
     with directory_lock(building):
         try:
             remove_abandoned(building)
-            if not _is_of_job(building, wanted):
+            if not _is_of_job(building, manifest):
                 for file in building.iterdir():
                     if file.name != LOCK:
                         shutil.rmtree(file) if file.is_dir() else file.unlink()
-                write_manifest(building, wanted)
+                write_manifest(building, manifest)
             yield building
             (building / LOCK).unlink()
             os.replace(building, path)
@@ -188,9 +192,9 @@ def resumed_directory(path: str | Path, wanted: Manifest) -> Iterator[Path]:
                 shutil.rmtree(building, ignore_errors=True)
 
 
-def _is_of_job(path: Path, wanted: Manifest) -> bool:
+def _is_of_job(path: Path, manifest: Manifest) -> bool:
     try:
-        return read_manifest(path).job == wanted.job
+        return read_manifest(path).job == manifest.job
     except InputError:
         return False
 
@@ -205,11 +209,11 @@ def write_store(
     cutoffs: Sequence[int | None] | None = None,
     rows_per_part: int = 65_536,
 ) -> Manifest:
-    """Write a whole store from memory into a new directory; rows may come in any order.
+    """Writes a whole store from memory into a new directory; rows may come in any order.
 
     Args:
         path: a directory that does not exist yet or is empty; it appears whole, by rename.
-        manifest: as wanted; ``rows``, ``parts`` and ``complete`` are filled in here.
+        manifest: as wanted; `rows`, `parts` and `complete` are filled in here.
         keys: [rows] unique int or str.
         vectors: [rows, dim] float.
         prompts: [rows], by default empty strings.
@@ -218,7 +222,7 @@ def write_store(
         rows_per_part: rows of one file.
 
     Raises:
-        InputError: the directory is in use, or ``write_part`` refuses a row.
+        InputError: the directory is in use, or `write_part` refuses a row.
     """
     order = sorted(range(len(keys)), key=keys.__getitem__)
     parts, int64 = [], manifest.key_type == "int64"
@@ -238,7 +242,7 @@ def write_store(
 def shuffled_store(
     path: str | Path, out: str | Path, seed: int, control: str = "shuffled"
 ) -> Manifest:
-    """Write a control store: the same keys and cut-offs, vectors that know nothing of their keys.
+    """Writes a control store: the same keys and cut-offs, vectors that know nothing of their keys.
 
     shuffled: permuted between the keys; no key keeps its own when there are two rows or more, and a
     prompt moves with its vector, since it is the text that the vector was made of. random: Gaussian
@@ -260,9 +264,13 @@ def shuffled_store(
     text = source.read_text(giver)
     cutoffs = [None if c == NO_CUTOFF else int(c) for c in source.cutoffs()]
     dtype: DType = "float32" if manifest.dtype == "int8" else manifest.dtype
-    wanted = manifest.model_copy(update={
-        "parents": [source.fingerprint], "note": f"{control} control, seed {seed}",
-        "dtype": dtype})  # fmt: skip
+    manifest = manifest.model_copy(
+        update={
+            "parents": [source.fingerprint],
+            "note": f"{control} control, seed {seed}",
+            "dtype": dtype,
+        }
+    )
     vectors = source.read_vectors(0, manifest.rows)[giver]
     prompts, answers = [row["prompt"] for row in text], [row["answer"] for row in text]
     if control != "shuffled":
@@ -273,4 +281,4 @@ def shuffled_store(
         if manifest.normalized:
             drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
         vectors = drawn.astype(vectors.dtype)
-    return write_store(out, wanted, source.keys(), vectors, prompts, answers, cutoffs)
+    return write_store(out, manifest, source.keys(), vectors, prompts, answers, cutoffs)
