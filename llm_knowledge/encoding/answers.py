@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from llm_knowledge.encoding.loading import text_model
+from llm_knowledge.encoding.rotations import length_rule
 from llm_knowledge.encoding.tokens import pad
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Answers:
     """A causal language model that goes on from a prompt.
 
     Attributes:
-        model: the language model without its head, as ``Encoder.model``.
+        model: the language model without its head, as `Encoder.model`.
         head: hidden states to scores over the vocabulary.
         limit: most tokens of an answer.
         ends: ids of the tokens that end one.
@@ -31,6 +32,7 @@ class Answers:
         self.model = text_model(getattr(language_model, language_model.base_model_prefix))
         self.head = language_model.get_output_embeddings()
         self.limit, self.tokenizer = limit, tokenizer
+        self._lengths = length_rule(self.model.config)
         ends = getattr(language_model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
@@ -38,9 +40,9 @@ class Answers:
     def generate(
         self, ids: list[list[int]], prefix: SharedPrefix | None, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Read one batch of texts and go on from each.
+        """Reads one batch of texts and goes on from each.
 
-        The most likely token is taken each time, until one of ``ends`` or ``limit`` tokens.
+        The most likely token is taken each time, until one of `ends` or `limit` tokens.
 
         Args:
             ids: whole texts, the prefix included.
@@ -56,10 +58,7 @@ class Answers:
         ids_BT, mask_BT = pad([own[shared:] for own in ids])
         mask_BT = mask_BT.to(device)
         rows_B, count_B = torch.arange(len(ids), device=device), mask_BT.sum(1)
-        cache = DynamicCache(config=self.model.config)
-        for number, states in enumerate(prefix.states if prefix else ()):
-            keys, values = (state.expand(len(ids), -1, -1, -1) for state in states)
-            cache.update(keys, values, number)
+        cache = self._cache(prefix, len(ids))
         seen_BT = torch.cat([mask_BT.new_ones((len(ids), shared)), mask_BT], dim=1)
         place_BT = torch.arange(shared, seen_BT.shape[1], device=device).expand(len(ids), -1)
         top_BTD, hidden_BTD = self._step(ids_BT.to(device), seen_BT, place_BT, cache, layer)
@@ -67,23 +66,43 @@ class Answers:
         state_BD = hidden_BTD[rows_B, count_B - 1].float()
         done_B = torch.zeros(len(ids), dtype=torch.bool, device=device)
         ends = torch.tensor(sorted(self.ends), device=device)
+        fed: list[torch.Tensor] = []
         said: list[torch.Tensor] = []
         for step in range(self.limit):
-            token_B = self.head(top_BD).argmax(-1)
-            said.append(torch.where(done_B, -1, token_B))
-            done_B = done_B | torch.isin(token_B, ends)
+            fed.append(self.head(top_BD).argmax(-1))
+            said.append(torch.where(done_B, -1, fed[-1]))
+            done_B = done_B | torch.isin(fed[-1], ends)
             if step == self.limit - 1 or bool(done_B.all()):
                 break
-            seen_BT = torch.cat([seen_BT, seen_BT.new_ones((len(ids), 1))], dim=1)
-            place_B1 = (shared + count_B + step)[:, None]
-            top, own = self._step(token_B[:, None], seen_BT, place_B1, cache, layer)
+            if self._lengths.changes_at(len(ids[0]) + len(fed)):
+                # Keys of other frequencies are of no use. All texts of such a batch are equally long.
+                cache = self._cache(None, len(ids))
+                new_BT = torch.cat([torch.tensor(ids, device=device), torch.stack(fed, 1)], 1)
+                place_BT = torch.arange(new_BT.shape[1], device=device).expand(len(ids), -1)
+                seen_BT = torch.ones_like(new_BT, dtype=torch.bool)
+            else:
+                new_BT, place_BT = fed[-1][:, None], (shared + count_B + step)[:, None]
+                seen_BT = torch.cat([seen_BT, seen_BT.new_ones((len(ids), 1))], dim=1)
+            top, hidden = self._step(new_BT, seen_BT, place_BT, cache, layer)
             top_BD = top[:, -1]
             # A text that has ended is still computed, and no longer looked at.
-            state_BD = torch.where(done_B[:, None], state_BD, own[:, -1].float())
-        texts = torch.stack(said, dim=1).tolist()
-        answers = [self.tokenizer.decode([token for token in own if token >= 0],
-                                         skip_special_tokens=True) for own in texts]  # fmt: skip
-        return hidden_BTD, mask_BT, state_BD, answers
+            state_BD = torch.where(done_B[:, None], state_BD, hidden[:, -1].float())
+        return hidden_BTD, mask_BT, state_BD, self._texts(torch.stack(said, dim=1))
+
+    def _cache(self, prefix: SharedPrefix | None, batch: int) -> DynamicCache:
+        """Keys and values of a prefix, of which every text of a batch has a copy."""
+        cache = DynamicCache(config=self.model.config)
+        for number, states in enumerate(prefix.states if prefix else ()):
+            keys, values = (state.expand(batch, -1, -1, -1) for state in states)
+            cache.update(keys, values, number)
+        return cache
+
+    def _texts(self, said_BT: torch.Tensor) -> list[str]:
+        """Tokens as texts, without special tokens and what stands behind the end (-1)."""
+        return [
+            self.tokenizer.decode([token for token in row if token >= 0], skip_special_tokens=True)
+            for row in said_BT.tolist()
+        ]
 
     def _step(
         self,
@@ -93,9 +112,14 @@ class Answers:
         cache: DynamicCache,
         layer: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The final hidden states of new tokens, which the head reads, and those of ``layer``."""
-        found = self.model(input_ids=ids_BT, attention_mask=seen_BT.long(), position_ids=place_BT,
-                           past_key_values=cache, use_cache=True,
-                           output_hidden_states=layer != -1)  # fmt: skip
-        top = found.last_hidden_state
-        return top, top if layer == -1 else found.hidden_states[layer]
+        """The final hidden states of new tokens, which the head reads, and those of `layer`."""
+        said = self.model(
+            input_ids=ids_BT,
+            attention_mask=seen_BT.long(),
+            position_ids=place_BT,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=layer != -1,
+        )
+        top = said.last_hidden_state
+        return top, top if layer == -1 else said.hidden_states[layer]

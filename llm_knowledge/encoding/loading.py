@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_knowledge.encoding.model_files import is_half_of_both
+from llm_knowledge.encoding.rotations import growth
 from llm_knowledge.errors import InputError
 
 if TYPE_CHECKING:
@@ -188,18 +189,29 @@ def check_layer(config: Any, layer: int) -> int:
 
 
 def token_limit(loaded: Loaded, asked: int | None, kind: str, answer_tokens: int) -> int:
-    """Most tokens of a text: as asked, or by the kind of model; InputError if it has less room."""
+    """Most tokens of a text: as asked, or by the kind of model.
+
+    Positions of dynamic scaling reach further than the length of pretraining, which is the default.
+
+    Raises:
+        InputError: the model has less room.
+    """
     positions = int(getattr(loaded.config, "max_position_embeddings", None) or 0)
-    room = min(positions if positions > 0 else 1 << 30,  # XLNet says -1: as many as one likes
-               int(loaded.tokenizer.model_max_length or 1 << 30),
-               _learned_positions(loaded.model))  # fmt: skip
-    hard = room - answer_tokens
+    positions = positions if positions > 0 else 1 << 30  # XLNet says -1: as many as one likes
+    reach = int(positions * growth(loaded.config))
+    others = min(
+        int(loaded.tokenizer.model_max_length or 1 << 30), _learned_positions(loaded.model)
+    )
+    hard = min(reach, others) - answer_tokens
     if asked is not None and not 8 <= asked <= hard:
         raise InputError(f"max_tokens: {asked} is outside 8..{hard} of this model")
-    if hard < 8:
-        raise InputError(f"answer_tokens: {answer_tokens} leaves no room for a prompt in the {room} "
-                         f"tokens of this model")  # fmt: skip
-    return asked or min(hard, ENCODER_TOKENS if kind == "encoder" else DECODER_TOKENS)
+    usual = min(positions, others) - answer_tokens
+    if usual < 8:
+        raise InputError(
+            f"answer_tokens: {answer_tokens} leaves no room for a prompt in the "
+            f"{usual + answer_tokens} tokens of this model"
+        )
+    return asked or min(usual, ENCODER_TOKENS if kind == "encoder" else DECODER_TOKENS)
 
 
 def _learned_positions(model: Any) -> int:

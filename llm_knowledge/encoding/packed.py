@@ -2,7 +2,7 @@
 
 The tokens of a batch form one row, so that no position is computed for nothing. Of the last layer, only
 the tokens that are pooled are computed. Works for models that call the attention which their
-configuration names, as those of transformers do; ``Encoder`` compares once and goes without
+configuration names, as those of transformers do; `Encoder` compares once and goes without
 otherwise.
 
 Shape legend: B texts, T tokens of all of them, P tokens of a shared prefix, D hidden size, H heads,
@@ -40,15 +40,15 @@ class _Batch:
         spans: of every text, its first token and the one behind its last, within the row.
         prefix: keys and values in front of every text, by layer.
         mask_TT: additive causal mask of the longest text behind the prefix, or None.
-        ends_B: positions of the last tokens if nothing else is pooled, else None.
-        keys: keys and values of the last layer while only its last tokens are computed.
-        collects: whether the last layer is to leave its keys and values in ``keys``.
+        pooled_B: positions of every text's first or last token if nothing else is pooled, else None.
+        keys: keys and values of the last layer while only the pooled tokens of it are computed.
+        collects: whether the last layer is to leave its keys and values in `keys`.
     """
 
     spans: list[tuple[int, int]]
     prefix: SharedPrefix | None = None
     mask_TT: torch.Tensor | None = None
-    ends_B: torch.Tensor | None = None
+    pooled_B: torch.Tensor | None = None
     keys: tuple[torch.Tensor, torch.Tensor] | None = None
     collects: bool = False
 
@@ -73,27 +73,40 @@ def _attend(
     if batch.collects:
         batch.keys = (key_1HTE, value_1HTE)
         raise _GotKeys
-    ends = batch.keys is not None
+    only_pooled = batch.keys is not None
     if batch.keys is not None:
         key_1HTE, value_1HTE = batch.keys
-    causal = bool(getattr(module, "is_causal", True)) and not ends
-    out_1THE = torch.empty_like(query_1HTE.transpose(1, 2))
+    causal = bool(getattr(module, "is_causal", True)) and not only_pooled
+    # A head of a value may be smaller than that of a key (DeepSeek's latent attention).
+    shape = (*query_1HTE.transpose(1, 2).shape[:3], value_1HTE.shape[3])
+    out_1THE = query_1HTE.new_empty(shape)
     grouped = query_1HTE.shape[1] != key_1HTE.shape[1]
     for row, (start, stop) in enumerate(batch.spans):
-        asks = slice(row, row + 1) if ends else slice(start, stop)
+        asks = slice(row, row + 1) if only_pooled else slice(start, stop)
         keys, values = key_1HTE[:, :, start:stop], value_1HTE[:, :, start:stop]
         mask = None
         if batch.prefix is not None:
-            before = batch.prefix.states[module.layer_idx]
-            keys, values = (torch.cat(both, dim=2) for both in zip(before, (keys, values),
-                                                                   strict=True))  # fmt: skip
+            keys, values = _behind(batch.prefix.states[module.layer_idx], keys, values)
             if causal and batch.mask_TT is not None:
                 mask = batch.mask_TT[: stop - start, : keys.shape[2]]
-        found = scaled_dot_product_attention(
-            query_1HTE[:, :, asks], keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped,
-            is_causal=causal and mask is None)  # fmt: skip
-        out_1THE[:, asks] = found.transpose(1, 2)
+        attended_1HTE = scaled_dot_product_attention(
+            query_1HTE[:, :, asks],
+            keys,
+            values,
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=grouped,
+            is_causal=causal and mask is None,
+        )
+        out_1THE[:, asks] = attended_1HTE.transpose(1, 2)
     return out_1THE, None
+
+
+def _behind(
+    before: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [1, H, T, E] behind those of a prefix [1, H, P, E]."""
+    return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 
 
 AttentionInterface.register(NAME, _attend)
@@ -112,7 +125,7 @@ class Packing:
         layers: Any = getattr(model, "layers", None)
         self.prunes = isinstance(layers, torch.nn.ModuleList) and len(layers) > 0
         if self.prunes:
-            _compute_ends_only(layers[-1])
+            _compute_pooled_only(layers[-1])
 
     @contextmanager
     def _running(self, batch: _Batch) -> Iterator[None]:
@@ -125,40 +138,45 @@ class Packing:
             _RUNNING.reset(token)
 
     def hidden(
-        self, ids: Sequence[list[int]], prefix: SharedPrefix | None, layer: int, ends: bool
+        self, ids: Sequence[list[int]], prefix: SharedPrefix | None, layer: int, end: int | None
     ) -> torch.Tensor:
-        """Hidden states of texts of which ``prefix`` is already computed.
+        """Hidden states of texts of which `prefix` is already computed.
 
         Args:
             ids: whole texts, the prefix included.
             prefix: what all of them begin with, or None.
             layer: which hidden state; -1 is the final one.
-            ends: whether only the last token of every text is asked for.
+            end: 0 or -1, where only every text's first or last token is asked for; None: all.
 
         Returns:
-            [B, D] of the last tokens if ``ends``, else [T, D] of all tokens behind the prefix.
+            [B, D] of the tokens at `end`, or [T, D] of all tokens behind the prefix.
         """
         shared = len(prefix.tokens) if prefix else 0
         device, longest = self.model.device, max(map(len, ids)) - shared
         flat = torch.tensor([token for own in ids for token in own[shared:]], device=device)
         places = torch.cat([torch.arange(shared, len(own), device=device) for own in ids])
         stops = torch.tensor([len(own) - shared for own in ids]).cumsum(0)
-        spans = [(stop - len(own) + shared, stop)
-                 for stop, own in zip(stops.tolist(), ids, strict=True)]  # fmt: skip
-        ends_B = (stops - 1).to(device)
-        batch = _Batch(spans, prefix)
+        spans = [
+            (stop - len(own) + shared, stop) for stop, own in zip(stops.tolist(), ids, strict=True)
+        ]
+        pooled_B = torch.tensor([span[0] if end == 0 else span[1] - 1 for span in spans])
+        pooled_B, batch = pooled_B.to(device), _Batch(spans, prefix)
         if prefix is not None:
             shape = (longest, shared + longest)
             hidden = torch.ones(shape, dtype=torch.bool, device=device).triu(shared + 1)
             batch.mask_TT = torch.zeros(shape, dtype=self.model.dtype, device=device)
             batch.mask_TT.masked_fill_(hidden, float("-inf"))
-        if ends and layer == -1 and self.prunes:
-            batch.ends_B = ends_B
+        if end is not None and layer == -1 and self.prunes:
+            batch.pooled_B = pooled_B
         with self._running(batch), torch.inference_mode():
-            said = self.model(input_ids=flat[None], position_ids=places[None], use_cache=False,
-                              output_hidden_states=layer != -1)  # fmt: skip
+            said = self.model(
+                input_ids=flat[None],
+                position_ids=places[None],
+                use_cache=False,
+                output_hidden_states=layer != -1,
+            )
             states = said.last_hidden_state if layer == -1 else said.hidden_states[layer]
-        return states[0] if batch.ends_B is not None or not ends else states[0][ends_B]
+        return states[0] if batch.pooled_B is not None or end is None else states[0][pooled_B]
 
 
 def supports_packing(model: Any, causal: bool) -> bool:
@@ -172,17 +190,17 @@ def supports_packing(model: Any, causal: bool) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
-def _compute_ends_only(layer: Any) -> None:
-    """Let a layer of all tokens become one of the last tokens where the running batch wants it.
+def _compute_pooled_only(layer: Any) -> None:
+    """Lets a layer of all tokens become one of the pooled tokens where the running batch wants it.
 
     Keys and values are computed for all tokens first (its attention stops there), then everything
-    for the last tokens alone.
+    for the pooled tokens alone.
     """
     plain = layer.forward
 
     def forward(hidden_1TD: torch.Tensor, *args: Any, **options: Any) -> Any:
         batch = _RUNNING.get(None)
-        if batch is None or batch.ends_B is None:
+        if batch is None or batch.pooled_B is None:
             return plain(hidden_1TD, *args, **options)
         batch.collects = True
         try:
@@ -190,17 +208,18 @@ def _compute_ends_only(layer: Any) -> None:
             raise NotImplementedError("a layer without the attention of its configuration")
         except _GotKeys:
             batch.collects = False
-        ends, tokens = batch.ends_B, hidden_1TD.shape[1]
-        own = {name: _at(value, ends, tokens) for name, value in options.items()}
-        return plain(hidden_1TD[:, ends], *(_at(value, ends, tokens) for value in args), **own)
+        pooled_B, tokens = batch.pooled_B, hidden_1TD.shape[1]
+        named = {name: _pick(value, pooled_B, tokens) for name, value in options.items()}
+        placed = (_pick(value, pooled_B, tokens) for value in args)
+        return plain(hidden_1TD[:, pooled_B], *placed, **named)
 
     layer.forward = forward
 
 
-def _at(value: Any, ends_B: torch.Tensor, tokens: int) -> Any:
-    """What belongs to tokens [1, T, ...] (their places and rotations) for the last ones alone."""
+def _pick(value: Any, pooled_B: torch.Tensor, tokens: int) -> Any:
+    """What belongs to tokens [1, T, ...] (their places and rotations) for the pooled ones alone."""
     if isinstance(value, tuple):
-        return tuple(_at(one, ends_B, tokens) for one in value)
+        return tuple(_pick(part, pooled_B, tokens) for part in value)
     if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == tokens:
-        return value[:, ends_B]
+        return value[:, pooled_B]
     return value

@@ -11,14 +11,24 @@ import torch
 from torch.nn.functional import normalize
 
 from llm_knowledge.encoding.prefix import compute_prefix, supports_sharing
+from llm_knowledge.encoding.rotations import GrowingRotations, length_rule
+from llm_knowledge.encoding.tokens import pad
 from llm_knowledge.errors import InputError
 
 if TYPE_CHECKING:
     from llm_knowledge.encoding.answers import Answers
     from llm_knowledge.encoding.packed import Packing
     from llm_knowledge.encoding.prefix import SharedPrefix
-from llm_knowledge.encoding.tokens import pad
 
+# A model that a way of reading does not suit may raise any of these.
+SHAPE_ERRORS = (
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+)
 Attention = Literal["auto", "packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 Compilation = Literal["off", "default", "reduce-overhead", "max-autotune"]
 
@@ -29,23 +39,29 @@ class Reader:
     Attributes:
         model: without a language-model head.
         causal: whether a token sees no later one.
-        pooling, layer, normalize: see ``Encoder``.
+        pooling: "mean" over the tokens, "last" token or "cls", the first.
+        layer, normalize: see `Encoder`.
+        lengths: which texts may share a batch and a prefix.
         packing: how packed batches are read; None where batches are padded.
         shares: whether keys and values of a common prefix can be put in front of a batch.
+        dim: length of a vector; that of the final states may be another than the configuration's.
     """
 
     def __init__(
         self, model: Any, causal: bool, pooling: str, layer: int, normalize: bool, attention: str
     ) -> None:
-        """Choose between packed and padded batches.
+        """Chooses between packed and padded batches.
 
         Raises:
-            InputError: packed batches are asked for, and the model cannot read them.
+            InputError: the model cannot read a text, or packed batches are asked for, and it
+                cannot read them.
         """
         self.model, self.causal, self.pooling, self.layer = model, causal, pooling, layer
         self.normalize = normalize
+        self.lengths, self._growing = length_rule(model.config), GrowingRotations(model)
         self.shares = causal and supports_sharing(model)
         self.packing: Packing | None = None
+        self.dim = self._measure_dim()
         on_cpu = model.device.type == "cpu"
         if attention == "packed" or (attention == "auto" and on_cpu):
             from llm_knowledge.encoding.packed import Packing, supports_packing
@@ -53,11 +69,22 @@ class Reader:
             if supports_packing(model, causal):
                 self.packing = Packing(model)
             elif attention == "packed":
-                raise InputError("--attention packed: this model has an attention of its own; "
-                                 "use auto")  # fmt: skip
+                raise InputError(
+                    "--attention packed: this model has an attention of its own; use auto"
+                )
+
+    def _measure_dim(self) -> int:
+        try:
+            return self.read([[0, 0]]).shape[1]
+        except SHAPE_ERRORS as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(
+                f"a model of type {self.model.config.model_type!r} cannot read a text ({said[0]}); "
+                f"use an encoder or a decoder"
+            ) from error
 
     def positions(self, ids: list[list[int]], prefix: SharedPrefix | None) -> int:
-        """Positions that ``read`` computes for a batch, padding included."""
+        """Positions that `read` computes for a batch, padding included."""
         shared = len(prefix.tokens) if prefix else 0
         if self.packing is not None:
             return sum(map(len, ids)) - shared * len(ids)
@@ -65,10 +92,12 @@ class Reader:
 
     def prefix(self, tokens: list[int]) -> SharedPrefix | None:
         """The states of tokens that texts begin with; None if the model cannot share them."""
+        self._growing.reset()
         return compute_prefix(self.model, tokens, self.layer)
 
     def read(self, ids: list[list[int]], prefix: SharedPrefix | None = None) -> torch.Tensor:
-        """Vectors of one batch of texts that begin with ``prefix``, if given: float32 [B, D]."""
+        """Vectors of one batch of texts that begin with `prefix`, if given: float32 [B, D]."""
+        self._growing.reset()
         with torch.inference_mode():
             pool = self._packed if self.packing is not None else self._padded
             pooled_BD = pool(ids, prefix)
@@ -80,10 +109,11 @@ class Reader:
     def answer(
         self, answers: Answers, ids: list[list[int]], prefix: SharedPrefix | None, path: bool
     ) -> tuple[torch.Tensor, list[str]]:
-        """As ``read``, padded, and an answer to each text.
+        """As `read`, padded, and an answer to each text.
 
-        The vectors are those of ``read``, or, with ``path``, of the last step of the generation.
+        The vectors are those of `read`, or, with `path`, of the last step of the generation.
         """
+        self._growing.reset()
         with torch.inference_mode():
             hidden_BTD, mask_BT, state_BD, said = answers.generate(ids, prefix, self.layer)
             pooled_BD = state_BD if path else self._pool(hidden_BTD, mask_BT, prefix)
@@ -91,9 +121,9 @@ class Reader:
 
     def _packed(self, ids: list[list[int]], prefix: SharedPrefix | None) -> torch.Tensor:
         assert self.packing is not None
-        last = self.pooling == "last"
-        hidden = self.packing.hidden(ids, prefix, self.layer, ends=last).float()
-        if last:
+        end = {"last": -1, "cls": 0}.get(self.pooling)
+        hidden = self.packing.hidden(ids, prefix, self.layer, end).float()
+        if end is not None:
             return hidden
         shared = len(prefix.tokens) if prefix else 0
         texts = hidden.split([len(own) - shared for own in ids])
@@ -108,19 +138,25 @@ class Reader:
         if prefix:
             ones_BP = mask_BT.new_ones((len(ids), shared), dtype=torch.long)
             place_1T = torch.arange(shared, shared + ids_BT.shape[1], device=device)[None]
-            more = {"attention_mask": torch.cat([ones_BP, mask_BT.long()], dim=1),
-                    "position_ids": place_1T.expand(len(ids), -1), "use_cache": True,
-                    "past_key_values": prefix.cache(len(ids))}  # fmt: skip
-        said = self.model(input_ids=ids_BT.to(device), output_hidden_states=self.layer != -1,
-                          **more)  # fmt: skip
+            more = {
+                "attention_mask": torch.cat([ones_BP, mask_BT.long()], dim=1),
+                "position_ids": place_1T.expand(len(ids), -1),
+                "use_cache": True,
+                "past_key_values": prefix.cache(len(ids)),
+            }
+        said = self.model(
+            input_ids=ids_BT.to(device), output_hidden_states=self.layer != -1, **more
+        )
         hidden_BTD = said.last_hidden_state if self.layer == -1 else said.hidden_states[self.layer]
         return self._pool(hidden_BTD, mask_BT, prefix)
 
     def _pool(
         self, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor, prefix: SharedPrefix | None
     ) -> torch.Tensor:
-        """Mean over the tokens, those of the prefix included, or the last one: float32 [B, D]."""
+        """Mean over the tokens, those of the prefix included, or one of them: float32 [B, D]."""
         count_B = mask_BT.sum(1)
+        if self.pooling == "cls":
+            return hidden_BTD[:, 0].float()
         if self.pooling == "last":
             rows_B = torch.arange(len(count_B), device=count_B.device)
             return hidden_BTD[rows_B, count_B - 1].float()

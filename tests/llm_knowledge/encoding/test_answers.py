@@ -86,14 +86,14 @@ def test_answers_and_states_equal_those_of_transformers(qwen, reuse, layer):
 def test_out_of_memory_keeps_answers_with_their_texts(qwen, monkeypatch):
     encoder = Encoder(qwen, device="cpu", answer_tokens=TOKENS)
     vectors, said = encoder.read([TEXTS])
-    whole = encoder._answer
+    whole = encoder._batched._answer
 
     def limited(ids, prefix):
         if len(ids) > 3:
             raise torch.OutOfMemoryError("out")
         return whole(ids, prefix)
 
-    monkeypatch.setattr(encoder, "_answer", limited)
+    monkeypatch.setattr(encoder._batched, "_answer", limited)
     found, again = encoder.read([TEXTS])
     assert again == said
     np.testing.assert_allclose(found, vectors, atol=1e-5)

@@ -70,7 +70,7 @@ def test_prefix_reuse_changes_nothing(qwen, pooling, layer, attention):
     plain = Encoder(qwen, prefix_reuse="off", **options)
     fast = Encoder(qwen, **options)
     np.testing.assert_allclose(fast.encode(TEXTS), plain.encode(TEXTS), atol=1e-5, rtol=0)
-    assert len(fast._prefix.tokens) == len(INSTRUCTION)  # a character is a token here
+    assert len(fast._batched.prefix.tokens) == len(INSTRUCTION)  # a character is a token here
     assert fast.counters.reused == len(INSTRUCTION) * len(TEXTS)
     assert plain.counters.reused == 0
     assert fast.counters.tokens == plain.counters.tokens == sum(plain.count_tokens(TEXTS))
@@ -117,9 +117,11 @@ def test_the_prefix_is_computed_once_and_cut_where_texts_differ(qwen, monkeypatc
 
 def test_a_model_that_prefix_reuse_would_change_goes_without(qwen, monkeypatch):
     plain, fast = (Encoder(qwen, prefix_reuse=mode, device="cpu") for mode in ("off", "auto"))
-    forward = fast._forward
+    forward = fast._batched._forward
     monkeypatch.setattr(
-        fast, "_forward", lambda ids, prefix=None: -forward(ids, prefix) if prefix else forward(ids)
+        fast._batched,
+        "_forward",
+        lambda ids, prefix=None: -forward(ids, prefix) if prefix else forward(ids),
     )
     with pytest.warns(UserWarning, match="each prompt is computed whole"):
         found = fast.encode(TEXTS)
@@ -146,7 +148,7 @@ def test_out_of_memory_behind_a_prefix_halves_the_batch(qwen, monkeypatch):
 
     fast = Encoder(qwen, device="cpu")
     expected = fast.encode(TEXTS)
-    forward, sizes = fast._forward, []
+    forward, sizes = fast._batched._forward, []
 
     def limited(ids, prefix=None):
         sizes.append(len(ids))
@@ -154,7 +156,7 @@ def test_out_of_memory_behind_a_prefix_halves_the_batch(qwen, monkeypatch):
             raise torch.OutOfMemoryError("out")
         return forward(ids, prefix)
 
-    monkeypatch.setattr(fast, "_forward", limited)
+    monkeypatch.setattr(fast._batched, "_forward", limited)
     np.testing.assert_allclose(fast.encode(TEXTS), expected, atol=1e-5)
     assert sizes[0] == len(TEXTS)
 
@@ -300,15 +302,15 @@ def test_paragraphs_are_read_one_by_one_and_count_alike(normalize):
 
 def test_an_error_in_a_paragraph_names_its_text(monkeypatch):
     encoder = Encoder(device="cpu")
-    read = encoder._reader.read
-    monkeypatch.setattr(encoder, "_packs_checked", True)
+    read = encoder._batched.reader.read
+    monkeypatch.setattr(encoder._batched, "_packs_checked", True)
 
     def broken(ids, prefix=None):
         vectors = read(ids, prefix).clone()
         vectors[[len(own) == max(map(len, ids)) for own in ids]] = float("nan")
         return vectors
 
-    monkeypatch.setattr(encoder._reader, "read", broken)
+    monkeypatch.setattr(encoder._batched.reader, "read", broken)
     with pytest.raises(InputError, match=r"text 1: the model returned NaN"):
         encoder.encode(["a\n\nb", "c\n\nby far the longest paragraph of all"])
 

@@ -64,9 +64,9 @@ def test_packed_equals_padded(models, family, pooling, layer):
     options = {"pooling": pooling, "layer": layer, "device": "cpu", "batch_tokens": 200}
     padded = Encoder(models[family], attention="sdpa", prefix_reuse="off", **options)
     packed = Encoder(models[family], **options)
-    assert packed._reader.packing is not None
+    assert packed._batched.reader.packing is not None
     np.testing.assert_allclose(packed.encode(TEXTS), padded.encode(TEXTS), atol=1e-5, rtol=0)
-    assert packed._reader.packing is not None
+    assert packed._batched.reader.packing is not None
     counted = packed.counters
     assert counted.padding == 0
     again = counted.computed
@@ -81,7 +81,7 @@ def test_what_packing_would_change_is_padded(models):
             Encoder(models[family], device="cpu", attention=name) for name in ("auto", "sdpa")
         )
         np.testing.assert_array_equal(packed.encode(TEXTS), padded.encode(TEXTS))
-        assert packed._reader.packing is None
+        assert packed._batched.reader.packing is None
     with pytest.raises(InputError, match="attention of its own"):
         Encoder(models["mistral_window"], device="cpu", attention="packed")
 
@@ -115,5 +115,5 @@ def test_compiled_batches_are_padded(models):
     with pytest.raises(InputError, match="packed batches cannot be compiled"):
         Encoder(models["qwen"], device="cpu", attention="packed", compilation="default")
     encoder = Encoder(models["qwen"], device="cpu", compilation="default")
-    assert encoder._reader.packing is None
+    assert encoder._batched.reader.packing is None
     assert encoder.model._compiled_call_impl is not None

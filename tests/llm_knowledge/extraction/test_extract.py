@@ -161,7 +161,7 @@ def test_out_of_memory_halves_the_batch(bert, monkeypatch):
 
     encoder = Encoder(bert, device="cpu")
     whole = encoder.encode(TEXTS)
-    forward, sizes = encoder._forward, []
+    forward, sizes = encoder._batched._forward, []
 
     def limited(ids):
         sizes.append(len(ids))
@@ -169,10 +169,10 @@ def test_out_of_memory_halves_the_batch(bert, monkeypatch):
             raise torch.OutOfMemoryError("out")
         return forward(ids)
 
-    monkeypatch.setattr(encoder, "_forward", limited)
+    monkeypatch.setattr(encoder._batched, "_forward", limited)
     np.testing.assert_allclose(encoder.encode(TEXTS), whole, atol=1e-6)
     assert max(sizes) == 6
-    monkeypatch.setattr(encoder, "_forward", lambda ids: limited([0, 0, 0]))
+    monkeypatch.setattr(encoder._batched, "_forward", lambda ids: limited([0, 0, 0]))
     with pytest.raises(InputError, match="out of memory on one text"):
         encoder.encode(TEXTS)
 
@@ -185,7 +185,9 @@ def test_not_finite_and_too_long(bert, monkeypatch):
         Encoder(bert, device="cpu", max_tokens=600)
     with pytest.raises(InputError, match="has no token"):
         encoder.encode([""])
-    monkeypatch.setattr(encoder, "_forward", lambda ids: np.full((len(ids), encoder.dim), np.nan))
+    monkeypatch.setattr(
+        encoder._batched, "_forward", lambda ids: np.full((len(ids), encoder.dim), np.nan)
+    )
     with pytest.raises(InputError, match="NaN or Inf in float32"):
         encoder.encode(["a"])
     with pytest.raises(InputError, match="device 'warp'"):
