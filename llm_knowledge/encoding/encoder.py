@@ -22,6 +22,7 @@ from llm_knowledge.encoding.loading import (
 from llm_knowledge.encoding.model_files import default_model_path as default_model_path
 from llm_knowledge.encoding.model_files import find_model, model_kind, read_json, weights_hash
 from llm_knowledge.encoding.rotations import length_rule
+from llm_knowledge.encoding.sentence_modules import default_pooling, read_sentence_modules
 from llm_knowledge.encoding.tokens import Tokens, ahead, split_paragraphs
 from llm_knowledge.errors import InputError
 from llm_knowledge.vectors import join_parts, unit_length
@@ -34,7 +35,7 @@ CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 65_536
 # Texts that are sorted by length together; the next ones are tokenised meanwhile.
 BLOCK_TEXTS = 1024
 
-Pooling = Literal["auto", "mean", "paragraphs", "last"]
+Pooling = Literal["auto", "mean", "paragraphs", "last", "cls"]
 State = Literal["prompt", "answer"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -44,17 +45,19 @@ class Encoder:
 
     Args:
         model: directory, or name on the hub; None is the packaged MiniLM sentence encoder.
-        pooling: "auto" is paragraphs for encoders and last for decoders.
+        pooling: "auto" is paragraphs for encoders and last for decoders, or what a directory of
+            sentence-transformers says.
         layer: which hidden state; -1 is the final one. Only that one is behind the final norm.
         dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
         max_tokens: None is 256 for encoders, 1024 for decoders, or less if the model has less.
-        normalize: None is true for encoders and false for decoders.
+        normalize: None is true for encoders and false for decoders, or what a directory of
+            sentence-transformers says.
         trust_remote_code: run Python that comes with the model. Off by default.
         revision: branch, tag or commit on the hub.
         device: "cpu", "cuda", "cuda:0" ...; None takes an accelerator where there is one.
         batch_tokens: computed tokens of one batch, padding included.
         chat_template: "auto" makes every text one user message, in the chat template of a
-            decoder that brings one.
+            decoder that brings one and is no sentence model.
         prefix_reuse: "auto" computes the keys and values of tokens that all texts begin with
             once, where the model is causal and it pays.
         attention: "packed" reads texts end to end without padding; the other names are those of
@@ -69,7 +72,7 @@ class Encoder:
         name, revision, weights_hash: which model, for the manifest.
         kind: "encoder" or "decoder".
         pooling: "mean" over the real tokens; "paragraphs": of each paragraph, read as a text of its
-            own, then over them; or "last" real token.
+            own, then over them; the "last" real token; or "cls", the first.
         max_tokens: longer texts are truncated at the end; prompts are built to fit.
         dim: length of a vector.
         normalize: whether vectors are scaled to length 1.
@@ -105,9 +108,12 @@ class Encoder:
         self.weights_hash = weights_hash(self.path)
         self.kind = model_kind(read_json(self.path / "config.json"))
         self.answer_tokens, self.state = answer_tokens, state
-        usual: Pooling = "last" if self.kind == "decoder" else "paragraphs"
-        self.pooling = pooling if pooling != "auto" else usual
-        self.normalize = self.kind == "encoder" if normalize is None else normalize
+        modules = read_sentence_modules(self.path)
+        self.pooling = (
+            pooling if pooling != "auto" else default_pooling(self.path, self.kind, modules)
+        )
+        scales = modules.normalize if modules else self.kind == "encoder"
+        self.normalize = scales if normalize is None else normalize
         self._uses_vllm = backend == "vllm"
         self._refuse_contradictions(layer, attention, compilation)
         self.device = find_device("cpu" if self._uses_vllm else device)
@@ -118,7 +124,8 @@ class Encoder:
         loaded = self._load(trust_remote_code, attention)
         self.layer = check_layer(loaded.config, layer)
         self.max_tokens = token_limit(loaded, max_tokens, self.kind, answer_tokens)
-        chat = self.kind == "decoder" and chat_template == "auto"
+        # Sentence models were trained on plain texts, whatever template their tokenizers inherited.
+        chat = self.kind == "decoder" and chat_template == "auto" and modules is None
         self._tokens = Tokens(self.tokenizer, self.max_tokens, chat, answers=answer_tokens > 0)
         self.chat_hash = self._tokens.chat_hash
         self._engine: Any = None
@@ -140,6 +147,10 @@ class Encoder:
             raise InputError(
                 "--pooling paragraphs: parts a prompt from its instruction; it is for "
                 "encoders, use last or mean"
+            )
+        if self.pooling == "cls" and self.kind == "decoder":
+            raise InputError(
+                "--pooling cls: a decoder's first token sees no other; use last or mean"
             )
         if self._uses_vllm and (self.answer_tokens or layer != -1):
             raise InputError(

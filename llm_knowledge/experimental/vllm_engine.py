@@ -33,7 +33,7 @@ class VllmEngine:
 
         Args:
             path: model directory with safetensors.
-            pooling: "last" or "mean".
+            pooling: "last", "mean" or "cls".
             causal: whether the model is a decoder, which vLLM converts to an embedding model.
             dtype: "float32" or "bfloat16".
             max_tokens: longest text.

@@ -91,12 +91,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--template", help="shipped template's name or a YAML file; default: by kind of model")
     add(
         "--pooling",
-        choices=("auto", "mean", "paragraphs", "last"),
+        choices=("auto", "mean", "paragraphs", "last", "cls"),
         default="auto",
         help="auto: paragraphs (each read on its own, then their mean) for encoders, last token for "
-        "decoders",
+        "decoders, or what a sentence-transformers directory says; cls: first token",
     )
-    add("--layer", type=int, default=-1, help="hidden state to take, default -1: the final one")
+    add(
+        "--layer",
+        type=int,
+        default=-1,
+        help="hidden state to take, default -1: the final one, the only one behind the final norm",
+    )
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -113,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--normalize",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="scale vectors to length 1; default: for encoders",
+        help="scale vectors to length 1; default: for encoders, or as the model's directory says",
     )
     add("--max-tokens", type=int, help="budget of a prompt; default: 256 encoder, 1024 decoder")
     add("--device", help="cpu, cuda, cuda:0, ...; default: an accelerator if there is one")

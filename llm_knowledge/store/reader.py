@@ -63,7 +63,9 @@ def check_footer(file: Path, handle: pq.ParquetFile, manifest: Manifest, rows: i
     }
     for column, kind in types.items():
         if (type_found := schema.field(column).type) != kind:
-            raise InputError(f"{file}: column {column!r} is {type_found}, must be {kind}; extract again")
+            raise InputError(
+                f"{file}: column {column!r} is {type_found}, must be {kind}; extract again"
+            )
     vector = schema.field("vector")
     width = manifest.dim * DTYPES[manifest.dtype].itemsize
     said = {_text(k): _text(v) for k, v in (vector.metadata or {}).items()}
