@@ -7,6 +7,9 @@ from pathlib import Path
 import launch.commands as run
 from launch.arguments import CommandParser
 from launch.logs import LEVELS as LOG_LEVELS
+from llm_knowledge.extraction.config import add_arguments, add_refresh_arguments
+from llm_knowledge.options import add_options
+from llm_knowledge.store.options import CompressOptions, InspectOptions, ShuffleOptions
 from trainer.evaluation.metrics import SEGMENTS
 
 Commands = argparse._SubParsersAction
@@ -191,8 +194,6 @@ def _add_knowledge(commands: Commands) -> None:
         CONTINUES,
     )
     _add_processes(p, "workers on this machine")
-    from llm_knowledge.extraction.config import add_arguments
-
     add_arguments(p)
     p = command(
         stages,
@@ -201,8 +202,7 @@ def _add_knowledge(commands: Commands) -> None:
         "Shows a store to a human: prompt, neighbours, facts.",
         "knowledge inspect knowledge/movielens/item --key 1",
     )
-    p.add_argument("store", type=Path, help="store directory")
-    p.add_argument("--key", help="look at this key")
+    add_options(p, InspectOptions)
     p = command(
         stages,
         "verify",
@@ -218,19 +218,7 @@ def _add_knowledge(commands: Commands) -> None:
         "Writes the control of every claim: a store whose vectors know nothing of their keys.",
         "knowledge shuffle knowledge/movielens/user --out knowledge/movielens/user-shuffled",
     )
-    p.add_argument("store", type=Path, help="store directory")
-    p.add_argument("--out", type=Path, required=True, help="directory to create")
-    p.add_argument(
-        "--control",
-        choices=["shuffled", "random", "constant"],
-        default="shuffled",
-        help="the same vectors at other keys (default), Gaussian ones of the same mean and spread, or "
-        "their mean for every key",
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the permutation or noise (default: 0)")
-
-    from llm_knowledge.options import add_compress_arguments, add_refresh_arguments
-
+    add_options(p, ShuffleOptions)
     p = command(
         stages,
         "compress",
@@ -239,7 +227,7 @@ def _add_knowledge(commands: Commands) -> None:
         "knowledge compress knowledge/movielens/user --out knowledge/movielens/user-64 --dim 64 "
         "--dtype int8",
     )
-    add_compress_arguments(p)
+    add_options(p, CompressOptions)
     p = command(
         stages,
         "refresh",

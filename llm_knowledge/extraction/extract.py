@@ -9,7 +9,6 @@ number of workers. Start it as `torchrun --nproc-per-node 2 -m llm_knowledge.ext
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,9 +31,6 @@ def check(config: ExtractConfig) -> None:
     from llm_knowledge.profiles.dataset import Dataset
     from llm_knowledge.prompts import load_template
 
-    for name in ("chunk", "per_scenario", "total", "min_interactions", "timeout_minutes"):
-        if (value := getattr(config, name)) is not None and value <= 0:
-            raise InputError(f"--{name.replace('_', '-')}: must be positive")
     if config.level == "all" and config.template:
         raise InputError("--template: belongs to one level; extract the levels one by one")
     dataset = Dataset.open(config.data)
@@ -81,7 +77,7 @@ def _jobs(config: ExtractConfig) -> list[ExtractConfig]:
 
     jobs = [config]
     if config.level == "all":
-        jobs = [replace(config, level=level, out=config.out / level) for level in LEVELS]
+        jobs = [config.replace(level=level, out=config.out / level) for level in LEVELS]
     if not config.cutoffs:
         return jobs
     if config.level == "item":
@@ -90,11 +86,11 @@ def _jobs(config: ExtractConfig) -> list[ExtractConfig]:
     dated = []
     for job in jobs:
         if job.level == "item":
-            dated.append(replace(job, cutoffs=()))
+            dated.append(job.replace(cutoffs=()))
             continue
         for time in times:
             out = job.out / f"cutoff-{time}"
-            dated.append(replace(job, cutoffs=(), cutoff=time, out=out))
+            dated.append(job.replace(cutoffs=(), cutoff=time, out=out))
     return dated
 
 

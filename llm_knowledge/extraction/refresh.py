@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.extraction.config import MODEL_FIELDS
 from llm_knowledge.files import workspace
 
 if TYPE_CHECKING:
@@ -76,7 +77,6 @@ def main(options: argparse.Namespace) -> int:
                 f"--remove-file {options.remove_file}: cannot be read ({error})"
             ) from error
         remove += [line.strip() for line in lines if line.strip()]
-    names = ("model", "template", "trust_remote_code", "device", "batch_tokens", "memory_limit")
     dated = {} if options.cutoff is None else {"cutoff": options.cutoff}
     done = refresh(
         options.store,
@@ -84,7 +84,7 @@ def main(options: argparse.Namespace) -> int:
         options.out,
         remove,
         options.child,
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in ("template", *MODEL_FIELDS)},
         **dated,
     )
     print(f"{options.out}: {done}")
@@ -180,7 +180,7 @@ def _same_model(
             "an older version; extract once more"
         )
     sizes = about.profile.model_dump() if about.profile else {}
-    config = ExtractConfig(
+    made_with: dict[str, Any] = dict(
         data=data,
         out=out,
         level=about.level,
@@ -197,9 +197,8 @@ def _same_model(
         state=about.model.answer.state if about.model.answer else "prompt",
         **sizes,
     )
-    config = replace(config, **{"template": about.template.name, **options})
-    if config.template is None:
-        config = replace(config, template=about.template.name)
+    given = {name: value for name, value in options.items() if (name, value) != ("template", None)}
+    config = ExtractConfig(**(made_with | {"template": about.template.name} | given))
     encoder = Encoder(**{name: getattr(config, name) for name in ENCODER_FIELDS})
     return config, encoder
 

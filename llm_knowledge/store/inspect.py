@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,22 +12,6 @@ import numpy as np
 from llm_knowledge.errors import InputError
 from llm_knowledge.store.neighbours import nearest
 from llm_knowledge.store.reader import NO_CUTOFF, KnowledgeStore
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of an inspection to a parser."""
-    parser.add_argument("store", type=Path, help="knowledge store directory")
-    parser.add_argument("--key", help="key to show; default: the first")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Inspects from parsed options; returns the exit code."""
-    try:
-        inspect_store(args.store, args.key)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def inspect_store(
@@ -107,12 +90,3 @@ def _find(store: KnowledgeStore, key: str | int | None) -> int:
     if row < 0:
         raise InputError(f"{store.path}: has no key {key!r}; its first is {_shown(store, 0)}")
     return row
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m llm_knowledge.store.inspect",
-        epilog="example: python -m llm_knowledge.store.inspect knowledge/movielens/user --key 1",
-    )
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))

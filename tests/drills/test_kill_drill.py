@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,16 +96,16 @@ def test_killed_at_random_moments(tmp_path: Path, kill: str) -> None:
     print(f"DRILL_SEED={seed} repeats these moments")
     rng = random.Random(seed)
     common = small_config(tmp_path)
-    whole = extract(replace(common, out=tmp_path / "whole"))
+    whole = extract(common.replace(out=tmp_path / "whole"))
     undisturbed = KnowledgeStore.open(whole)
     expected = undisturbed.read_vectors(0, USERS)
     begun = time.monotonic()
-    assert run(replace(common, out=tmp_path / "timed"), None, 0, 0)
+    assert run(common.replace(out=tmp_path / "timed"), None, 0, 0)
     length = time.monotonic() - begun
     moments = MOMENTS if kill == "one" else MOMENTS // 4
     died = 0
     for moment in range(moments):
-        config = replace(common, out=tmp_path / f"{kill}-{moment}")
+        config = common.replace(out=tmp_path / f"{kill}-{moment}")
         after, victim = rng.uniform(0, length), rng.randrange(WORKERS)
         starts = 1
         if not run(config, kill, after, victim):
