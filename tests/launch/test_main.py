@@ -222,8 +222,9 @@ def test_a_training_that_is_interrupted_says_how_it_goes_on(tmp_path: Path, numb
             cwd=ROOT,
             stdout=said,
             stderr=said,
-            # Under nohup, tests would hand on that a hangup is ignored, which training respects.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            # Under nohup, or in a shell's background, tests would hand on that the signal is ignored,
+            # which training respects.
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         )
     metrics, ends = tmp_path / "run/metrics.jsonl", time.monotonic() + 100
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
