@@ -68,15 +68,18 @@ def option(
 def add_options(
     parser: argparse.ArgumentParser, model: type[Options], names: Iterable[str] | None = None
 ) -> None:
-    """Adds the fields of a model to a parser; those without a description are no options.
+    """Adds the fields of a model to a parser, what must be given first.
+
+    Fields without a description are no options.
 
     Args:
         parser: The parser.
         model: The model.
         names: Some of its fields; default: all.
     """
-    for field in names or model.model_fields:
-        about = model.model_fields[field]
+    fields = model.model_fields
+    for field in sorted(names or fields, key=lambda field: not fields[field].is_required()):
+        about = fields[field]
         if about.description is None:
             continue
         shown = _shown(about)

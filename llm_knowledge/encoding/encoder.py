@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,52 +21,25 @@ from llm_knowledge.encoding.loading import (
 )
 from llm_knowledge.encoding.model_files import default_model_path as default_model_path
 from llm_knowledge.encoding.model_files import find_model, model_kind, read_json, weights_hash
+from llm_knowledge.encoding.options import EncoderOptions
 from llm_knowledge.encoding.rotations import length_rule
 from llm_knowledge.encoding.sentence_modules import default_pooling, read_sentence_modules
 from llm_knowledge.encoding.tokens import Tokens, ahead, split_paragraphs
 from llm_knowledge.errors import InputError
 from llm_knowledge.vectors import join_parts, unit_length
 
-if TYPE_CHECKING:
-    from llm_knowledge.encoding.reader import Attention, Compilation
-
 # The states of 2048 tokens stay near a CPU's cache; an accelerator wants more in flight.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 65_536
 # Texts that are sorted by length together; the next ones are tokenised meanwhile.
 BLOCK_TEXTS = 1024
-
-Pooling = Literal["auto", "mean", "paragraphs", "last", "cls"]
-State = Literal["prompt", "answer"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class Encoder:
     """A frozen model, its tokenizer and how hidden states become one vector per text.
 
     Args:
-        model: directory, or name on the hub; None is the packaged MiniLM sentence encoder.
-        pooling: "auto" is paragraphs for encoders and last for decoders, or what a directory of
-            sentence-transformers says.
-        layer: which hidden state; -1 is the final one. Only that one is behind the final norm.
-        dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
-        max_tokens: None is 256 for encoders, 1024 for decoders, or less if the model has less.
-        normalize: None is true for encoders and false for decoders, or what a directory of
-            sentence-transformers says.
-        trust_remote_code: run Python that comes with the model. Off by default.
-        revision: branch, tag or commit on the hub.
-        device: "cpu", "cuda", "cuda:0" ...; None takes an accelerator where there is one.
-        batch_tokens: computed tokens of one batch, padding included.
-        chat_template: "auto" makes every text one user message, in the chat template of a
-            decoder that brings one and is no sentence model.
-        prefix_reuse: "auto" computes the keys and values of tokens that all texts begin with
-            once, where the model is causal and it pays.
-        attention: "packed" reads texts end to end without padding; the other names are those of
-            transformers. "auto" is packed on a CPU where the model allows it, else "sdpa".
-        compilation: mode of torch.compile; "off" is the only one measured.
-        backend: what runs the model; "vllm" is not measured, and takes no answers.
-        answer_tokens: most tokens of an answer that a decoder writes after each text; 0: none.
-        state: whose hidden state the vector is: "prompt" pools the text; "answer" takes the step
-            that chose the answer's last token, the end of the generation path.
+        model: Directory, or name on the hub; None is the packaged MiniLM sentence encoder.
+        options: Further fields of `EncoderOptions`.
 
     Attributes:
         name, revision, weights_hash: which model, for the manifest.
@@ -83,65 +56,47 @@ class Encoder:
         InputError: the model cannot be found or loaded, or an option does not fit it.
     """
 
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        pooling: Pooling = "auto",
-        layer: int = -1,
-        dtype: Precision = "auto",
-        max_tokens: int | None = None,
-        normalize: bool | None = None,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        device: str | None = None,
-        batch_tokens: int | None = None,
-        chat_template: Literal["auto", "off"] = "auto",
-        prefix_reuse: Literal["auto", "off"] = "auto",
-        attention: Attention = "auto",
-        compilation: Compilation = "off",
-        backend: Literal["transformers", "vllm"] = "transformers",
-        answer_tokens: int = 0,
-        state: State = "prompt",
-    ) -> None:
+    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        asked = EncoderOptions(model=None if model is None else str(model), **options)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.path, self.name, self.revision = find_model(model, revision)
+        self.path, self.name, self.revision = find_model(asked.model, asked.revision)
         self.weights_hash = weights_hash(self.path)
         self.kind = model_kind(read_json(self.path / "config.json"))
-        self.answer_tokens, self.state = answer_tokens, state
+        self.answer_tokens, self.state = asked.answer_tokens, asked.state
         modules = read_sentence_modules(self.path)
-        self.pooling = (
-            pooling if pooling != "auto" else default_pooling(self.path, self.kind, modules)
-        )
+        self.pooling = asked.pooling
+        if asked.pooling == "auto":
+            self.pooling = default_pooling(self.path, self.kind, modules)
         scales = modules.normalize if modules else self.kind == "encoder"
-        self.normalize = scales if normalize is None else normalize
-        self._uses_vllm = backend == "vllm"
-        self._refuse_contradictions(layer, attention, compilation)
-        self.device = find_device("cpu" if self._uses_vllm else device)
+        self.normalize = scales if asked.normalize is None else asked.normalize
+        self._uses_vllm = asked.backend == "vllm"
+        self._refuse_contradictions(asked)
+        self.device = find_device("cpu" if self._uses_vllm else asked.device)
         on_cpu = self.device.type == "cpu" and not self._uses_vllm
-        self.dtype_name = dtype if dtype != "auto" else "float32" if on_cpu else "bfloat16"
+        usual = "float32" if on_cpu else "bfloat16"
+        self.dtype_name = usual if asked.dtype == "auto" else asked.dtype
         self.counters = Counters()
-        batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
-        loaded = self._load(trust_remote_code, attention)
-        self.layer = check_layer(loaded.config, layer)
-        self.max_tokens = token_limit(loaded, max_tokens, self.kind, answer_tokens)
+        loaded = self._load(asked)
+        self.layer = check_layer(loaded.config, asked.layer)
+        self.max_tokens = token_limit(loaded, asked.max_tokens, self.kind, self.answer_tokens)
         # Sentence models were trained on plain texts, whatever template their tokenizers inherited.
-        chat = self.kind == "decoder" and chat_template == "auto" and modules is None
-        self._tokens = Tokens(self.tokenizer, self.max_tokens, chat, answers=answer_tokens > 0)
+        chat = self.kind == "decoder" and asked.chat_template == "auto" and modules is None
+        self._tokens = Tokens(self.tokenizer, self.max_tokens, chat, answers=self.answer_tokens > 0)
         self.chat_hash = self._tokens.chat_hash
         self._engine: Any = None
         self.model: Any = None
-        share = prefix_reuse == "auto"
         if self._uses_vllm:
             self.dim = int(self.config.hidden_size)
-            self._engine = self._start_vllm(share, trust_remote_code)
+            self._engine = self._start_vllm(asked)
         else:
+            batch_tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
             self._batched = self._make_reader(
-                loaded.model, attention, compilation, share, batch_tokens
+                loaded.model, asked, asked.batch_tokens or batch_tokens
             )
             self.dim = self._batched.reader.dim
 
-    def _refuse_contradictions(self, layer: int, attention: str, compilation: str) -> None:
-        if compilation != "off" and attention == "packed":
+    def _refuse_contradictions(self, asked: EncoderOptions) -> None:
+        if asked.compilation != "off" and asked.attention == "packed":
             raise InputError("--compile: packed batches cannot be compiled; use --attention sdpa")
         if self.pooling == "paragraphs" and self.kind == "decoder":
             raise InputError(
@@ -152,14 +107,14 @@ class Encoder:
             raise InputError(
                 "--pooling cls: a decoder's first token sees no other; use last or mean"
             )
-        if self._uses_vllm and (self.answer_tokens or layer != -1):
+        if self._uses_vllm and (self.answer_tokens or asked.layer != -1):
             raise InputError(
                 "--backend vllm: gives the final layer of the prompt, and no answer; use "
                 "--backend transformers"
             )
         refuse_answers(self.answer_tokens, self.state, self.kind, self.pooling)
 
-    def _load(self, trust_remote_code: bool, attention: str) -> Any:
+    def _load(self, asked: EncoderOptions) -> Any:
         """Loads tokenizer, configuration and, but for vLLM, the model."""
         import torch
 
@@ -167,8 +122,8 @@ class Encoder:
             self.path,
             getattr(torch, self.dtype_name),
             self.device,
-            trust_remote_code,
-            None if attention in ("auto", "packed") else attention,
+            asked.trust_remote_code,
+            None if asked.attention in ("auto", "packed") else asked.attention,
             self.answer_tokens > 0,
             config_only=self._uses_vllm,
         )
@@ -180,7 +135,7 @@ class Encoder:
         """How one piece of a text is pooled: texts are read in pieces where paragraphs count."""
         return "mean" if self.pooling == "paragraphs" else self.pooling
 
-    def _start_vllm(self, share: bool, trust_remote_code: bool) -> Any:
+    def _start_vllm(self, asked: EncoderOptions) -> Any:
         from llm_knowledge.experimental.vllm_engine import VllmEngine
 
         rule = length_rule(self.config)
@@ -195,13 +150,11 @@ class Encoder:
             self.kind == "decoder",
             self.dtype_name,
             self.max_tokens,
-            share,
-            trust_remote_code,
+            asked.prefix_reuse == "auto",
+            asked.trust_remote_code,
         )
 
-    def _make_reader(
-        self, loaded: Any, attention: Attention, compilation: str, share: bool, batch_tokens: int
-    ) -> Any:
+    def _make_reader(self, loaded: Any, asked: EncoderOptions, batch_tokens: int) -> Any:
         """What reads token ids, batch by batch, with answers where they are wanted."""
         from llm_knowledge.encoding.batched import BatchedReader, ReadingPlan
         from llm_knowledge.encoding.reader import Reader
@@ -212,20 +165,25 @@ class Encoder:
 
             answers = Answers(loaded, self.answer_tokens, self.tokenizer)
         self.model = answers.model if answers else text_model(loaded)
-        packs = attention in ("auto", "packed")
-        pads = compilation != "off" or (answers is not None and packs)
+        packs = asked.attention in ("auto", "packed")
+        compiles = asked.compilation != "off"
+        pads = compiles or (answers is not None and packs)
         reader = Reader(
             self.model,
             self.kind == "decoder",
             self._piece_pooling,
             self.layer,
             self.normalize,
-            "sdpa" if pads else attention,
+            "sdpa" if pads else asked.attention,
         )
-        if compilation != "off":
-            self.model.compile(mode=compilation, dynamic=True)
+        if compiles:
+            self.model.compile(mode=asked.compilation, dynamic=True)
         plan = ReadingPlan(
-            self.name, self.dtype_name, share, attention == "packed", self.state == "answer"
+            self.name,
+            self.dtype_name,
+            asked.prefix_reuse == "auto",
+            asked.attention == "packed",
+            self.state == "answer",
         )
         return BatchedReader(reader, answers, plan, batch_tokens, self.counters)
 

@@ -237,8 +237,6 @@ def refuse_answers(tokens: int, state: str, kind: str, pooling: str) -> None:
     Raises:
         InputError: one of them contradicts the model or another option.
     """
-    if tokens < 0:
-        raise InputError(f"--answer-tokens: {tokens} is negative")
     if state == "answer" and not tokens:
         raise InputError("--state answer: there is no answer without --answer-tokens")
     if tokens and kind != "decoder":

@@ -5,7 +5,7 @@ Shape legend: B texts, T tokens, P tokens of a shared prefix, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import normalize
@@ -29,8 +29,6 @@ SHAPE_ERRORS = (
     IndexError,
     AttributeError,
 )
-Attention = Literal["auto", "packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-Compilation = Literal["off", "default", "reduce-overhead", "max-autotune"]
 
 
 class Reader:

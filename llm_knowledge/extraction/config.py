@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from llm_knowledge.encoding.options import EncoderOptions
 from llm_knowledge.levels import Level
 from llm_knowledge.options import Options, add_options, option
 
-# Fields that the encoder takes under the same names.
-ENCODER_FIELDS = (
-    "model",
-    "pooling",
-    "layer",
-    "dtype",
-    "max_tokens",
-    "normalize",
-    "trust_remote_code",
-    "revision",
-    "device",
-    "batch_tokens",
-    "chat_template",
-    "prefix_reuse",
-    "attention",
-    "compilation",
-    "backend",
-    "answer_tokens",
-    "state",
-)
 # Fields that name the model of a store again, and what it runs with.
 MODEL_FIELDS = (
     "model",
@@ -44,73 +25,21 @@ EXAMPLE = """example:
 """
 
 
-class ExtractConfig(Options):
+class ExtractConfig(EncoderOptions):
     """What to extract, from where, with which model.
 
     With `level="all"` the stores are `out/user`, `out/item` and `out/scenario`. Fields that are None take
-    the model's default, see `Encoder`.
+    the model's default, see `EncoderOptions`.
     """
 
     data: Path = option(..., "prepared dataset directory")
     out: Path = option(..., "store directory, new or to be continued")
     level: Literal[Level, "all"] = option("user", "default: user")
-    model: str | None = option(
-        None, "directory or hub name (safetensors only); default: the MiniLM package"
-    )
-    revision: str | None = option(None, "branch, tag or commit of a hub model")
-    trust_remote_code: bool = option(False, "run Python code that a model brings")
     template: str | None = option(
         None, "shipped template's name or a YAML file; default: by kind of model"
     )
-    pooling: Literal["auto", "mean", "paragraphs", "last", "cls"] = option(
-        "auto",
-        "auto: paragraphs (each read on its own, then their mean) for encoders, last token for decoders, or "
-        "what a sentence-transformers directory says; cls: first token",
-    )
-    layer: int = option(
-        -1, "hidden state to take, default -1: the final one, the only one behind the final norm"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the model; auto: float32 on a CPU, bfloat16 elsewhere"
-    )
     store_dtype: Literal["float16", "float32", "int8"] = option(
         "float16", "of the stored vectors, default: float16"
-    )
-    normalize: bool | None = option(
-        None, "scale vectors to length 1; default: for encoders, or as the model's directory says"
-    )
-    max_tokens: int | None = option(
-        None, "budget of a prompt; default: 256 encoder, 1024 decoder", gt=0
-    )
-    device: str | None = option(
-        None, "cpu, cuda, cuda:0, ...; default: an accelerator if there is one"
-    )
-    batch_tokens: int | None = option(
-        None, "computed tokens in a batch; default: 2048 CPU, 65536 GPU", gt=0
-    )
-    chat_template: Literal["auto", "off"] = option(
-        "auto", "auto: a prompt is one user message, for decoders that bring a template"
-    )
-    prefix_reuse: Literal["auto", "off"] = option(
-        "auto", "auto: compute what all prompts begin with once, for decoders"
-    )
-    backend: Literal["transformers", "vllm"] = option(
-        "transformers",
-        "what runs the model; vllm is a package of its own; default: transformers",
-    )
-    answer_tokens: int = option(
-        0, "most tokens of an answer to store beside the vector; default: 0, none", ge=0
-    )
-    state: Literal["prompt", "answer"] = option(
-        "prompt", "the vector is of the prompt, or of the last step of the generation"
-    )
-    attention: Literal[
-        "auto", "packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3"
-    ] = option("auto", "auto: packed (no padding) on a CPU, sdpa elsewhere")
-    compilation: Literal["off", "default", "reduce-overhead", "max-autotune"] = option(
-        "off",
-        "mode of torch.compile; reduce-overhead takes CUDA graphs; default: off",
-        name="--compile",
     )
     chunk: int | None = option(
         None, "keys of one part file; default: 256, fewer (to 64) for a small log", gt=0
@@ -137,6 +66,10 @@ class ExtractConfig(Options):
     timeout_minutes: float = option(360.0, "how long workers wait for each other", gt=0)
     progress: bool = option(True, "no progress bar", name="--no-progress")
     cutoff: int | None = None  # of one dated store, seconds; `cutoffs` makes several
+
+    def encoder_options(self) -> dict[str, Any]:
+        """Those of the encoder that reads the prompts."""
+        return {name: getattr(self, name) for name in EncoderOptions.model_fields}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

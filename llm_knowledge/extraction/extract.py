@@ -14,7 +14,6 @@ from pathlib import Path
 
 from llm_knowledge.errors import InputError
 from llm_knowledge.extraction.config import (
-    ENCODER_FIELDS,
     ExtractConfig,
     config_from,
 )
@@ -64,7 +63,7 @@ def extract(config: ExtractConfig) -> Path:
 
     with connect(timedelta(minutes=config.timeout_minutes)) as workers:
         lead(workers, "check", lambda: check(config))
-        encoder = Encoder(**{name: getattr(config, name) for name in ENCODER_FIELDS})
+        encoder = Encoder(**config.encoder_options())
         for level_config in _jobs(config):
             Job(level_config, encoder, workers).run()
     return config.out

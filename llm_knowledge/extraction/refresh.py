@@ -172,7 +172,7 @@ def _same_model(
 ) -> tuple[ExtractConfig, Any]:
     """The configuration that made the store, and its encoder."""
     from llm_knowledge.encoding.encoder import Encoder
-    from llm_knowledge.extraction.config import ENCODER_FIELDS, ExtractConfig
+    from llm_knowledge.extraction.config import ExtractConfig
 
     if about.profile is None and about.level == "user":
         raise InputError(
@@ -199,7 +199,7 @@ def _same_model(
     )
     given = {name: value for name, value in options.items() if (name, value) != ("template", None)}
     config = ExtractConfig(**(made_with | {"template": about.template.name} | given))
-    encoder = Encoder(**{name: getattr(config, name) for name in ENCODER_FIELDS})
+    encoder = Encoder(**config.encoder_options())
     return config, encoder
 
 

@@ -8,9 +8,8 @@ import pytest
 
 from launch.arguments import CommandParser
 from launch.parser import build_parser
-from llm_knowledge.encoding.encoder import Encoder
 from llm_knowledge.errors import InputError
-from llm_knowledge.extraction.config import ENCODER_FIELDS, MODEL_FIELDS, ExtractConfig
+from llm_knowledge.extraction.config import MODEL_FIELDS, ExtractConfig
 from llm_knowledge.options import Options, add_options, option
 from llm_knowledge.store.manifest import ProfileInfo
 
@@ -77,12 +76,10 @@ def test_what_is_not_described_is_no_option() -> None:
     assert "--inner" not in parser.format_help()
 
 
-def test_fields_elsewhere_are_those_of_the_model(tmp_path: Path) -> None:
-    """What the encoder takes, what names the model again, and what a manifest keeps of profiles."""
+def test_fields_elsewhere_are_those_of_the_model() -> None:
+    """What names the model again, and what a manifest keeps of profiles."""
     fields = ExtractConfig.model_fields
-    assert {*ENCODER_FIELDS, *MODEL_FIELDS, *ProfileInfo.model_fields} <= fields.keys()
-    accepted = Encoder.__init__.__annotations__
-    assert {*ENCODER_FIELDS} == accepted.keys() - {"return"}
+    assert {*MODEL_FIELDS, *ProfileInfo.model_fields} <= fields.keys()
     words = ["knowledge", "extract", "--data", "d", "--out", "o"]
     parsed = build_parser().parse_args(words)
     assert ExtractConfig.parsed(parsed) == ExtractConfig(data=Path("d"), out=Path("o"))

@@ -127,7 +127,7 @@ def test_answers_reach_the_store_the_human_view_and_the_refresh(qwen, tmp_path):
 def test_what_cannot_be_answered_is_refused(qwen, tmp_path):
     bert = tiny_encoder(tmp_path)
     for options, message in (
-        ({"answer_tokens": -1}, "is negative"),
+        ({"answer_tokens": -1}, "greater than or equal to 0"),
         ({"state": "answer"}, "no answer without"),
         ({"answer_tokens": 3, "state": "answer", "pooling": "mean"}, "use --pooling last"),
         ({"answer_tokens": 510}, "leaves no room"),
