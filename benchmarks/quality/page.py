@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow as pa
+
 from benchmarks.quality import regularisation, sensitivity
 from benchmarks.quality.arms import ARMS, DATASETS, SEEDS, TUNED_ON
 from trainer.models import BACKBONES
@@ -63,40 +66,56 @@ def _arms() -> str:
 
 def summary(differences: list[dict[str, Any]]) -> str:
     """Mean and range of every difference over the backbones, and how many intervals exclude 0."""
-    of_pair: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in differences:
-        of_pair.setdefault((row["dataset"], row["arm"], row["base"]), []).append(row)
     rows = []
-    for (name, arm, base), own in of_pair.items():
-        cells = []
-        for section, metric, _ in COLUMNS:
-            found = _of(section, own, metric)
-            if not found:
-                cells.append("–")
-                continue
-            values = [float(row["difference"]) for row in found]
-            above = sum(float(row["low"]) > 0 for row in found)
-            below = sum(float(row["high"]) < 0 for row in found)
-            spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):+.3f}{spread}; {above} above, {below} below")
-        rows.append([name, f"{arm} - {base}", str(len({row["backbone"] for row in own})), *cells])
+    pairs = _query(
+        """SELECT dataset, arm, base, count(DISTINCT backbone)::VARCHAR FROM lines
+           GROUP BY ALL ORDER BY min(line)""",
+        differences,
+    )
+    cells = [_cells(differences, section, metric) for section, metric, _ in COLUMNS]
+    for name, arm, base, backbones in pairs:
+        of_pair = [column.get((name, arm, base), "–") for column in cells]
+        rows.append([name, f"{arm} - {base}", backbones, *of_pair])
     return _table(["data set", "difference", "backbones", *(words for *_, words in COLUMNS)], rows)
+
+
+def _cells(
+    differences: list[dict[str, Any]], section: tuple[str, str], metric: str
+) -> dict[tuple[str, str, str], str]:
+    """(data set, arm, base) to what a column of the summary says of it."""
+    found = _query(
+        """SELECT dataset, arm, base, sum(difference::DOUBLE) / count(*), min(difference::DOUBLE),
+                  max(difference::DOUBLE), count(*), count(*) FILTER (low::DOUBLE > 0),
+                  count(*) FILTER (high::DOUBLE < 0)
+           FROM lines WHERE section = ? AND key = ? AND metric = ? GROUP BY ALL""",
+        differences,
+        *section,
+        metric,
+    )
+    cells = {}
+    for name, arm, base, mean, least, most, count, above, below in found:
+        spread = f" ({least:+.3f} to {most:+.3f})" if count > 1 else ""
+        cells[name, arm, base] = f"{mean:+.3f}{spread}; {above} above, {below} below"
+    return cells
 
 
 def coverage(runs: list[dict[str, Any]]) -> str:
     """On how many backbones every arm has all its seeds; which ones, where they are a few."""
-    found: dict[tuple[str, str], dict[str, set[str]]] = {}
-    for row in runs:
-        cell = found.setdefault((row["arm"], row["dataset"]), {})
-        cell.setdefault(row["backbone"], set()).add(row["seed"])
+    whole = set(
+        _query(
+            """SELECT arm, dataset, backbone FROM lines
+               GROUP BY ALL HAVING count(DISTINCT seed) = ?""",
+            runs,
+            SEEDS,
+        )
+    )
     rows = []
     for arm in ARMS:
         cells = []
         for name in DATASETS:
-            seeds = found.get((arm, name), {})
-            whole = [backbone for backbone in BACKBONES if len(seeds.get(backbone, ())) == SEEDS]
-            names = f": {', '.join(whole)}" if 0 < len(whole) <= len(BACKBONES) // 2 else ""
-            cells.append(f"{len(whole)}{names}")
+            there = [backbone for backbone in BACKBONES if (arm, name, backbone) in whole]
+            names = f": {', '.join(there)}" if 0 < len(there) <= len(BACKBONES) // 2 else ""
+            cells.append(f"{len(there)}{names}")
         rows.append([arm, *cells])
     return _table(["arm", *DATASETS], rows)
 
@@ -156,18 +175,29 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _chosen(trials: list[dict[str, Any]]) -> str:
     """What tuning the regularisation chose for every arm, and what it would have by known users."""
+    found = _query(
+        """SELECT dataset, arm, any_value(setting) FILTER (chosen = '1') AS best,
+                  any_value(setting) FILTER (chosen_by_known_users = '1') FROM lines
+           GROUP BY ALL ORDER BY min(line)""",
+        trials,
+    )
+    means_of = {
+        (name, arm, setting): aucs
+        for name, arm, setting, *aucs in _query(
+            """SELECT dataset, arm, setting, sum(valid_auc::DOUBLE) / ?, fsum(new_user_auc::DOUBLE) / ?
+               FROM lines GROUP BY dataset, arm, setting""",
+            trials,
+            len(TUNED_ON),
+            len(TUNED_ON),
+        )
+    }
     rows = []
-    for name, arm in dict.fromkeys((row["dataset"], row["arm"]) for row in trials):
-        own = [row for row in trials if (row["dataset"], row["arm"]) == (name, arm)]
-        (setting,) = {row["setting"] for row in own if row["chosen"] == "1"}
-        (by_known,) = {row["setting"] for row in own if row["chosen_by_known_users"] == "1"}
-        cells = []
-        for key in ("valid_auc", "new_user_auc"):
-            before, after = (
-                sum(float(row[key]) for row in own if row["setting"] == words) / len(TUNED_ON)
-                for words in (regularisation.UNCHANGED, setting)
-            )
-            cells.append(f"{before:.4f}" if after == before else f"{before:.4f} to {after:.4f}")
+    for name, arm, setting, by_known in found:
+        before, after = (means_of[name, arm, s] for s in (regularisation.UNCHANGED, setting))
+        cells = [
+            f"{b:.4f}" if a == b else f"{b:.4f} to {a:.4f}"
+            for b, a in zip(before, after, strict=True)
+        ]
         rows.append([name, arm, setting, *cells, by_known])
     head = ["data set", "arm", "chosen", "valid AUC", "of users held out of tuning"]
     return _table([*head, "chosen by known users alone"], rows)
@@ -175,17 +205,28 @@ def _chosen(trials: list[dict[str, Any]]) -> str:
 
 def means(runs: list[dict[str, Any]]) -> str:
     """Mean test AUC over the seeds of the main arms, a line per backbone; the best possible, if known."""
-    of_cell: dict[tuple[str, str], list[float]] = {}
-    for row in runs:
-        if row["section"] == "overall" and row["auc"]:
-            of_cell.setdefault((row["backbone"], row["arm"]), []).append(float(row["auc"]))
-
-    def auc(backbone: str, arm: str) -> str:
-        values = of_cell.get((backbone, arm))
-        return f"{sum(values) / len(values):.4f}" if values else "–"
-
-    backbones = dict.fromkeys(row["backbone"] for row in runs if row["arm"] != "truth")
-    rows = [[backbone, *(auc(backbone, arm) for arm in MEANS)] for backbone in backbones]
-    best = auc("", "truth")
-    note = "" if best == "–" else f"\n\nBest possible, by the truth of the log: {best}."
+    found = _query(
+        """SELECT backbone, arm, sum(auc::DOUBLE) / count(*) FROM lines
+           WHERE section = 'overall' AND auc <> '' GROUP BY ALL""",
+        runs,
+    )
+    aucs = {(backbone, arm): f"{auc:.4f}" for backbone, arm, auc in found}
+    backbones = _query(
+        "SELECT backbone FROM lines WHERE arm <> 'truth' GROUP BY ALL ORDER BY min(line)", runs
+    )
+    rows = [
+        [backbone, *(aucs.get((backbone, arm), "–") for arm in MEANS)] for (backbone,) in backbones
+    ]
+    best = aucs.get(("", "truth"))
+    note = f"\n\nBest possible, by the truth of the log: {best}." if best else ""
     return _table(["backbone", *MEANS], rows) + note
+
+
+def _query(sql: str, rows: list[dict[str, Any]], *values: Any) -> list[tuple[Any, ...]]:
+    """What a query finds in rows of a CSV file: table `lines`, `line` is the number of a row."""
+    if not rows:
+        return []
+    lines = pa.Table.from_pylist([{"line": line, **row} for line, row in enumerate(rows)])
+    with duckdb.connect() as connection:
+        connection.register("lines", lines)
+        return connection.execute(sql, list(values)).fetchall()

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.quality.arms import REGULARISATION, REGULARISED, SEEDS, TUNED_ON, TUNING_USERS
 from benchmarks.quality.study import assignments, best_setting, has_tried, is_current
+from launch.stages import is_evaluated
 from trainer.data.dataset import open_dataset, split_files
 from trainer.data.sources.writer import connect, output_directory, write_info, write_sorted
 
@@ -121,7 +122,7 @@ def evaluations(work: Path, name: str, arm: str) -> dict[str, list[dict[str, Any
     for setting in SETTINGS:
         for backbone in TUNED_ON:
             run, words = trial(work, name, backbone, arm, setting)
-            if not is_current(run, words) or not (run / "evaluation.json").exists():
+            if not is_current(run, words) or not is_evaluated(run):
                 return {}
             read = json.loads((run / "evaluation.json").read_text())
             found.setdefault(setting, []).append(read)
@@ -191,6 +192,6 @@ def complete(
     for arm, setting in settings.items():
         if len(before.get(arm, [])) == SEEDS:
             tuned = seeds(work, name, backbone, arm, setting)
-            if all(is_current(*run) and (run[0] / "evaluation.json").exists() for run in tuned):
+            if all(is_current(*run) and is_evaluated(run[0]) for run in tuned):
                 found[arm] = [run for run, _ in tuned] or before[arm]
     return found

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 import yaml
 
 from benchmarks.quality.arms import ARMS, CLOSE, DATASETS, DECIDING_SEEDS, LEVELS, TEMPLATES
+from launch.stages import is_evaluated, is_prepared, is_store, is_trained
+from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
 from llm_knowledge.store.reader import KnowledgeStore
 from llm_knowledge.store.writer import shuffled_store, write_store
@@ -36,10 +38,10 @@ def command(*words: str) -> None:
 def make_data(work: Path, name: str, raw: Path | None) -> Path:
     """Prepares a data set below `work`."""
     data, chosen = work / name / "data", DATASETS[name]
-    if not (data / "dataset.json").exists():
+    if not is_prepared(data):
         given = ["--raw", str(raw)] if raw else []
         log = work / name / "log" if chosen.held_out_users else data
-        if not (log / "dataset.json").exists():
+        if not is_prepared(log):
             command(*chosen.prepare, *given, "--out", str(log))
         if chosen.held_out_users:
             _prepare_again(log, data, chosen.held_out_users)
@@ -104,11 +106,11 @@ def make_stores(work: Path, name: str, kinds: set[tuple[str, str]], jobs: int) -
     """
     data, stores = work / name / "data", work / name / "stores"
     extract = ("knowledge", "extract", "--data", str(data), "--processes", str(jobs))
-    if not all((stores / level / "manifest.json").exists() for level in LEVELS):
+    if not all(is_store(stores / level) for level in LEVELS):
         command(*extract, "--level", "all", "--out", str(stores))
     for level, kind in sorted(kinds):
         out = stores / f"{level}-{kind}"
-        if kind == "true" or (out / "manifest.json").exists():
+        if kind == "true" or is_store(out):
             continue
         if kind == "leak":
             _leak(data, stores, out)
@@ -133,7 +135,7 @@ def _leak(data: Path, stores: Path, out: Path) -> None:
         for part in sorted((data / split).glob("part-*.parquet")):
             os.link(part, copy / "profile" / f"part-{number:05d}.parquet")
             number += 1
-    if not (stores / "leaking" / "manifest.json").exists():
+    if not is_store(stores / "leaking"):
         target = ["--level", "user", "--out", str(stores / "leaking")]
         command("knowledge", "extract", "--data", str(copy), *target)
     found = KnowledgeStore.open(stores / "leaking")
@@ -211,7 +213,7 @@ def has_tried(work: Path, name: str, backbone: str, arm: str) -> bool:
     if other and not has_tried(work, name, backbone, other):
         return False
     return all(
-        is_current(run, words) and (run / "summary.json").exists()
+        is_current(run, words)
         for runs in (trials, deciders)
         for run, words in runs(work, name, backbone, arm)
     )
@@ -270,16 +272,10 @@ def assignments(
 
 def is_current(run: Path, words: list[str]) -> bool:
     """Whether a run was trained with these assignments: what an arm chose may have changed since."""
-    if not (run / "config.yaml").exists():
+    try:
+        return is_trained(load_config(None, words))
+    except InputError:  # of other assignments
         return False
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    for key, value in (word.split("=", 1) for word in words):
-        found = config
-        for name in key.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        if found != json.loads(value):
-            return False
-    return True
 
 
 def train_cells(
@@ -323,44 +319,54 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float = math.i
     ends = time.monotonic() + 60 * minutes
     pending = []
     for run, words in runs:
-        if not is_current(run, words) or not (run / "summary.json").exists():
+        if is_current(run, words):
+            _evaluate(run)  # it may have been killed before it was evaluated
+        else:
             pending.append((run, words))
-        else:  # it may have been killed before it was evaluated
-            _evaluate(run)
     rounds = -(-len(pending) // (8 * jobs)) or 1
     size = -(-len(pending) // (rounds * jobs)) or 1  # so that the jobs end together
     batches = [pending[i : i + size] for i in range(0, len(pending), size)]
-    active: list[tuple[subprocess.Popen, list[Path]]] = []
-    done = 0
-    try:
-        while batches or active:
-            while batches and len(active) < jobs and time.monotonic() < ends:
-                batch = batches.pop(0)
-                active.append((_start(batch), [run for run, _ in batch]))
-            if not active:
-                return False
-            time.sleep(0.5)
-            for process, folders in list(active):
-                if process.poll() is None:
-                    continue
-                active.remove((process, folders))
-                if process.returncode:
-                    said = _messages(folders[0])
-                    tail = said.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(
-                        f"training failed (exit code {process.returncode}), one of "
-                        f"{', '.join(map(str, folders))}. It said ({said}):\n{tail}"
-                    )
-                _messages(folders[0]).unlink()
-                for folder in folders:
-                    _evaluate(folder)
-                done += len(folders)
-                print(f"{done}/{len(pending)} {folders[-1].parent}", file=sys.stderr, flush=True)
-    finally:
-        for process, _ in active:  # else they would write on while a new study begins below them
-            process.terminate()
-            process.wait()
-    return True
+    processes: list[subprocess.Popen] = []
+
+    def train_batch(batch: list[tuple[Path, list[str]]]) -> bool:
+        if time.monotonic() >= ends:
+            return False
+        processes.append(process := _start(batch))
+        _finish(process, [run for run, _ in batch])
+        return True
+
+    whole = True
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(train_batch, batch) for batch in batches]
+        try:
+            for number, batch in enumerate(as_completed(waiting), 1):
+                whole &= batch.result()
+                print(f"batch {number} of {len(batches)}", file=sys.stderr, flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for (
+                process
+            ) in processes:  # else they would write on while a new study begins below them
+                process.terminate()
+    return whole
+
+
+def _finish(process: subprocess.Popen, folders: list[Path]) -> None:
+    """Waits for a process that trains runs, and evaluates them.
+
+    Raises:
+        RuntimeError: It failed; ends with what it said.
+    """
+    said = _messages(folders[0])
+    if process.wait():
+        tail = said.read_text(errors="replace")[-2000:]
+        raise RuntimeError(
+            f"training failed (exit code {process.returncode}), one of {', '.join(map(str, folders))}. It "
+            f"said ({said}):\n{tail}"
+        )
+    said.unlink()
+    for folder in folders:
+        _evaluate(folder)
 
 
 def _messages(run: Path) -> Path:
@@ -369,7 +375,7 @@ def _messages(run: Path) -> Path:
 
 
 def _evaluate(run: Path) -> None:
-    if not (run / "evaluation.json").exists():
+    if not is_evaluated(run):
         write_evaluation(run)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
 

@@ -22,6 +22,7 @@ from benchmarks.quality.arms import (
     TUNED_ON,
 )
 from benchmarks.quality.page import figure, filled_pages
+from launch.stages import is_evaluated
 from trainer.evaluation.compare import compare
 from trainer.models import BACKBONES
 
@@ -45,7 +46,7 @@ def write(work: Path, out: Path, pages: Path, jobs: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
-    record = _read(out / "runs.csv")
+    record = read_csv(out / "runs.csv")
     cells = [
         (name, backbone, found)
         for name in DATASETS
@@ -74,7 +75,7 @@ def write(work: Path, out: Path, pages: Path, jobs: int) -> None:
         lines = _short_lines(differences)
         all_differences = _save(out / "differences.csv", lines, PAIR, changed)
         tuned, tuned_runs = _regularised(work, cells, all_differences, all_trials, pool)
-    changed_tuned = changed | changed_cells(tuned_runs, _read(out / "regularised_runs.csv"))
+    changed_tuned = changed | changed_cells(tuned_runs, read_csv(out / "regularised_runs.csv"))
     _save(out / "regularised_runs.csv", tuned_runs, CELL)
     all_tuned = _save(out / "regularised_differences.csv", _short_lines(tuned), PAIR, changed_tuned)
     newest = max(
@@ -109,7 +110,7 @@ def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
         if study.has_tried(work, name, backbone, arm):
             trained = study.seeds(work, name, backbone, arm, SEEDS)
             runs = [run for run, words in trained if study.is_current(run, words)]
-            found[arm] = [run for run in runs if (run / "evaluation.json").exists()]
+            found[arm] = [run for run in runs if is_evaluated(run)]
     return {arm: runs for arm, runs in found.items() if runs}
 
 
@@ -250,7 +251,7 @@ def _key(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(row[column]) for column in columns)
 
 
-def _read(file: Path) -> list[Row]:
+def read_csv(file: Path) -> list[Row]:
     if not file.exists():
         return []
     with file.open(newline="") as handle:
@@ -273,7 +274,7 @@ def _save(
     new = {_key(row, columns) for row in rows}
     kept = [
         row
-        for row in _read(file)
+        for row in read_csv(file)
         if _key(row, columns) not in new
         and changed.isdisjoint(
             (row["dataset"], row.get("backbone", ""), row.get(arm, "")) for arm in ("arm", "base")
@@ -290,7 +291,7 @@ def _save(
         writer.writeheader()
         writer.writerows(merged)
     partial.replace(file)
-    return _read(file)
+    return read_csv(file)
 
 
 def _trials(work: Path, name: str, arm: str) -> list[dict[str, Any]]:

@@ -247,14 +247,14 @@ def test_the_record_keeps_what_another_folder_has_run(tmp_path: Path) -> None:
 
     # The same results once more, and another backbone's: nothing of before is lost.
     again = [run("star", "llm4msr", "0.5"), run("shared_bottom", "alone", "0.4")]
-    assert tables.changed_cells(again, tables._read(runs)) == set()
+    assert tables.changed_cells(again, tables.read_csv(runs)) == set()
     found = tables._save(runs, again, tables.CELL)
     names = [(row["backbone"], row["arm"]) for row in found]
     assert names == [
         ("shared_bottom", "alone"),
         *(("star", arm) for arm in ("llm4msr", "shuffled", "random", "truth")),
     ]
-    assert found == tables._read(runs)
+    assert found == tables.read_csv(runs)
 
     # Other results of one arm: its differences of before are none any more, those of others stay.
     other = [run("star", "llm4msr", "0.6")]
@@ -504,11 +504,13 @@ def test_what_is_there_is_not_trained_again_and_what_was_not_evaluated_is(
 
     monkeypatch.setattr(study, "write_evaluation", evaluate)
     done, killed = tmp_path / "done", tmp_path / "killed"
-    words = ['name="done"', 'output="somewhere"', 'data.path="somewhere"']
-    finished(done, 0.5, words=words)
-    finished(killed, 0.5, words=words)
+    runs = [
+        (run, ['name="done"', f'output="{run}"', 'data.path="somewhere"']) for run in (done, killed)
+    ]
+    for run, words in runs:
+        finished(run, 0.5, words=words)
     (killed / "evaluation.json").unlink()
-    assert study.train([(done, words), (killed, words)], 1, 1.0)
+    assert study.train(runs, 1, 1.0)
     assert evaluated == [killed]
     half = tmp_path / "half"  # killed while it trained: neither summary nor evaluation
     half.mkdir()
@@ -567,7 +569,7 @@ def test_the_summary_counts_intervals_beside_zero() -> None:
 
 def test_the_pages_have_the_tables_of_the_record() -> None:
     names = ("runs", "differences", "sensitivity", "regularisation", "regularised_differences")
-    records = [tables._read(ROOT / f"docs/results/study/{name}.csv") for name in names]
+    records = [tables.read_csv(ROOT / f"docs/results/study/{name}.csv") for name in names]
     for file, text in page.filled_pages(*records, ROOT / "docs" / "results").items():
         assert file.read_text(encoding="utf-8") == text, f"{file.name}: benchmarks.quality tables"
 
