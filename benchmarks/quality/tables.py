@@ -252,6 +252,7 @@ def _key(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_csv(file: Path) -> list[Row]:
+    """The lines of a CSV file; none where it is not there."""
     if not file.exists():
         return []
     with file.open(newline="") as handle:
