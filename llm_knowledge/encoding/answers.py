@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from llm_knowledge.encoding.loading import text_model
+from llm_knowledge.encoding.prefix import supports_sharing
 from llm_knowledge.encoding.rotations import length_rule
 from llm_knowledge.encoding.tokens import pad
 
@@ -26,6 +27,8 @@ class Answers:
         head: hidden states to scores over the vocabulary.
         limit: most tokens of an answer.
         ends: ids of the tokens that end one.
+        by_length: whether texts of one batch have to be equally long. Padding stands between a
+            shorter one and its answer: in a window, or where distances are counted, it matters.
     """
 
     def __init__(self, language_model: Any, limit: int, tokenizer: Any) -> None:
@@ -33,6 +36,8 @@ class Answers:
         self.head = language_model.get_output_embeddings()
         self.limit, self.tokenizer = limit, tokenizer
         self._lengths = length_rule(self.model.config)
+        local = "local" in (getattr(self.model.config, "attention_layers", None) or ())
+        self.by_length = local or not supports_sharing(self.model)
         ends = getattr(language_model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
@@ -88,6 +93,36 @@ class Answers:
             # A text that has ended is still computed, and no longer looked at.
             state_BD = torch.where(done_B[:, None], state_BD, hidden[:, -1].float())
         return hidden_BTD, mask_BT, state_BD, self._texts(torch.stack(said, dim=1))
+
+    def second_states(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state behind a first answered token, from kept states and from the whole text.
+
+        A model that keeps its states in another way than `generate` hands them on gives others.
+
+        Args:
+            ids: whole texts, read as one batch.
+
+        Returns:
+            Final hidden states, float32 [B, D] each.
+        """
+        device, cache = self.model.device, self._cache(None, len(ids))
+        ids_BT, seen_BT = (tensor.to(device) for tensor in pad(ids))
+        place_BT = torch.arange(ids_BT.shape[1], device=device).expand(len(ids), -1)
+        top_BTD, _ = self._step(ids_BT, seen_BT, place_BT, cache, -1)
+        count_B = seen_BT.sum(1)
+        top_BD = top_BTD[torch.arange(len(ids), device=device), count_B - 1]
+        token_B = self.head(top_BD).argmax(-1)
+        seen_BT = torch.cat([seen_BT, seen_BT.new_ones((len(ids), 1))], dim=1)
+        kept, _ = self._step(token_B[:, None], seen_BT, count_B[:, None], cache, -1)
+        wholes = (
+            torch.tensor([[*text, token]], device=device)
+            for text, token in zip(ids, token_B.tolist(), strict=True)
+        )
+        states = [
+            self.model(input_ids=whole, use_cache=False).last_hidden_state[0, -1]
+            for whole in wholes
+        ]
+        return kept[:, -1].float(), torch.stack(states).float()
 
     def _cache(self, prefix: SharedPrefix | None, batch: int) -> DynamicCache:
         """Keys and values of a prefix, of which every text of a batch has a copy."""

@@ -72,7 +72,7 @@ class BatchedReader:
         self.batch_tokens, self.counters = batch_tokens, counters
         self.prefix: SharedPrefix | None = None
         self._share, self._share_checked = plan.share and reader.shares, False
-        self._packs_checked = False
+        self._packs_checked = self._answers_checked = False
 
     def read(self, ids: list[list[int]], said: list[str] | None = None) -> np.ndarray:
         """Vectors of tokenised texts: float32 [len(ids), D].
@@ -82,14 +82,15 @@ class BatchedReader:
             said: where the answers are appended, in the order of the texts.
 
         Raises:
-            InputError: one text alone does not fit into memory, or packed batches are asked for of
-                a model that cannot read them.
+            InputError: one text alone does not fit into memory, or packed batches or answers are
+                asked for of a model that cannot give them.
         """
         out = np.empty((len(ids), self.reader.dim), np.float32)
         if not ids:
             return out
         begun = time.perf_counter()
         self._check_packing(ids)
+        self._check_answers(ids)
         prefix = self._prefix_of([own for own in ids if self.reader.lengths.is_short(len(own))])
         texts = [""] * len(ids)
         waiting = list(self._batches(ids, prefix))[::-1]
@@ -179,6 +180,46 @@ class BatchedReader:
         elif self.plan.must_pack:
             raise InputError("--attention packed: this model has an attention of its own; use auto")
 
+    def _check_answers(self, ids: list[list[int]]) -> None:
+        """Compares a first step of answers with whole texts, once.
+
+        Where padding changes them, texts of one batch are equally long from then on.
+
+        Raises:
+            InputError: the model does not go on from states that are kept as `Answers` keeps them.
+        """
+        if self.answers is None or self._answers_checked:
+            return
+        lengths, limit = self.reader.lengths, self.answers.limit
+        groups = [lengths.group(len(own), limit) for own in ids]
+        usual = next((group for group in groups if group[1] == 0), None)
+        texts = [own for own, group in zip(ids, groups, strict=True) if group == usual]
+        if not texts:  # all come to other frequencies on the way
+            return
+        self._answers_checked = True
+        shortest, longest = min(texts, key=len), max(texts, key=len)
+        if not self.answers.by_length and not self._goes_on([shortest, longest]):
+            self.answers.by_length = True
+        if self.answers.by_length and not self._goes_on([longest]):
+            raise InputError(
+                f"--answer-tokens: {self.plan.name} does not go on from the states that are kept of "
+                f"a prompt; extract without answers, or use another model"
+            )
+
+    def _goes_on(self, ids: list[list[int]]) -> bool:
+        assert self.answers is not None
+        try:
+            kept, whole = self.reader.goes_on(self.answers, ids)
+        except SHAPE_ERRORS as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                most = max(map(len, ids))
+                raise InputError(
+                    f"out of memory on {len(ids)} texts of up to {most} tokens and their answers; "
+                    f"lower max_tokens"
+                ) from error
+            return False
+        return self._same(kept.cpu().numpy(), whole.cpu().numpy())
+
     def _same(self, one: np.ndarray, other: np.ndarray) -> bool:
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
         least = LEAST_COSINE[self.plan.precision]
@@ -196,6 +237,8 @@ class BatchedReader:
         answer_tokens = self.answers.limit if self.answers else 0
         for row in sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row)):
             group = self.reader.lengths.group(len(ids[row]), answer_tokens)
+            if self.answers and self.answers.by_length:
+                group = (group[0], len(ids[row]))
             groups.setdefault(group, []).append(row)
         for rows in groups.values():
             behind = prefix if self.reader.lengths.is_short(len(ids[rows[0]])) else None

@@ -117,6 +117,12 @@ class Reader:
             pooled_BD = state_BD if path else self._pool(hidden_BTD, mask_BT, prefix)
             return self._scaled(pooled_BD), said
 
+    def goes_on(self, answers: Answers, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Answers.second_states`."""
+        self._growing.reset()
+        with torch.inference_mode():
+            return answers.second_states(ids)
+
     def _packed(self, ids: list[list[int]], prefix: SharedPrefix | None) -> torch.Tensor:
         assert self.packing is not None
         end = {"last": -1, "cls": 0}.get(self.pooling)

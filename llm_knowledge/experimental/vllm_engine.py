@@ -1,7 +1,7 @@
-"""vLLM's pooling runner as the model behind ``Encoder``: token ids in, pooled vectors out.
+"""vLLM's pooling runner as the model behind `Encoder`: token ids in, pooled vectors out.
 
-Written against the documented interface of vLLM 0.11 and later (``LLM(runner="pooling")``,
-``PoolerConfig``, ``LLM.embed``). Not measured, and tested only against a stand-in for that interface.
+Written against the documented interface of vLLM 0.11 and later (`LLM(runner="pooling")`,
+`PoolerConfig`, `LLM.embed`). Not measured, and tested only against a stand-in for that interface.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class VllmEngine:
         reuse: bool,
         trust_remote_code: bool,
     ) -> None:
-        """Start the engine.
+        """Starts the engine.
 
         Args:
             path: model directory with safetensors.
@@ -48,33 +48,53 @@ class VllmEngine:
             import vllm
             from vllm.config import PoolerConfig
         except ImportError as error:
-            raise InputError(f"--backend vllm: vLLM 0.11 or later cannot be imported ({error}); install "
-                             f"it, or take --backend transformers") from error  # fmt: skip
-        known = {field.name for field in dataclasses.fields(PoolerConfig)}
-        # Two settings were renamed between versions. Vectors come as they are: the caller scales.
-        how = {"seq_pooling_type" if "seq_pooling_type" in known else "pooling_type": pooling.upper(),
-               "use_activation" if "use_activation" in known else "normalize": False}  # fmt: skip
+            raise InputError(
+                f"--backend vllm: vLLM 0.11 or later cannot be imported ({error}); install "
+                f"it, or take --backend transformers"
+            ) from error
         try:
             self._llm: Any = vllm.LLM(
-                model=str(path), runner="pooling", convert="embed" if causal else "auto", dtype=dtype,
-                max_model_len=max_tokens, pooler_config=PoolerConfig(**how),
+                model=str(path),
+                runner="pooling",
+                convert="embed" if causal else "auto",
+                dtype=dtype,
+                max_model_len=max_tokens,
+                pooler_config=PoolerConfig(**pooler_settings(PoolerConfig, pooling)),
                 enable_prefix_caching=reuse and causal and pooling == "last",
-                trust_remote_code=trust_remote_code)  # fmt: skip
+                trust_remote_code=trust_remote_code,
+            )
         except (TypeError, ValueError, NotImplementedError) as error:
-            raise InputError(f"{path}: vLLM cannot run this model: {str(error).splitlines()[0]}") \
-                from error  # fmt: skip
+            raise InputError(
+                f"{path}: vLLM cannot run this model: {str(error).splitlines()[0]}"
+            ) from error
 
     def embed(self, ids: list[list[int]]) -> np.ndarray:
         """Vectors of tokenised texts, float32 [B, D], in their order. vLLM makes the batches."""
-        said = self._llm.embed([{"prompt_token_ids": own} for own in ids], use_tqdm=False)
-        return np.array([one.outputs.embedding for one in said], np.float32)
+        said = self._llm.embed([{"prompt_token_ids": text} for text in ids], use_tqdm=False)
+        return np.array([answer.outputs.embedding for answer in said], np.float32)
+
+
+def pooler_settings(pooler_config: Any, pooling: str) -> dict[str, Any]:
+    """Settings of vLLM's `PoolerConfig` for vectors as the model gives them; the caller scales.
+
+    Their names changed between versions, and some versions have two that both scale. All that a
+    version knows are set: those left out would be the model's or the version's own choice.
+
+    Args:
+        pooler_config: the dataclass of the installed version.
+        pooling: "last", "mean" or "cls".
+    """
+    known = {field.name for field in dataclasses.fields(pooler_config)}
+    kind = "seq_pooling_type" if "seq_pooling_type" in known else "pooling_type"
+    scaling = {name: False for name in ("normalize", "use_activation", "activation", "softmax")}
+    return {kind: pooling.upper(), **{name: no for name, no in scaling.items() if name in known}}
 
 
 def _own_accelerator() -> None:
-    """Leave this worker one accelerator: vLLM takes the first that it sees."""
-    place = os.environ.get("LOCAL_RANK")
-    if place is None:
+    """Leaves this worker one accelerator: vLLM takes the first that it sees."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
         return
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = seen.split(",") if seen else [str(number) for number in range(int(place) + 1)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(place) % len(devices)]
+    devices = seen.split(",") if seen else [str(number) for number in range(int(rank) + 1)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(rank) % len(devices)]

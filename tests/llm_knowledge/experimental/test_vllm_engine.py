@@ -29,6 +29,16 @@ class OldPooler:
 
 
 @dataclasses.dataclass
+class MiddlePooler:
+    """Of versions with two settings that scale, either of which is on where it is left out."""
+
+    pooling_type: str | None = None
+    normalize: bool | None = True
+    use_activation: bool | None = True
+    softmax: bool | None = True
+
+
+@dataclasses.dataclass
 class NewPooler:
     seq_pooling_type: str | None = None
     use_activation: bool | None = None
@@ -77,7 +87,7 @@ def install(monkeypatch, pooler):
     LLM.made.clear()
 
 
-@pytest.mark.parametrize("pooler", [OldPooler, NewPooler])
+@pytest.mark.parametrize("pooler", [OldPooler, MiddlePooler, NewPooler])
 def test_the_same_store_comes_out(qwen, tmp_path, monkeypatch, pooler):
     install(monkeypatch, pooler)
     data = random_dataset(tmp_path / "data", users=30)
@@ -96,7 +106,7 @@ def test_the_same_store_comes_out(qwen, tmp_path, monkeypatch, pooler):
         "dtype": "float32",
         "length": 512,
         "prefix": True,
-        "pool": pooler("LAST", False),
+        "pool": pooler("LAST", *[False] * (len(dataclasses.fields(pooler)) - 1)),
     }
     scaled = Encoder(qwen, backend="vllm", normalize=True, pooling="mean")
     assert (scaled.dtype_name, LLM.made[-1].options["prefix"]) == ("bfloat16", False)
