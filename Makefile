@@ -18,7 +18,7 @@ SPARK := $(if $(shell command -v java),$(VENV)/.installed-spark)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 quickstart: setup
-	$(VENV)/bin/llm4msr quickstart --out $(OUT)
+	@$(VENV)/bin/llm4msr quickstart --out $(OUT)
 
 test: setup $(SPARK) lint
 	$(PYTEST)
@@ -42,11 +42,11 @@ $(INSTALLED): requirements/common.txt requirements/$(PROFILE).txt requirements/n
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@echo "setting up $(VENV) for $(PROFILE); a few minutes the first time"
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements/$(PROFILE).txt
-	$(PIP) --no-deps -r requirements/no-deps.txt
-	$(PIP) --no-deps --no-build-isolation --editable .
-	$(VENV)/bin/python -c 'import embeddings'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements/$(PROFILE).txt
+	@$(PIP) --no-deps -r requirements/no-deps.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(VENV)/bin/python -c 'import embeddings'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(VENV)/.installed-spark: requirements/spark.txt $(INSTALLED)

@@ -198,8 +198,8 @@ def _in_one_line(summary: Path) -> str:
     run = json.loads(summary.read_text(encoding="utf-8"))
     auc = "undefined" if run["valid_auc"] is None else f"{run['valid_auc']:.4f}"
     return (
-        f"{run['steps']} steps in {run['wall_seconds']:.0f} s, best at {run['best_step']}"
-        f"{f' by {by}' if (by := run.get('selected_by')) else ''} with a valid AUC of {auc}"
+        f"{run['steps']} steps in {run['wall_seconds']:.0f} s, best by {run['selected_by'] or 'age'} at "
+        f"{run['best_step']}: valid AUC {auc}"
     )
 
 

@@ -170,13 +170,8 @@ def _add_simulate(commands: Commands) -> None:
         "simulate --out data/simulated --users 2000 --items 1000 --scenarios 3 --events 100000 --seed 0",
     )
     p.add_argument("--out", type=Path, required=True, help="directory to create")
-    for name, default in (
-        ("users", 2000),
-        ("items", 1000),
-        ("scenarios", 3),
-        ("events", 100_000),
-        ("seed", 0),
-    ):
+    sizes = {"users": 2000, "items": 1000, "scenarios": 3, "events": 100_000, "seed": 0}
+    for name, default in sizes.items():
         p.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
 
 

@@ -42,6 +42,8 @@ BASES: dict[str, list[str]] = {
     "+shuffled": ["+llm4msr"],
     "+no_match": ["+llm4msr"],
 }
+# Of the differences, those that the terminal shows; the report has all.
+SHOWN = ("+llm4msr", "+shuffled")
 METRICS = {
     "auc": "test AUC",
     "gauc": "GAUC",
@@ -109,7 +111,7 @@ def quickstart(out: Path, raw: Path | None = None, seeds: int = 3, processes: in
     ]
     run_stages(stages)
     print(tables(runs, [json.loads(file.read_text(encoding="utf-8")) for file in differences]))
-    print(f"\nopen {report.resolve()}")
+    print(f"open {report.resolve()}")
     return report
 
 
@@ -247,7 +249,7 @@ def tables(runs: dict[str, list[Path]], comparisons: list[dict[str, Any]]) -> st
         ]
         for comparison in comparisons
         for row in comparison["table"]
-        if row["section"] == "overall" and row["metric"] == "auc"
+        if row["section"] == "overall" and row["metric"] == "auc" and row["group"].endswith(SHOWN)
     ]
     return "\n\n".join(
         [

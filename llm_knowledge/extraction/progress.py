@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llm_knowledge.encoding.encoder import Counters
     from llm_knowledge.extraction.workers import Workers
 
-# The workers' own lines stand above the bar this often; and once at the end.
+# The workers' own lines stand above the bar this often.
 SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -42,6 +42,7 @@ class Progress:
             unit=unit,
             mininterval=0.5,
             desc=f"{unit} knowledge",
+            leave=False,
             disable=not (show and workers.rank == 0),
         )
 
@@ -67,7 +68,7 @@ class Progress:
         self._workers.note(f"{self._unit}/progress", values)
 
     def draw(self, last: bool = False) -> None:
-        """Brings the bar up to date; from time to time and at the end, a line for every worker."""
+        """Brings the bar up to date; from time to time a line for every worker, at the end one for all."""
         if self.bar.disable:
             return
         shares = self._workers.notes(f"{self._unit}/progress")
@@ -77,7 +78,8 @@ class Progress:
         if not last and time.monotonic() - self._shown < SECONDS_BETWEEN_LINES:
             return
         self._shown = time.monotonic()
-        for line in lines(shares, self._unit, self._total - self._before - rows):
+        told = lines(shares, self._unit, self._total - self._before - rows)
+        for line in told[-1:] if last else told:
             self.bar.write(line, file=sys.stderr)
 
     def close(self) -> None:

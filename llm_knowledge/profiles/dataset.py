@@ -34,6 +34,7 @@ from llm_knowledge.dataset_files import (
 )
 from llm_knowledge.errors import InputError
 from llm_knowledge.profiles.queries import (
+    Dialect,
     activity_query,
     category_query,
     correlation,
@@ -198,17 +199,7 @@ def profile_batches(
             if level == "scenario":
                 yield from _scenario_batches(engine, dataset, options, schema, rows)
                 return
-            query = item_query(engine.dialect)
-            if level == "user":
-                query = user_query(
-                    engine.dialect,
-                    options.per_scenario,
-                    options.total,
-                    dataset.negatives,
-                    options.min_interactions,
-                    options.cutoff,
-                    options.tastes,
-                )
+            query = _query(engine.dialect, dataset, level, options)
             any_user = False
             stream = engine.stream(query, rows, by_user=level == "user")
             for batch in _rebatch((_cast(batch, schema) for batch in stream), rows):
@@ -226,6 +217,21 @@ def profile_batches(
                     f"profiles ({text}); raise it"
                 ) from error
             raise InputError(f"{names}: the {level} profiles cannot be read: {text}") from error
+
+
+def _query(dialect: Dialect, dataset: Dataset, level: str, options: ProfileOptions) -> str:
+    """The query of all profiles of users or items."""
+    if level == "item":
+        return item_query(dialect)
+    return user_query(
+        dialect,
+        options.per_scenario,
+        options.total,
+        dataset.negatives,
+        options.min_interactions,
+        options.cutoff,
+        options.tastes,
+    )
 
 
 def _nobody(dataset: Dataset, options: ProfileOptions, most: int) -> InputError:

@@ -102,13 +102,11 @@ def user_query(
     shown = dialect.struct(scenario="scenario_id", liked="label = 1", title="text")
     newest = "max(newest)" if cutoff is None else f"CAST({cutoff} AS BIGINT)"
     items = dialect.ordered_list(shown, "-newest", "item_id", "scenario_id")
-    counts = [f"""'"{name}":' || CAST(e.{name} AS STRING) || ','""" for name in ("met", "liked")]
     with_tastes, join_tastes = "", ""
     if tastes and negatives:
         with_tastes = _tastes(dialect)
         join_tastes = "LEFT JOIN tastes t ON e.user_id = t.user_id"
-        counts.append("""'"tastes":' || coalesce(CAST(to_json(t.tastes) AS STRING), '[]') || ','""")
-    head = " || ".join(["'{'", *(counts if negatives else [])])
+    head = _first_fields(negatives, tastes)
     return f"""
 WITH met AS (
   SELECT user_id, scenario_id, item_id, count(*) AS times, max(timestamp) AS newest,
@@ -120,11 +118,8 @@ WITH met AS (
 ), named AS (
   SELECT m.user_id, m.scenario_id, m.item_id, m.newest, m.label,
          CASE WHEN i.title_text <> '' THEN i.title_text ELSE i.category_text END AS text
-  FROM met m JOIN enough e ON m.user_id = e.user_id JOIN (
-    SELECT item_id, {_readable("coalesce(title, '')")} AS title_text,
-           {_readable(f"{dialect.join_texts}({_categories(dialect)}, ', ')")} AS category_text
-    FROM items
-  ) i ON m.item_id = i.item_id
+  FROM met m JOIN enough e ON m.user_id = e.user_id
+  JOIN ({_item_texts(dialect)}) i ON m.item_id = i.item_id
 ), per_scenario AS (
   SELECT *, row_number() OVER (PARTITION BY user_id, scenario_id, label
                                ORDER BY newest DESC, item_id) AS place
@@ -140,6 +135,23 @@ SELECT e.user_id AS key, e.cutoff AS cutoff,
        {head} || '"items":' || coalesce(CAST(to_json(l.items) AS STRING), '[]') || '}}' AS data
 FROM enough e LEFT JOIN lists l ON e.user_id = l.user_id {join_tastes} ORDER BY key
 """
+
+
+def _item_texts(dialect: Dialect) -> str:
+    """Query of items' titles and categories as text that can be read."""
+    categories = f"{dialect.join_texts}({_categories(dialect)}, ', ')"
+    return f"""
+    SELECT item_id, {_readable("coalesce(title, '')")} AS title_text,
+           {_readable(categories)} AS category_text
+    FROM items"""
+
+
+def _first_fields(negatives: bool, tastes: bool) -> str:
+    """SQL of a user's JSON up to its items."""
+    counts = [f"""'"{name}":' || CAST(e.{name} AS STRING) || ','""" for name in ("met", "liked")]
+    if tastes:
+        counts.append("""'"tastes":' || coalesce(CAST(to_json(t.tastes) AS STRING), '[]') || ','""")
+    return " || ".join(["'{'", *(counts if negatives else [])])
 
 
 def _tastes(dialect: Dialect) -> str:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from launch import quickstart
+from launch import commands, quickstart
 from llm_knowledge.extraction.config import ExtractConfig
 from llm_knowledge.extraction.extract import extract
 from llm_knowledge.store.reader import KnowledgeStore
@@ -145,6 +145,50 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
     assert "http://" not in page.replace(
         "http://www.w3.org", ""
     )  # nothing is loaded from elsewhere
+
+
+def test_quickstart_fits_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All that it prints but the extraction's four lines: stages, a line per run, tables."""
+    metrics = dict.fromkeys(quickstart.METRICS, 0.5)
+    summary = {
+        "steps": 9,
+        "wall_seconds": 3,
+        "best_step": 5,
+        "selected_by": "auc",
+        "valid_auc": 0.7,
+    }
+
+    def work(words: list[str], processes: int) -> None:
+        for file in words[words.index("--config") + 1 :] if words[0] == "train" else ():
+            run = Path(load_config(Path(file)).output)
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text(Path(file).read_text())
+            (run / "summary.json").write_text(json.dumps(summary))
+            (run / "evaluation.json").write_text(json.dumps({"overall": metrics}))
+            print(f"{run}: {commands._in_one_line(run / 'summary.json')}")
+
+    def compared(groups: list[tuple[str, list[Path]]], *_: object) -> dict[str, Any]:
+        numbers = {"difference": 0.1, "low": 0.0, "high": 0.2, "verdict": "better"}
+        rows = [
+            {"group": name, "section": section, "metric": metric} | numbers
+            for name, _ in groups[1:]
+            for section in ("overall", "segment")
+            for metric in ("auc", "gauc")
+        ]
+        return {"base": groups[0][0], "table": rows}
+
+    monkeypatch.setattr(quickstart, "_run_workers", work)
+    monkeypatch.setattr(quickstart, "_prepare", lambda *_: print("what the data is"))
+    monkeypatch.setattr(quickstart, "_shuffle", lambda *_: None)
+    monkeypatch.setattr("trainer.evaluation.compare.compare", compared)
+    monkeypatch.setattr("trainer.report.page.write_report", lambda *_: None)
+    quickstart.quickstart(tmp_path / "out")
+    said = capfd.readouterr()
+    lines = (said.out + said.err).splitlines()
+    assert sum(": 9 steps in 3 s" in line for line in lines) == 24
+    assert len(lines) + 4 <= 60
 
 
 def test_quickstart_arms_differ_in_what_they_are_to_tell(

@@ -178,5 +178,6 @@ def _loop_state(description: dict[str, Any]) -> LoopState:
     known = {field.name for field in fields(LoopState)}
     loop = {name: value for name, value in description["loop"].items() if name in known}
     if "score" not in loop:  # version 0.1 knew the AUC only
-        loop |= {"score": loop.get("auc"), "best_score": loop.get("best_auc")}
+        best = loop.get("best_auc")
+        loop |= {"score": loop.get("auc"), "best_score": best, "best_by": best and "auc"}
     return TypeAdapter(LoopState).validate_json(json.dumps(loop), strict=True)

@@ -176,10 +176,8 @@ class Loop:
                 self.bar.update()
                 if state.step % options.log_every == 0 or step == steps[-1] or log.full:
                     self._exchange(state, rates, tracer)
-            else:
-                state.count_step(
-                    stop - 1, steps_per_epoch
-                )  # steps left out at the end are done, too
+            else:  # steps left out at the end are done, too
+                state.count_step(stop - 1, steps_per_epoch)
             tracer.end()  # evaluations are not part of it
             if log.pending:
                 self._exchange(state, rates, tracer)

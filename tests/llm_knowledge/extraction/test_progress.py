@@ -76,8 +76,8 @@ def test_only_what_was_added_at_this_level_counts(monkeypatch, capsys):
     counters.tokens += 50
     counters.computed += 40
     counters.padding += 10
-    mine.add(3)
     other.add(5)
+    mine.add(3)
     mine.close()
     noted = one.notes("item/progress")
     assert (noted[0]["tokens"], noted[0]["padding"], noted[0]["rows"]) == (50, 10, 3)
@@ -96,5 +96,6 @@ def test_nothing_is_drawn_without_progress(show, capsys):
     progress.add(4)
     progress.close()
     said = capsys.readouterr()
+    assert "worker 0" not in said.err
     assert ("user knowledge" in said.err) == show
     assert ("all: 4 users" in said.err) == show

@@ -73,10 +73,7 @@ def join_table(
     }
     if table.since is not None:
         columns["since"] = table.since
-        seconds = whole_seconds(rules.timestamp_unit)  # of a null it would be the largest number
-        casts["since"] = lambda column, kind: (
-            f"CASE WHEN {column} IS NOT NULL THEN {seconds(column, kind)} END"
-        )
+        casts["since"] = _seconds_or_null(rules)
     with raw.explained():
         check_feature_values(con, raw, features, of_table)
         _check_rows(con, raw, table, key, columns, casts)
@@ -91,6 +88,12 @@ def join_table(
         f"(SELECT e.*, t.* EXCLUDE ({key}, since) FROM {events} AS e ASOF LEFT JOIN {joined} AS t "
         f"ON e.{key} = t.{key} AND e.timestamp > t.since)"
     ), features
+
+
+def _seconds_or_null(rules: LogSchema) -> Callable[[str, str], str]:
+    """SQL of a time in seconds; `whole_seconds` would make the largest number of a null."""
+    seconds = whole_seconds(rules.timestamp_unit)
+    return lambda column, kind: f"CASE WHEN {column} IS NOT NULL THEN {seconds(column, kind)} END"
 
 
 def _key_column(table: Catalogue | Users) -> str:
