@@ -1,9 +1,9 @@
 """Prompts: versioned templates, hostile text quoted as data, a token budget that drops old items.
 
-A prompt is ``instruction`` (the same for every row, so that it can be shared), then ``body``, then
-``closing``. Text from items and users enters either as JSON strings (``quoting: json``: nothing
+A prompt is `instruction` (the same for every row, so that it can be shared), then `body`, then
+`closing`. Text from items and users enters either as JSON strings (`quoting: json`: nothing
 inside can close the quotation mark or start a line) or, where there is no instruction to protect,
-as bare lines (``quoting: line``: nothing inside can start a line).
+as bare lines (`quoting: line`: nothing inside can start a line).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import string
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_knowledge.errors import InputError
+from llm_knowledge.quoting import MAX_TITLE_CHARS, clean, quote
 from llm_knowledge.yaml_files import read_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Raised where the code below makes another prompt of the same template and profile: a store, its dates and
 # a refresh must not mix both. It enters the hash of every template; shipped ones get a new version, too.
 RENDERING = 2
-MAX_TITLE_CHARS, MAX_ITEM_CHARS = 160, 500
+MAX_ITEM_CHARS = 500
 # Of a category: a prompt names up to twelve, beside what it is about.
 MAX_CATEGORY_CHARS, ITEM_CATEGORIES = 40, 8
 # The budget takes so much of a title at a time.
@@ -39,60 +39,33 @@ _ALLOWED = {
     "instruction": {level: _COMMON for level in ("user", "scenario", "item")},
     "body": {
         "user": _COMMON | {"habit", "tastes", "sections", "liked", "disliked"},
-        "scenario": _COMMON | {"name", "description", "activity", "top_categories",
-                               "distinct_categories", "relations"},
+        "scenario": _COMMON
+        | {
+            "name",
+            "description",
+            "activity",
+            "top_categories",
+            "distinct_categories",
+            "relations",
+        },
         "item": _COMMON | {"title", "categories", "title_or_categories", "title_and_categories"},
     },
     "section": {"user": {"scenario", "liked", "disliked"}},
     "liked": {"user": {"titles", "positive_name", "negative_name"}},
     "disliked": {"user": {"titles", "positive_name", "negative_name"}},
-}  # fmt: skip
+}
 # Smallest share of items that were liked, and how a user of such a share is spoken of.
-_HABITS = [(0.8, "nearly everything"), (0.6, "most"), (0.4, "about half"), (0.2, "little"),
-           (0.0, "hardly anything")]  # fmt: skip
-# Characters of format (Cf) reorder text, hide in it, or spell a text that only a model reads (tags).
-# These two shape the words of some scripts, and emoji.
-_JOINERS = "\u200c\u200d"
-# What is left of a text may be blank all the same: fillers, variation selectors, an empty Braille cell.
-# The queries of profile_queries (_UNSEEN) see no more.
-_BLANK = (
-    f" {_JOINERS}\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
-    + "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
-)
-
-
-def clean(text: str, limit: int = MAX_TITLE_CHARS) -> str:
-    """One line of printable text: no control characters, single spaces, at most ``limit`` long.
-
-    Line and paragraph separators count as white space. Removed are characters of format (but for the
-    joiners of scripts and emoji), all tags, unpaired surrogates and private code points. A text of
-    which nothing is seen is empty; a clipped one ends with an ellipsis.
-    """
-    text = " ".join(text[: 4 * limit].split())
-    kept = text
-    if not text.isprintable():  # most titles are: none of their characters is to be looked at
-        kept = " ".join("".join(filter(_is_kept, text)).split())
-    if not kept.strip(_BLANK):
-        return ""
-    return kept if len(kept) <= limit else kept[: limit - 1].rstrip() + "…"
-
-
-def _is_kept(character: str) -> bool:
-    if character in _JOINERS:
-        return True
-    category = unicodedata.category(character)
-    # Unassigned characters may be letters of a newer Unicode, but not in the block of the tags.
-    tag = category == "Cn" and "\U000e0000" <= character <= "\U000e0fff"
-    return category not in ("Cc", "Cf", "Cs", "Co") and not tag
-
-
-def quote(text: str, limit: int = MAX_TITLE_CHARS) -> str:
-    """``clean`` text as a JSON string: quotation marks and backslashes inside are escaped."""
-    return json.dumps(clean(text, limit), ensure_ascii=False)
+_HABITS = [
+    (0.8, "nearly everything"),
+    (0.6, "most"),
+    (0.4, "about half"),
+    (0.2, "little"),
+    (0.0, "hardly anything"),
+]
 
 
 class Template(BaseModel):
-    """One template file. ``hash`` covers every field and how it is rendered: any change is seen."""
+    """One template file. `hash` covers every field and how it is rendered: any change is seen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -111,9 +84,9 @@ class Template(BaseModel):
 
     @property
     def hash(self) -> str:
-        """Hex digest (32 characters) of the template's content and ``RENDERING``."""
-        about = {**self.model_dump(), "rendering": RENDERING}
-        text = json.dumps(about, sort_keys=True, ensure_ascii=False)
+        """Hex digest (32 characters) of the template's content and `RENDERING`."""
+        fields = {**self.model_dump(), "rendering": RENDERING}
+        text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -123,7 +96,7 @@ def default_template(level: str, kind: str) -> str:
 
 
 def load_template(name_or_path: str | Path, level: str) -> Template:
-    """Load a shipped template by name or any YAML file by path.
+    """Loads a shipped template by name or any YAML file by path.
 
     Raises:
         InputError: not found, not YAML, unknown field or placeholder, or made for another level.
@@ -143,8 +116,10 @@ def load_template(name_or_path: str | Path, level: str) -> Template:
     if template.level != level:
         raise InputError(f"{file}: level {template.level!r}, but {level!r} is to be extracted")
     if template.quoting == "line" and (template.instruction.strip() or template.closing.strip()):
-        raise InputError(f"{file}: quoting: 'line' leaves titles unquoted, which is only safe "
-                         f"without instruction and closing; use 'json'")  # fmt: skip
+        raise InputError(
+            f"{file}: quoting: 'line' leaves titles unquoted, which is only safe "
+            f"without instruction and closing; use 'json'"
+        )
     for part, by_level in _ALLOWED.items():
         _check_placeholders(file, part, getattr(template, part), by_level.get(level, set()))
     for part in ("empty", "closing", "title_separator"):
@@ -159,8 +134,8 @@ def _check_placeholders(file: Path, part: str, text: str, allowed: set[str]) -> 
         raise InputError(f"{file}: {part}: {error}; write {{{{ and }}}} for braces") from error
     for _, name, spec, conversion in fields:
         if name is not None and (name not in allowed or spec or conversion):
-            raise InputError(f"{file}: {part}: unknown placeholder {{{name}}}; allowed: "
-                             f"{', '.join(sorted(allowed)) or 'none'}")  # fmt: skip
+            names = ", ".join(sorted(allowed)) or "none"
+            raise InputError(f"{file}: {part}: unknown placeholder {{{name}}}; allowed: {names}")
 
 
 def _fill(pattern: str, values: dict[str, str]) -> str:
@@ -173,13 +148,14 @@ def _fill(pattern: str, values: dict[str, str]) -> str:
     for part in pattern.split("\n\n"):
         filled = (line.format_map(values) for line in part.splitlines())
         paragraphs += "\n".join(text for text in filled if text.strip()).split("\n\n")
-    lines = ((line.strip() for line in part.splitlines()) for part in paragraphs)
-    return "\n\n".join(text for text in ("\n".join(filter(None, own)) for own in lines) if text)
+    stripped = (map(str.strip, paragraph.splitlines()) for paragraph in paragraphs)
+    joined = ("\n".join(filter(None, lines)) for lines in stripped)
+    return "\n\n".join(filter(None, joined))
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Turns profile data into prompts of at most ``max_tokens`` tokens.
+    """Turns profile data into prompts of at most `max_tokens` tokens.
 
     Attributes:
         template: what to say.
@@ -198,7 +174,7 @@ class Renderer:
     max_tokens: int
 
     def render(self, data: Iterable[dict[str, Any]]) -> list[str]:
-        """Prompts of profiles (``data`` of ``profiles.profile_batches``), each within the budget.
+        """Prompts of profiles (`data` of `profiles.profile_batches`), each within the budget.
 
         What does not fit is dropped: of a user the oldest items; of a scenario the least related
         others, then categories; of an item categories, then the end of the title. The instruction,
@@ -231,17 +207,19 @@ class Renderer:
         return best
 
     def _too_long(self, profile: dict[str, Any], need: int) -> InputError:
-        about, without, remedy = f"template {self.template.name!r}", "any item", "raise it"
+        subject, without, remedy = f"template {self.template.name!r}", "any item", "raise it"
         if self.template.level == "scenario":  # of a user or an item nothing of its own is left
             keys = [
                 key for key, facts in self.scenarios.items() if facts["name"] == profile["name"]
             ]
-            about = f"scenario {(keys or [profile['name']])[0]!r}: {about}"
+            subject = f"scenario {(keys or [profile['name']])[0]!r}: {subject}"
             without, remedy = "categories and relations", "shorten its description or raise it"
         elif self.template.level == "item":
             without = "title and categories"
-        return InputError(f"{about} needs {need} tokens without {without}, max_tokens is "
-                          f"{self.max_tokens}; {remedy}")  # fmt: skip
+        return InputError(
+            f"{subject} needs {need} tokens without {without}, max_tokens is "
+            f"{self.max_tokens}; {remedy}"
+        )
 
     def pieces(self, profile: dict[str, Any]) -> int:
         """Number of pieces that the budget may drop from a profile."""
@@ -251,22 +229,26 @@ class Renderer:
         """What the budget may drop, in lists that it empties from the last one's end.
 
         Of a user: items. Of a scenario: top categories, distinct ones, others. Of an item: pieces of
-        the title, categories. With ``keep``, that many pieces are left.
+        the title, categories. With `keep`, that many pieces are left.
         """
         if self.template.level == "user":
             lists = [profile["items"]]
         elif self.template.level == "scenario":
-            lists = [self._names(profile["top_categories"]),
-                     self._names(profile["distinct_categories"]), profile["others"]]  # fmt: skip
+            top, distinct = profile["top_categories"], profile["distinct_categories"]
+            lists = [self._names(top), self._names(distinct), profile["others"]]
         else:
             title = clean(profile["title"], MAX_ITEM_CHARS)
             starts = range(0, len(title), ITEM_PIECE_CHARS)
-            lists = [[title[at : at + ITEM_PIECE_CHARS] for at in starts],
-                     self._names(profile["categories"][:ITEM_CATEGORIES])]  # fmt: skip
+            lists = [
+                [title[start : start + ITEM_PIECE_CHARS] for start in starts],
+                self._names(profile["categories"][:ITEM_CATEGORIES]),
+            ]
         if keep is None:
             return lists
         before = itertools.accumulate(map(len, lists), initial=0)
-        return [own[: max(0, keep - count)] for own, count in zip(lists, before, strict=False)]
+        return [
+            pieces[: max(0, keep - count)] for pieces, count in zip(lists, before, strict=False)
+        ]
 
     def _names(self, categories: list[str]) -> list[str]:
         """Categories as they are said, short; those of which nothing is seen are left out."""
@@ -274,7 +256,7 @@ class Renderer:
         return [self._say(name) for name in names if name]
 
     def text(self, profile: dict[str, Any], keep: int | None = None) -> str:
-        """The prompt of one profile with its first ``keep`` pieces (None: all)."""
+        """The prompt of one profile with its first `keep` pieces (None: all)."""
         build = {"user": self._user, "scenario": self._scenario, "item": self._item}
         values = build[self.template.level](profile, keep)
         body = _fill(self.template.body, {**self._common, **values}) if values else ""
@@ -303,10 +285,10 @@ class Renderer:
             return {}
         sections = []
         for scenario, facts in self.scenarios.items():
-            mine = [item for item in items if item["scenario"] == scenario]
-            if mine and self.template.section:
-                names = {"scenario": self._say(facts["name"])}
-                sections.append(_fill(self.template.section, {**names, **self._lists(mine)}))
+            of_scenario = [item for item in items if item["scenario"] == scenario]
+            if of_scenario and self.template.section:
+                values = {"scenario": self._say(facts["name"]), **self._lists(of_scenario)}
+                sections.append(_fill(self.template.section, values))
         return {
             "habit": self._habit(profile),
             "tastes": self._tastes(profile),
@@ -324,23 +306,21 @@ class Renderer:
 
     def _tastes(self, profile: dict[str, Any]) -> str:
         """Categories that the user likes more than others, and less: a paragraph each."""
-        found = []
+        paragraphs = []
         for words, liked in (("Prefers", True), ("Not", False)):
             tastes = [t["category"] for t in profile.get("tastes", []) if t["liked"] is liked]
             names = self._names(tastes)
-            found += [f"{words} {', '.join(names)}."] if names else []
-        return "\n\n".join(found)
+            paragraphs += [f"{words} {', '.join(names)}."] if names else []
+        return "\n\n".join(paragraphs)
 
     def _lists(self, items: list[dict[str, Any]]) -> dict[str, str]:
-        out = {}
-        for part, wanted in (("liked", True), ("disliked", False)):
-            titles = [self._say(item["title"]) for item in items if item["liked"] is wanted]
-            joined = self.template.title_separator.join(titles)
-            pattern = getattr(self.template, part)
-            out[part] = (
-                pattern.format_map({**self._common, "titles": joined}).strip("\n") if titles else ""
-            )
-        return out
+        lists = {}
+        for part, liked in (("liked", True), ("disliked", False)):
+            titles = [self._say(item["title"]) for item in items if item["liked"] is liked]
+            values = {**self._common, "titles": self.template.title_separator.join(titles)}
+            text = getattr(self.template, part).format_map(values).strip("\n")
+            lists[part] = text if titles else ""
+        return lists
 
     def _item(self, profile: dict[str, Any], keep: int | None) -> dict[str, str]:
         pieces, names = self._pieces(profile, keep)
@@ -348,9 +328,12 @@ class Renderer:
         if not title and not categories:
             return {}
         shown = self._say(title, MAX_ITEM_CHARS)
-        return {"title": shown, "categories": categories or "unknown",
-                "title_or_categories": shown if title else categories,
-                "title_and_categories": ": ".join(filter(None, [title and shown, categories]))}  # fmt: skip
+        return {
+            "title": shown,
+            "categories": categories or "unknown",
+            "title_or_categories": shown if title else categories,
+            "title_and_categories": ": ".join(filter(None, [title and shown, categories])),
+        }
 
     def _scenario(self, profile: dict[str, Any], keep: int | None) -> dict[str, str]:
         def named(start: str, names: list[str]) -> str:
@@ -358,26 +341,31 @@ class Renderer:
 
         top, distinct, others = self._pieces(profile, keep)
         rate, positive = profile["rate"], self._common["positive_name"]
-        activity = (f"{profile['events']} events of {profile['users']} users on {profile['items']} "
-                    f"items")  # fmt: skip
+        activity = (
+            f"{profile['events']} events of {profile['users']} users on {profile['items']} items"
+        )
         share = "" if rate is None else f"; {rate:.0%} of the events are {positive}"
         return {
             "name": self._say(profile["name"]),
             "description": self._say(profile["description"], 600) if profile["description"] else "",
             "activity": f"{activity}{share}." if profile["events"] else "No events so far.",
             "top_categories": named(f"Most {positive} here", top),
-            "distinct_categories": named(f"{positive.capitalize()} here more than elsewhere", distinct),
+            "distinct_categories": named(
+                f"{positive.capitalize()} here more than elsewhere", distinct
+            ),
             "relations": " ".join(self._relation(other) for other in others),
-        }  # fmt: skip
+        }
 
     def _relation(self, other: dict[str, Any]) -> str:
         similar = other["category_similarity"]
-        taste = "much the same" if similar > 0.8 else "partly the same" if similar > 0.4 \
-            else "different"  # fmt: skip
-        text = (f"{other['common_users']:.0%} of the users are also in {self._say(other['name'])}, "
-                f"where the categories are {taste}")  # fmt: skip
+        taste = "partly the same" if similar > 0.4 else "different"
+        taste = "much the same" if similar > 0.8 else taste
+        text = (
+            f"{other['common_users']:.0%} of the users are also in {self._say(other['name'])}, "
+            f"where the categories are {taste}"
+        )
         agreement = other["agreement"]
         if agreement is not None:
-            how = "usually" if agreement > 0.6 else "often" if agreement > 0.3 else "rarely"
-            text += f"; who is easily pleased here is {how} easily pleased there"
+            often = "usually" if agreement > 0.6 else "often" if agreement > 0.3 else "rarely"
+            text += f"; who is easily pleased here is {often} easily pleased there"
         return text + "."

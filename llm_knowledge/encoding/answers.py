@@ -60,7 +60,7 @@ class Answers:
             of the generation path: for an answer of one token, the prompt's end); the answers.
         """
         device, shared = self.model.device, len(prefix.tokens) if prefix else 0
-        ids_BT, mask_BT = pad([own[shared:] for own in ids])
+        ids_BT, mask_BT = pad([text_ids[shared:] for text_ids in ids])
         mask_BT = mask_BT.to(device)
         rows_B, count_B = torch.arange(len(ids), device=device), mask_BT.sum(1)
         cache = self._cache(prefix, len(ids))
@@ -148,7 +148,7 @@ class Answers:
         layer: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The final hidden states of new tokens, which the head reads, and those of `layer`."""
-        said = self.model(
+        output = self.model(
             input_ids=ids_BT,
             attention_mask=seen_BT.long(),
             position_ids=place_BT,
@@ -156,5 +156,5 @@ class Answers:
             use_cache=True,
             output_hidden_states=layer != -1,
         )
-        top = said.last_hidden_state
-        return top, top if layer == -1 else said.hidden_states[layer]
+        top = output.last_hidden_state
+        return top, top if layer == -1 else output.hidden_states[layer]

@@ -91,7 +91,9 @@ class BatchedReader:
         begun = time.perf_counter()
         self._check_packing(ids)
         self._check_answers(ids)
-        prefix = self._prefix_of([own for own in ids if self.reader.lengths.is_short(len(own))])
+        prefix = self._prefix_of(
+            [text_ids for text_ids in ids if self.reader.lengths.is_short(len(text_ids))]
+        )
         texts = [""] * len(ids)
         waiting = list(self._batches(ids, prefix))[::-1]
         while waiting:
@@ -191,9 +193,9 @@ class BatchedReader:
         if self.answers is None or self._answers_checked:
             return
         lengths, limit = self.reader.lengths, self.answers.limit
-        groups = [lengths.group(len(own), limit) for own in ids]
+        groups = [lengths.group(len(text_ids), limit) for text_ids in ids]
         usual = next((group for group in groups if group[1] == 0), None)
-        texts = [own for own, group in zip(ids, groups, strict=True) if group == usual]
+        texts = [text_ids for text_ids, group in zip(ids, groups, strict=True) if group == usual]
         if not texts:  # all come to other frequencies on the way
             return
         self._answers_checked = True
@@ -220,10 +222,10 @@ class BatchedReader:
             return False
         return self._same(kept.cpu().numpy(), whole.cpu().numpy())
 
-    def _same(self, one: np.ndarray, other: np.ndarray) -> bool:
-        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    def _same(self, vectors: np.ndarray, others: np.ndarray) -> bool:
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
         least = LEAST_COSINE[self.plan.precision]
-        return bool(((one * other).sum(1) >= least * norms).all() and (norms > 0).all())
+        return bool(((vectors * others).sum(1) >= least * norms).all() and (norms > 0).all())
 
     def _batches(
         self, ids: list[list[int]], prefix: SharedPrefix | None
@@ -243,7 +245,7 @@ class BatchedReader:
         for rows in groups.values():
             behind = prefix if self.reader.lengths.is_short(len(ids[rows[0]])) else None
             shared = len(behind.tokens) if behind else 0
-            for batch in self._by_size(rows, [len(own) for own in ids], shared):
+            for batch in self._by_size(rows, [len(text_ids) for text_ids in ids], shared):
                 yield batch, behind
 
     def _by_size(self, rows: list[int], lengths: list[int], shared: int) -> Iterator[list[int]]:
@@ -294,4 +296,4 @@ def _raise_out_of_memory(error: Exception) -> None:
 def _middle(ids: list[list[int]], tokens: int) -> list[list[int]]:
     """Beginnings of two texts of middle length, one shorter, to try a way of reading on."""
     two = sorted(ids, key=len)[len(ids) // 2 :][:2]
-    return [own[: tokens - 3 * row] for row, own in enumerate(two)]
+    return [text_ids[: tokens - 3 * row] for row, text_ids in enumerate(two)]

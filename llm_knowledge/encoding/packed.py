@@ -63,11 +63,11 @@ def _attend(
     value_1HTE: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **more: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of every text to itself and the prefix, in transformers' calling convention."""
     batch = _RUNNING.get()
-    given = [more[name] for name in _UNSERVED if more.get(name) is not None]
+    given = [others[name] for name in _UNSERVED if others.get(name) is not None]
     if attention_mask is not None or any(torch.is_tensor(value) or value for value in given):
         raise NotImplementedError("attention with a mask, a window or a bias of its own")
     if batch.collects:
@@ -153,11 +153,16 @@ class Packing:
         """
         shared = len(prefix.tokens) if prefix else 0
         device, longest = self.model.device, max(map(len, ids)) - shared
-        flat = torch.tensor([token for own in ids for token in own[shared:]], device=device)
-        places = torch.cat([torch.arange(shared, len(own), device=device) for own in ids])
-        stops = torch.tensor([len(own) - shared for own in ids]).cumsum(0)
+        flat = torch.tensor(
+            [token for text_ids in ids for token in text_ids[shared:]], device=device
+        )
+        positions = torch.cat(
+            [torch.arange(shared, len(text_ids), device=device) for text_ids in ids]
+        )
+        stops = torch.tensor([len(text_ids) - shared for text_ids in ids]).cumsum(0)
         spans = [
-            (stop - len(own) + shared, stop) for stop, own in zip(stops.tolist(), ids, strict=True)
+            (stop - len(text_ids) + shared, stop)
+            for stop, text_ids in zip(stops.tolist(), ids, strict=True)
         ]
         pooled_B = torch.tensor([span[0] if end == 0 else span[1] - 1 for span in spans])
         pooled_B, batch = pooled_B.to(device), _Batch(spans, prefix)
@@ -169,13 +174,13 @@ class Packing:
         if end is not None and layer == -1 and self.prunes:
             batch.pooled_B = pooled_B
         with self._running(batch), torch.inference_mode():
-            said = self.model(
+            output = self.model(
                 input_ids=flat[None],
-                position_ids=places[None],
+                position_ids=positions[None],
                 use_cache=False,
                 output_hidden_states=layer != -1,
             )
-            states = said.last_hidden_state if layer == -1 else said.hidden_states[layer]
+            states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         return states[0] if batch.pooled_B is not None or end is None else states[0][pooled_B]
 
 

@@ -30,8 +30,8 @@ class _SharedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The shared and the batch's own keys and values, along the tokens."""
-        return (torch.cat([self.keys, key_states], dim=-2),
-                torch.cat([self.values, value_states], dim=-2))  # fmt: skip
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        return keys, torch.cat([self.values, value_states], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,21 @@ class SharedPrefix:
     hidden_PD: torch.Tensor
 
     def cut(self, length: int) -> SharedPrefix:
-        """The first ``length`` tokens; views, since a causal model's states depend on no later token."""
+        """The first `length` tokens; views, since a causal model's states depend on no later token."""
         if length == len(self.tokens):
             return self
         states = tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in self.states)
         return SharedPrefix(self.tokens[:length], states, self.hidden_PD[:length])
 
     def cache(self, batch: int) -> Cache:
-        """A cache for one forward of ``batch`` texts: expanded views, no copy."""
-        return Cache(layers=[_SharedLayer(keys.expand(batch, -1, -1, -1),
-                                          values.expand(batch, -1, -1, -1))
-                             for keys, values in self.states])  # fmt: skip
+        """A cache for one forward of `batch` texts: expanded views, no copy."""
+        shape = (batch, -1, -1, -1)
+        return Cache(
+            layers=[
+                _SharedLayer(keys.expand(shape), values.expand(shape))
+                for keys, values in self.states
+            ]
+        )
 
 
 def supports_sharing(model: Any) -> bool:
@@ -72,23 +76,27 @@ def supports_sharing(model: Any) -> bool:
 
 
 def compute_prefix(model: Any, tokens: Sequence[int], layer: int) -> SharedPrefix | None:
-    """Run the prefix once; None if the model fills its cache in another way than expected."""
+    """Runs the prefix once; None if the model fills its cache in another way than expected."""
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([list(tokens)], device=model.device)
     with torch.inference_mode():
-        said = model(input_ids=ids, past_key_values=cache, use_cache=True,
-                     output_hidden_states=layer != -1)  # fmt: skip
-    hidden = said.last_hidden_state if layer == -1 else said.hidden_states[layer]
-    filled = [one for one in cache.layers
-              if one.is_initialized and one.keys.shape[:3:2] == (1, len(tokens))]  # fmt: skip
-    if len(filled) != len(cache.layers):
+        output = model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=layer != -1,
+        )
+    hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+    expected = (1, len(tokens))
+    if not all(kept.is_initialized and kept.keys.shape[:3:2] == expected for kept in cache.layers):
         return None
-    states = tuple((one.keys, one.values) for one in filled)
+    states = tuple((kept.keys, kept.values) for kept in cache.layers)
     return SharedPrefix(tuple(tokens), states, hidden[0].float())
 
 
 def shared_length(ids: Sequence[list[int]]) -> int:
-    """Number of leading tokens that all texts have in common; every text keeps one of its own."""
+    """Number of leading tokens that all texts have in common; every text keeps one more."""
     first, last = min(ids), max(ids)  # all others lie between them in lexicographic order
     most = min(map(len, ids)) - 1
-    return next((at for at in range(most) if first[at] != last[at]), max(0, most))
+    differing = (index for index in range(most) if first[index] != last[index])
+    return next(differing, max(0, most))

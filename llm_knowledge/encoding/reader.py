@@ -75,9 +75,9 @@ class Reader:
         try:
             return self.read([[0, 0]]).shape[1]
         except SHAPE_ERRORS as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
-                f"a model of type {self.model.config.model_type!r} cannot read a text ({said[0]}); "
+                f"a model of type {self.model.config.model_type!r} cannot read a text ({lines[0]}); "
                 f"use an encoder or a decoder"
             ) from error
 
@@ -130,28 +130,30 @@ class Reader:
         if end is not None:
             return hidden
         shared = len(prefix.tokens) if prefix else 0
-        texts = hidden.split([len(own) - shared for own in ids])
+        texts = hidden.split([len(text_ids) - shared for text_ids in ids])
         sum_BD = torch.stack([text_TD.sum(0) for text_TD in texts])
-        return self._mean(sum_BD, torch.tensor([len(own) for own in ids]), prefix)
+        return self._mean(sum_BD, torch.tensor([len(text_ids) for text_ids in ids]), prefix)
 
     def _padded(self, ids: list[list[int]], prefix: SharedPrefix | None) -> torch.Tensor:
         device, shared = self.model.device, len(prefix.tokens) if prefix else 0
-        ids_BT, mask_BT = pad([own[shared:] for own in ids])
+        ids_BT, mask_BT = pad([text_ids[shared:] for text_ids in ids])
         mask_BT = mask_BT.to(device)
-        more: dict[str, Any] = {"attention_mask": mask_BT.long()}
+        context: dict[str, Any] = {"attention_mask": mask_BT.long()}
         if prefix:
             ones_BP = mask_BT.new_ones((len(ids), shared), dtype=torch.long)
             place_1T = torch.arange(shared, shared + ids_BT.shape[1], device=device)[None]
-            more = {
+            context = {
                 "attention_mask": torch.cat([ones_BP, mask_BT.long()], dim=1),
                 "position_ids": place_1T.expand(len(ids), -1),
                 "use_cache": True,
                 "past_key_values": prefix.cache(len(ids)),
             }
-        said = self.model(
-            input_ids=ids_BT.to(device), output_hidden_states=self.layer != -1, **more
+        output = self.model(
+            input_ids=ids_BT.to(device), output_hidden_states=self.layer != -1, **context
         )
-        hidden_BTD = said.last_hidden_state if self.layer == -1 else said.hidden_states[self.layer]
+        hidden_BTD = output.last_hidden_state
+        if self.layer != -1:
+            hidden_BTD = output.hidden_states[self.layer]
         return self._pool(hidden_BTD, mask_BT, prefix)
 
     def _pool(
@@ -177,5 +179,5 @@ class Reader:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on an accelerator or not."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message

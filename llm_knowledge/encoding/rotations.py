@@ -62,8 +62,8 @@ def length_rule(config: Any) -> LengthRule:
     for parameters in _rope_parameters(config):
         kind = str(parameters.get("rope_type", parameters.get("type", "")))
         if kind in ("longrope", "su"):
-            names = (parameters, vars(config))
-            trained = (about.get("original_max_position_embeddings") for about in names)
+            sources = (parameters, vars(config))
+            trained = (source.get("original_max_position_embeddings") for source in sources)
             steps.add(int(next(filter(None, trained), positions)))
         elif "dynamic" in kind:
             grows_from = positions
@@ -83,10 +83,10 @@ def growth(config: Any) -> float:
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     """Parameters of rotary positions, one set or one for every type of layer."""
     for name in ("rope_parameters", "rope_scaling"):
-        about = getattr(config, name, None)
-        if isinstance(about, dict) and about:
-            nested = [value for value in about.values() if isinstance(value, dict)]
-            return nested or [about]
+        parameters = getattr(config, name, None)
+        if isinstance(parameters, dict) and parameters:
+            nested = [value for value in parameters.values() if isinstance(value, dict)]
+            return nested or [parameters]
     return []
 
 

@@ -75,7 +75,7 @@ class Tokens:
 
     def _plain(self, texts: list[str], **truncation: Any) -> list[list[int]]:
         """Ids of texts as they stand, with the special tokens that the tokenizer puts around them."""
-        said = self.tokenizer(
+        encoded = self.tokenizer(
             texts,
             split_special_tokens=True,
             return_special_tokens_mask=self.tokenizer.is_fast,
@@ -83,10 +83,10 @@ class Tokens:
             **truncation,
         )
         if not self.tokenizer.is_fast:  # the mask of others also covers what a text spells
-            return said["input_ids"]
+            return encoded["input_ids"]
         return [
             self._without_forged(ids, mask)
-            for ids, mask in zip(said["input_ids"], said["special_tokens_mask"], strict=True)
+            for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
         ]
 
     def _without_forged(self, ids: list[int], mask: list[int]) -> list[int]:
@@ -99,8 +99,9 @@ class Tokens:
 
 def split_paragraphs(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The paragraphs of texts (blank lines part them), and how many each text has, int64 [texts]."""
-    parts = [[p for p in text.split("\n\n") if p.strip()] or [text] for text in texts]
-    return [part for own in parts for part in own], np.array([len(own) for own in parts], int)
+    divided = [[p for p in text.split("\n\n") if p.strip()] or [text] for text in texts]
+    counts = np.array([len(paragraphs) for paragraphs in divided], int)
+    return [paragraph for paragraphs in divided for paragraph in paragraphs], counts
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
@@ -119,8 +120,8 @@ def pad(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     Padding is any token: the mask hides it (as causality does), so that a tokenizer needs no
     padding token.
     """
-    lengths = torch.tensor([len(own) for own in ids])
+    lengths = torch.tensor([len(text_ids) for text_ids in ids])
     ids_BT = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
-    for row, own in enumerate(ids):
-        ids_BT[row, : len(own)] = torch.tensor(own)
+    for row, text_ids in enumerate(ids):
+        ids_BT[row, : len(text_ids)] = torch.tensor(text_ids)
     return ids_BT, torch.arange(ids_BT.shape[1])[None] < lengths[:, None]

@@ -70,8 +70,8 @@ class VllmEngine:
 
     def embed(self, ids: list[list[int]]) -> np.ndarray:
         """Vectors of tokenised texts, float32 [B, D], in their order. vLLM makes the batches."""
-        said = self._llm.embed([{"prompt_token_ids": text} for text in ids], use_tqdm=False)
-        return np.array([answer.outputs.embedding for answer in said], np.float32)
+        outputs = self._llm.embed([{"prompt_token_ids": text} for text in ids], use_tqdm=False)
+        return np.array([answer.outputs.embedding for answer in outputs], np.float32)
 
 
 def pooler_settings(pooler_config: Any, pooling: str) -> dict[str, Any]:

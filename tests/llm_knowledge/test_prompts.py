@@ -90,9 +90,16 @@ def test_hostile_title_cannot_start_a_line_in_a_plain_prompt():
 
 @pytest.mark.parametrize(
     ("met", "liked", "words"),
-    [(40, 40, "nearly everything"), (40, 25, "most"), (40, 20, "about half"), (40, 9, "little"),
-     (40, 1, "hardly anything"), (1, 1, "most"), (1, 0, "little")],
-)  # fmt: skip
+    [
+        (40, 40, "nearly everything"),
+        (40, 25, "most"),
+        (40, 20, "about half"),
+        (40, 9, "little"),
+        (40, 1, "hardly anything"),
+        (1, 1, "most"),
+        (1, 0, "little"),
+    ],
+)
 def test_a_prompt_says_how_easily_its_user_is_pleased(met, liked, words):
     profile = {"met": met, "liked": liked, "items": [item("plain", liked > 0)]}
     plain = renderer("user_plain").render([profile])[0]

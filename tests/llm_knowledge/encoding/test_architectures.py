@@ -95,8 +95,8 @@ ENCODERS = {
 # A window, a recurrence: keys and values of a beginning are not all there is to share.
 NOT_SHARED = {"mistral", "gemma2", "gemma3_text", "cohere2", "gpt_oss", "mamba", "gemma3"}
 # These, and those with an attention, a bias or positions of their own, are padded.
-PADDED = NOT_SHARED | {"bloom", "mpt", "gpt_neo", "gptj", "falcon", "roberta", "xlm-roberta", "mpnet",
-                       "modernbert", "deberta-v2", "t5"}  # fmt: skip
+PADDED = NOT_SHARED | {"bloom", "mpt", "gpt_neo", "gptj", "falcon"}
+PADDED |= {"roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "t5"}
 IMAGES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -114,9 +114,9 @@ def build(family):
         config = transformers.Gemma3Config(text_config=SIZES | WINDOW, vision_config=IMAGES)
         model = transformers.Gemma3ForConditionalGeneration(config)
     else:
-        about = SIZES | DECODERS.get(family, ENCODERS.get(family))
-        about = {name: value for name, value in about.items() if value is not None}
-        config = transformers.CONFIG_MAPPING[family](**about)
+        fields = SIZES | DECODERS.get(family, ENCODERS.get(family))
+        fields = {name: value for name, value in fields.items() if value is not None}
+        config = transformers.CONFIG_MAPPING[family](**fields)
         kind = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModel
         half = transformers.T5EncoderModel
         model = half(config) if family == "t5" else kind.from_config(config)
@@ -164,8 +164,8 @@ def test_vectors_are_those_of_a_plain_forward(family, attention, reuse, pooling,
     name, path, states = family
     encoder = Encoder(
         path,
-        pooling,
-        layer,
+        pooling=pooling,
+        layer=layer,
         normalize=False,
         device="cpu",
         attention=attention,

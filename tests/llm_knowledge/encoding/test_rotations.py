@@ -29,11 +29,22 @@ SIZES = {
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * place for place in range(8)]}
 LONGROPE = {"rope_type": "longrope", **FACTORS, "original_max_position_embeddings": 40}
 MODELS = {
-    "phi3": ("Phi3", {"max_position_embeddings": 160, "rope_parameters": LONGROPE,
-                      "original_max_position_embeddings": 40}),
-    "llama_dynamic": ("Llama", {"max_position_embeddings": 40, "rope_parameters":
-                                {"rope_type": "dynamic", "factor": 4.0}}),
-}  # fmt: skip
+    "phi3": (
+        "Phi3",
+        {
+            "max_position_embeddings": 160,
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 40,
+        },
+    ),
+    "llama_dynamic": (
+        "Llama",
+        {
+            "max_position_embeddings": 40,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0},
+        },
+    ),
+}
 
 
 @pytest.fixture(scope="module")

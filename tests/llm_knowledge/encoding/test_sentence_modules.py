@@ -16,8 +16,14 @@ from llm_knowledge.store.reader import KnowledgeStore
 from tests.helpers.knowledge_data import random_dataset, tiny_decoder, tiny_encoder
 
 TEXTS = ["abc so:", "yz", "first\n\nsecond one"]
-MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens",
-         "lasttoken")  # fmt: skip
+MODES = (
+    "cls_token",
+    "mean_tokens",
+    "max_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "lasttoken",
+)
 
 
 def modes(*on):

@@ -45,7 +45,7 @@ class NewPooler:
 
 
 class LLM:
-    """Answers as vLLM's ``LLM.embed`` does, by the other backend."""
+    """Answers as vLLM's `LLM.embed` does, by the other backend."""
 
     made: ClassVar[list] = []
 
