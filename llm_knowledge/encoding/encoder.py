@@ -12,6 +12,7 @@ import numpy as np
 
 from llm_knowledge.encoding.counters import Counters as Counters
 from llm_knowledge.encoding.loading import (
+    ALL_DEVICES,
     check_layer,
     find_device,
     load,
@@ -112,6 +113,12 @@ class Encoder:
                 "--backend vllm: gives the final layer of the prompt, and no answer; use "
                 "--backend transformers"
             )
+        plain = asked.attention != "packed" and asked.compilation == "off"
+        if asked.device == ALL_DEVICES and (self._uses_vllm or self.answer_tokens or not plain):
+            raise InputError(
+                "--device all: a divided model is read padded, without answers, by transformers; leave "
+                "out --backend, --answer-tokens, --compile and --attention packed"
+            )
         refuse_answers(self.answer_tokens, self.state, self.kind, self.pooling)
 
     def _load(self, asked: EncoderOptions) -> Any:
@@ -126,6 +133,7 @@ class Encoder:
             None if asked.attention in ("auto", "packed") else asked.attention,
             self.answer_tokens > 0,
             config_only=self._uses_vllm,
+            divided=asked.device == ALL_DEVICES,
         )
         self.tokenizer, self.config = loaded.tokenizer, loaded.config
         return loaded
@@ -181,7 +189,8 @@ class Encoder:
         plan = ReadingPlan(
             self.name,
             self.dtype_name,
-            asked.prefix_reuse == "auto",
+            # Of a divided model, keys and values are on several devices.
+            asked.prefix_reuse == "auto" and asked.device != ALL_DEVICES,
             asked.attention == "packed",
             self.state == "answer",
         )

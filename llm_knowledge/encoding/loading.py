@@ -17,6 +17,8 @@ from llm_knowledge.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+# What `--device` says for a model that is divided over all accelerators.
+ALL_DEVICES = "all"
 # Sentence encoders are trained on short texts; a decoder reads the instruction and the items.
 ENCODER_TOKENS, DECODER_TOKENS = 256, 1024
 
@@ -41,6 +43,7 @@ def load(
     attention: str | None,
     head: bool,
     config_only: bool = False,
+    divided: bool = False,
 ) -> Loaded:
     """Loads a model from a directory, safetensors only.
 
@@ -52,6 +55,7 @@ def load(
         attention: implementation by its name in transformers; None is their default.
         head: with the language-model head.
         config_only: no weights; another backend loads them.
+        divided: over all accelerators, the first layers on the first one; not on `device` alone.
 
     Returns:
         Tokenizer, configuration and model; of a model that also reads images or sound, the
@@ -70,8 +74,6 @@ def load(
             config = AutoConfig.from_pretrained(path, **allowed)
             if config_only:
                 return Loaded(tokenizer, config.get_text_config())
-            # What is quantised cannot be moved afterwards: it is loaded where it is to stay.
-            quantised = getattr(config, "quantization_config", None) is not None
             model, report = _model_class(config, head).from_pretrained(
                 path,
                 dtype=dtype,
@@ -79,19 +81,43 @@ def load(
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `refuse_other_weights` names them
-                device_map={"": device} if quantised else None,
+                device_map=_device_map(config, device, divided),
                 **allowed,
             )
-        if not quantised:
+        if _device_map(config, device, divided) is None:
             model.to(device)
     except Exception as error:  # any of a dozen kinds: what the directory holds is user input
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{path}: the model cannot be loaded: {text[0]}") from error
     refuse_other_weights(path, model, report)
+    _refuse_left_over(path, model)
     model.eval().requires_grad_(False)
     loaded = Loaded(tokenizer, model.config.get_text_config(), model)
     loaded.config.use_cache = False
     return loaded
+
+
+def _device_map(config: Any, device: torch.device, divided: bool) -> Any:
+    """Where transformers puts a model while it loads; None: nowhere in particular, it is moved then."""
+    if divided:
+        return "auto"
+    # What is quantised cannot be moved afterwards: it is loaded where it is to stay.
+    return {"": device} if getattr(config, "quantization_config", None) is not None else None
+
+
+def _refuse_left_over(path: Path, model: Any) -> None:
+    """Refuses a divided model of which parts fit on no accelerator: they would be copied every time.
+
+    Raises:
+        InputError: parts of the model are in the main memory or on a disk.
+    """
+    parts = getattr(model, "hf_device_map", None) or {}
+    left = [name for name, where in parts.items() if where in ("cpu", "disk")]
+    if left and len(parts) > 1:
+        raise InputError(
+            f"{path}: the model is larger than the accelerators: {len(left)} of its {len(parts)} "
+            f"parts do not fit, such as {left[0]}; take more of them, or --device cpu"
+        )
 
 
 @contextmanager
@@ -266,17 +292,25 @@ def refuse_answers(tokens: int, state: str, kind: str, pooling: str) -> None:
 def find_device(asked: str | None) -> torch.device:
     """The asked device, else this worker's accelerator, else the CPU.
 
+    Of `ALL_DEVICES`, it is the first one: texts go there.
+
     Raises:
-        InputError: the asked device cannot be used.
+        InputError: the asked device cannot be used, or not by several workers.
     """
     import torch
 
+    count = torch.cuda.device_count()
+    if asked == ALL_DEVICES:
+        if not count:
+            raise InputError("--device all: this machine has no accelerator; use cpu")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise InputError("--device all: one worker takes all accelerators; start a single one")
+        asked = "cuda:0"
     if asked is None:
-        count = torch.cuda.device_count()
         asked = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
     try:
         device = torch.device(asked)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # nothing comes back from the device "meta"
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {asked!r} cannot be used: {str(error).splitlines()[0]}"

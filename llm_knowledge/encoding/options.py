@@ -37,7 +37,9 @@ class EncoderOptions(Options):
         None, "budget of a prompt; default: 256 encoder, 1024 decoder", gt=0
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:0, ...; default: an accelerator if there is one"
+        None,
+        "cpu, cuda, cuda:0, ..., or all: a model larger than one accelerator is divided over all (needs "
+        "accelerate, not measured); default: an accelerator if there is one",
     )
     batch_tokens: int | None = option(
         None, "computed tokens in a batch; default: 2048 CPU, 65536 GPU", gt=0

@@ -154,6 +154,7 @@ class Reader:
         hidden_BTD = output.last_hidden_state
         if self.layer != -1:
             hidden_BTD = output.hidden_states[self.layer]
+        hidden_BTD = hidden_BTD.to(device)  # a divided model ends on another one
         return self._pool(hidden_BTD, mask_BT, prefix)
 
     def _pool(

@@ -127,9 +127,9 @@ def test_few_functions_take_the_whole_configuration() -> None:
     assert len(takers) <= 15, takers
 
 
-def test_the_formatter_formats_everything_in_trainer_and_embeddings() -> None:
+def test_the_formatter_formats_everything_in_trainer_embeddings_and_llm_knowledge() -> None:
     tree = Tree(ROOT)
-    assert tree.skips("trainer", "embeddings") == 0
+    assert tree.skips("trainer", "embeddings", "llm_knowledge") == 0
 
 
 def test_circles_are_found() -> None:

@@ -174,6 +174,49 @@ def test_a_model_that_cannot_be_moved_or_whose_quantiser_is_missing_is_refused(
         Encoder(qwen, device="cpu")
 
 
+def test_a_divided_model_is_given_to_all_accelerators_or_refused(qwen, monkeypatch):
+    """With stand-ins for accelerate and the accelerators: neither is here."""
+    asked, plain = [], transformers.AutoModel.from_pretrained
+
+    def divided(parts):
+        def from_pretrained(path, device_map, **options):
+            asked.append(device_map)
+            model, report = plain(path, **options)
+            model.hf_device_map = parts
+            return model, report
+
+        monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
+        return load(qwen, torch.float32, torch.device("cpu"), False, None, False, divided=True)
+
+    assert divided({"embed_tokens": 0, "layers.0": 0, "layers.1": 1}).model is not None
+    assert asked == ["auto"]
+    with pytest.raises(InputError, match=r"1 of its 2 parts do not fit, such as layers\.1"):
+        divided({"layers.0": 0, "layers.1": "cpu"})
+
+
+def test_where_a_divided_model_makes_no_sense(qwen, monkeypatch):
+    for options in (
+        {"answer_tokens": 2},
+        {"attention": "packed"},
+        {"compilation": "default"},
+        {"backend": "vllm"},
+    ):
+        with pytest.raises(InputError, match="--device all: a divided model is read padded"):
+            Encoder(qwen, device="all", **options)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="--device all: this machine has no accelerator"):
+        Encoder(qwen, device="all")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one worker takes all accelerators"):
+        Encoder(qwen, device="all")
+
+
+def test_a_device_that_gives_nothing_back_is_refused(qwen):
+    with pytest.raises(InputError, match="device 'meta' cannot be used"):
+        Encoder(qwen, device="meta")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Roberta", "XLMRoberta", "MPNet", "Camembert"])
 def test_positions_that_begin_behind_padding_leave_less_room(tmp_path, family):
