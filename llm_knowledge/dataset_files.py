@@ -118,3 +118,22 @@ def split_files(path: Path | str, split: str) -> list[Path]:
     if not files:
         raise InputError(f"{Path(path) / split}: the split has no part-*.parquet file")
     return files
+
+
+def dataset_fingerprint(path: Path | str) -> str:
+    """Identifies a dataset's content, wherever it lies: its description, its parts and their sizes."""
+    digest = hashlib.sha256((Path(path) / "dataset.json").read_bytes())
+    for split in SPLITS:
+        for file in split_files(path, split):
+            digest.update(f"\0{split}/{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()[:32]
+
+
+def dataset_origin(path: Path | str) -> str:
+    """Fingerprint of the first dataset of a chain: the same whatever has been appended since.
+
+    Raises:
+        InputError: See `read_description`.
+    """
+    parents = read_description(path).get("parents") or []
+    return str(parents[0]["fingerprint"]) if parents else dataset_fingerprint(path)

@@ -84,6 +84,7 @@ def trial(work: Path, name: str, backbone: str, arm: str, setting: str) -> tuple
         **best_setting(work, name, backbone, arm)[1],
         **SETTINGS[setting],
         "data.path": str(work / name / "tuning" / "data"),
+        "knowledge.other_dataset": True,  # of the whole, whose events up to here are the same
     }
     return run, assignments(work, name, backbone, arm, 0, run, changes)
 

@@ -18,6 +18,7 @@ import yaml
 
 from benchmarks.quality.arms import ARMS, CLOSE, DATASETS, DECIDING_SEEDS, LEVELS, TEMPLATES
 from launch.stages import is_evaluated, is_prepared, is_store, is_trained
+from llm_knowledge.dataset_files import dataset_origin
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
 from llm_knowledge.store.reader import KnowledgeStore
@@ -143,7 +144,9 @@ def _leak(data: Path, stores: Path, out: Path) -> None:
     text = found.read_text(np.arange(rows))
     write_store(
         out,
-        found.manifest.model_copy(update={"note": "breaks the as-of rule on purpose"}),
+        found.manifest.model_copy(
+            update={"note": "breaks the as-of rule on purpose", "dataset": dataset_origin(data)}
+        ),
         found.keys(),
         found.read_vectors(0, rows),
         [row["prompt"] for row in text],

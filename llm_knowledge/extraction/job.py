@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from llm_knowledge.dataset_files import dataset_origin
 from llm_knowledge.encoding.encoder import BLOCK_TEXTS
 from llm_knowledge.errors import InputError
 from llm_knowledge.extraction.progress import Progress
@@ -149,6 +150,7 @@ class Job:
             key_type=self.dataset.key_types[level],  # type: ignore[arg-type]
             rows=0,
             cutoff=cutoff,
+            dataset=dataset_origin(config.data),
             input_fingerprint=fingerprint_of(about),
             normalized=encoder.normalize,
             profile=_profile_info(config),

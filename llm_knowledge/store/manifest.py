@@ -116,7 +116,11 @@ class Part(_Strict):
 
 
 class Manifest(_Strict):
-    """Everything that identifies a store. Unknown fields are refused."""
+    """Everything that identifies a store. Unknown fields are refused.
+
+    `input_fingerprint` is of what the prompts were made of; `dataset` is `dataset_origin` of the data,
+    None in stores of version 0.1 and in those made by hand.
+    """
 
     format_version: int = FORMAT_VERSION
     level: Level
@@ -131,6 +135,7 @@ class Manifest(_Strict):
     rows: int
     cutoff: Cutoff
     input_fingerprint: str
+    dataset: str | None = _optional()
     parents: list[str] = []
     normalized: bool
     note: str = ""
@@ -152,7 +157,7 @@ class Manifest(_Strict):
     def job(self) -> str:
         """Fingerprint of what was asked for (model, template, data), also in every part's footer."""
         # What is known before a part is written; what a compression cost is not.
-        late = {"complete", "parts", "versions", "rows", "cutoff", "compression"}
+        late = {"complete", "parts", "versions", "rows", "cutoff", "compression", "dataset"}
         about = self.model_dump(exclude=late)
         if self.compression is not None:
             about["compression"] = self.compression.method

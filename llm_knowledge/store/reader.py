@@ -153,7 +153,7 @@ class KnowledgeStore:
     @property
     def fingerprint(self) -> str:
         """Hash of all that identifies the vectors: what was asked for, and the parts' checksums."""
-        return fingerprint_of(self.manifest.model_dump(exclude={"complete", "versions"}))
+        return fingerprint_of(self.manifest.model_dump(exclude={"complete", "versions", "dataset"}))
 
     def __len__(self) -> int:
         return self.manifest.rows

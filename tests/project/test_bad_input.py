@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch.main import main
+from llm_knowledge import files
 from llm_knowledge.store import writer
 from llm_knowledge.store.manifest import file_checksum, read_manifest
 from llm_knowledge.store.writer import write_manifest
@@ -518,8 +519,7 @@ def test_no_space(
     words = writers(own, finished, out)[command]
     if command in ("compare", "report"):
         out.write_text("the old one")
-        # A real full device under the temporary name.
-        out.with_name(f".{out.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+        monkeypatch.setattr(files, "_sync", no_space)
     monkeypatch.setattr(pipeline, "write_sorted", no_space)
     monkeypatch.setattr(writer.pq, "write_table", no_space)
     monkeypatch.setattr(checkpoint_writer.dcp, "save", no_space)

@@ -77,6 +77,11 @@ class KnowledgeConfig(Section):
         default=None, description="Store with one vector per scenario; or dated ones, as for users."
     )
     item: str | None = Field(default=None, description="Store with one vector per item.")
+    other_dataset: bool = Field(
+        default=False,
+        description="Whether stores are joined that were made from another dataset: its ids must mean the "
+        "same, and its events must not be later than those that join them.",
+    )
 
 
 class RunConfig(Section):

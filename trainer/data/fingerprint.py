@@ -2,7 +2,8 @@
 
 There are three identities, because three questions are asked:
 
-    fingerprint              does a position in the rows mean the same rows? (resuming, appending)
+    `llm_knowledge.dataset_files.dataset_fingerprint`
+                             does a position in the rows mean the same rows? (resuming, appending)
     description_fingerprint  are two runs measured on the same users, items, splits and scenarios?
     `llm_knowledge.profiles.dataset.Dataset.fingerprint`
                              would prompts of a level be made of the same bytes?
@@ -17,20 +18,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_knowledge.dataset_files import SPLITS, split_files
 from llm_knowledge.errors import InputError
 
 if TYPE_CHECKING:
     from trainer.data.dataset import DatasetInfo
-
-
-def fingerprint(path: Path | str) -> str:
-    """Identifies a dataset's content, wherever it lies: its description, its parts and their sizes."""
-    digest = hashlib.sha256((Path(path) / "dataset.json").read_bytes())
-    for split in SPLITS:
-        for file in split_files(path, split):
-            digest.update(f"\0{split}/{file.name} {file.stat().st_size}".encode())
-    return digest.hexdigest()[:32]
 
 
 def description_fingerprint(description: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from llm_knowledge.errors import InputError
 from llm_knowledge.store.dated import DatedStores
 from trainer.config.levels import KNOWLEDGE_TABLES
 from trainer.config.model import MetaConfig
-from trainer.config.run import KnowledgeConfig, RunConfig
+from trainer.config.run import RunConfig
 from trainer.config.tables import TablesConfig
 from trainer.data.dataset import DatasetInfo, validate_dataset
 from trainer.data.loading.loader import check_shares
@@ -17,6 +17,7 @@ from trainer.distributed.process_group import Runtime
 from trainer.features.resolve import Feature, resolve_features
 from trainer.ops.meta_linear import missing_for_fused
 from trainer.run.id_tables import check_device
+from trainer.run.stores import check_coverage, check_origin, open_stores
 
 
 @dataclass(frozen=True)
@@ -79,39 +80,9 @@ def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
             )
     features = resolve_features(config.features, dataset)
     stores = open_stores(config.knowledge, dataset)
+    check_origin(stores, config.data.path, config.knowledge.other_dataset, runtime.is_main)
+    check_coverage(stores, config.data, runtime.is_main)
     return Inputs(dataset, stores, features, optimizer, by_table)
-
-
-def open_stores(knowledge: KnowledgeConfig, dataset: DatasetInfo) -> dict[str, DatedStores]:
-    """Opens the configured stores and checks that they can be joined with the dataset.
-
-    Raises:
-        InputError: If a store is of another level or its keys are of another type, or dated stores do
-            not belong together.
-    """
-    stores: dict[str, DatedStores] = {}
-    key_types = {
-        "user": dataset.user_id_type,
-        "item": dataset.item_id_type,
-        "scenario": dataset.scenario_id_type,
-    }
-    for level, key_type in key_types.items():
-        path = getattr(knowledge, level)
-        if path is None:
-            continue
-        stores[level] = DatedStores.open(path)
-        for store in stores[level].stores:
-            if store.manifest.level != level:
-                raise InputError(
-                    f"knowledge.{level}: {store.path} is a store of level {store.manifest.level}"
-                )
-            if store.manifest.key_type != key_type:
-                raise InputError(
-                    f"knowledge.{level}: {store.path} has {store.manifest.key_type} keys, the dataset's "
-                    f"{level} ids are {key_type}"
-                )
-            store.keys()  # reads and checks them
-    return stores
 
 
 def check_strategy(meta: MetaConfig, device: str) -> None:

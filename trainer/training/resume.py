@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llm_knowledge.dataset_files import dataset_fingerprint
 from llm_knowledge.errors import InputError
 from llm_knowledge.files import new_directory, write_json
 from llm_knowledge.json_files import read_json
 from trainer.checkpoint.directory import best_of, checkpoints, read_state
 from trainer.config.run import DataConfig, RunConfig, differences, load_config, save_config
 from trainer.data.dataset import DatasetInfo, open_dataset, split_files
-from trainer.data.fingerprint import fingerprint, new_training_rows
+from trainer.data.fingerprint import new_training_rows
 from trainer.features.encoder import FILE as ENCODER
 from trainer.run.session import Continuation
 
@@ -55,7 +56,7 @@ def note_data(data: str, folder: Path) -> None:
     Raises:
         InputError: The data has changed since the run began.
     """
-    file, present = folder / "data.json", fingerprint(data)
+    file, present = folder / "data.json", dataset_fingerprint(data)
     if not file.exists():
         write_json(file, {"path": data, "fingerprint": present})
     elif _trained_on(folder)["fingerprint"] != present:
@@ -73,7 +74,7 @@ def check_data(data: str, folder: Path) -> None:
         InputError: It is other data, or none.
     """
     open_dataset(data)  # says so if there is none
-    file, present = folder / "data.json", fingerprint(data)
+    file, present = folder / "data.json", dataset_fingerprint(data)
     known = _trained_on(folder) if file.exists() else {"fingerprint": present}
     if known["fingerprint"] != present:
         raise InputError(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_knowledge.dataset_files import dataset_fingerprint
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
@@ -46,7 +47,6 @@ from trainer.data.sources.writer import connect, output_directory, write_info, w
 
 if TYPE_CHECKING:
     import duckdb
-from trainer.data.fingerprint import fingerprint
 
 DAY_SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 
@@ -99,7 +99,7 @@ def append_parquet(
         warn_of_unseen_items(con, folder)
         sizes = {"rows": rows, "users": users, "items": _count_rows(con, folder / "items.parquet")}
         parent = Parent(
-            fingerprint=fingerprint(base),
+            fingerprint=dataset_fingerprint(base),
             train_parts=len(parts["train"]),
             train_rows=info.rows["train"],
         )

@@ -12,13 +12,14 @@ import pytest
 import trainer.training.loop
 from embeddings.ids import Vocabulary
 from launch.main import main
+from llm_knowledge.dataset_files import dataset_fingerprint
 from llm_knowledge.errors import InputError
 from tests.drills.input_drill import note_rows, trained
 from tests.helpers.log_data import SCHEMA, random_log, read_rows, write_log
 from tests.helpers.training_data import make_config
 from trainer.checkpoint.directory import checkpoints, read_state
 from trainer.data.dataset import SPLITS, open_dataset, split_files, validate_dataset
-from trainer.data.fingerprint import fingerprint, new_training_rows
+from trainer.data.fingerprint import new_training_rows
 from trainer.data.sources import append
 from trainer.data.sources.append import append_parquet
 from trainer.data.sources.parquet_log import prepare_parquet
@@ -90,7 +91,7 @@ def test_every_day_of_several_is_found_again(days: tuple[Path, Path, Path, Path]
     raw, _ = write_log(one.with_name("three"), third, RULES)
     info = append_parquet(raw, two, three, schema)
     for earlier in (one, two):
-        parts, rows = new_training_rows(info, three, fingerprint(earlier))
+        parts, rows = new_training_rows(info, three, dataset_fingerprint(earlier))
         files = split_files(three, "train")[:parts]
         assert [row for file in files for row in pq.read_table(file).to_pylist()] == read_rows(
             earlier, "train"
