@@ -64,6 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
         advice = "; make room or choose another place" if error.errno in NO_ROOM else ""
         _say(f"error: {error.filename or 'a file of this command'}: {error.strerror}{advice}")
         return INPUT_WAS_WRONG
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        logging.getLogger("launch").debug("where it happened:", exc_info=True)
+        reason = " ".join(str(error).split())[-200:]
+        _say(
+            f"error: out of memory ({reason}); lower train.global_batch_size, use more hosts, or smaller "
+            "tables; what was saved is whole"
+        )
+        return INPUT_WAS_WRONG
     except KeyboardInterrupt:
         if _is_first_rank():
             _say(f"interrupted; {when_interrupted}" if when_interrupted else "interrupted")
@@ -85,6 +95,17 @@ def check_processes(processes: int) -> None:
             "--processes out, and tell the launcher",
             shared=True,
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine has not what the configuration asks for; torch has several words for it."""
+    words = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in words
+        or "CUDA out of memory" in words
+    )
 
 
 def _check_encoding(words: list[str]) -> None:

@@ -120,7 +120,8 @@ class Job:
         config, encoder, level = self.config, self.encoder, self.config.level
         about = [self.dataset.fingerprint(level, config.cutoff)]
         about += [] if config.cutoff is None else [f"cutoff {config.cutoff}"]
-        cutoff = Cutoff(kind="per_key" if level == "user" else "none")
+        unit: Any = "order" if self.dataset.raw.get("timestamps") == "order" else None
+        cutoff = Cutoff(kind="per_key" if level == "user" else "none", unit=unit)
         if config.cutoff is not None:
             cutoff = Cutoff(kind="global", value=config.cutoff)
         if level == "user":
@@ -298,7 +299,8 @@ class Job:
                 )
         update: dict[str, Any] = {"rows": len(cutoffs), "parts": parts, "complete": True}
         if self.config.level != "user" and cutoffs.null_count == 0:
-            update["cutoff"] = Cutoff(kind="global", value=cutoffs[0].as_py())
+            whole = {"kind": "global", "value": cutoffs[0].as_py()}
+            update["cutoff"] = self._manifest().cutoff.model_copy(update=whole)
         manifest = self._manifest().model_copy(update=update)
         verify(out, manifest)
         write_manifest(out, manifest)

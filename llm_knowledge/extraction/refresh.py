@@ -146,7 +146,7 @@ def refresh(
         rows = sum(part.rows for part in parts)
         update: dict[str, Any] = {"rows": rows, "parts": parts, "complete": True}
         if manifest.level != "user" and (cutoff := _common_cutoff(building, parts)) is not None:
-            update["cutoff"] = cutoff
+            update["cutoff"] = manifest.cutoff.model_copy(update=cutoff)
         done.manifest = manifest.model_copy(update=update)
         verify(building, done.manifest)
         write_manifest(building, done.manifest)
@@ -372,14 +372,12 @@ def _flush(
         )
 
 
-def _common_cutoff(path: Path, parts: list[Part]) -> Any:
+def _common_cutoff(path: Path, parts: list[Part]) -> dict[str, Any] | None:
     """The one cut-off of all rows (scenarios of a global split), as `extract` writes it."""
     import pyarrow.parquet as pq
-
-    from llm_knowledge.store.manifest import Cutoff
 
     tables = [pq.read_table(path / part.file, columns=["cutoff"]) for part in parts]
     cutoffs = {value for table in tables for value in table["cutoff"].to_pylist()}
     if len(cutoffs) != 1 or None in cutoffs:
         return None
-    return Cutoff(kind="global", value=cutoffs.pop())
+    return {"kind": "global", "value": cutoffs.pop()}

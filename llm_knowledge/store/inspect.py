@@ -37,7 +37,7 @@ def inspect_store(
         return
     row = _find(store, key)
     text = store.read_text([row])[0]
-    say(f"\nkey {_shown(store, row)}, row {row}, cut-off {_when(int(store.cutoffs()[row]))}")
+    say(f"\nkey {_shown(store, row)}, row {row}, cut-off {_when(store, store.cutoffs()[row])}")
     say("prompt:")
     for line in (text["prompt"] or "").splitlines():
         say(f"  {line}")
@@ -53,7 +53,9 @@ def inspect_store(
 def _summary(store: KnowledgeStore) -> Iterator[str]:
     m, cutoffs = store.manifest, store.cutoffs()
     dated = cutoffs[cutoffs != NO_CUTOFF]
-    span = f", rows {_when(int(dated.min()))} to {_when(int(dated.max()))}" if len(dated) else ""
+    span = ""
+    if len(dated):
+        span = f", rows {_when(store, dated.min())} to {_when(store, dated.max())}"
     size = sum((store.path / part.file).stat().st_size for part in m.parts) / 2**20
     yield f"{store.path}: {m.level} knowledge, {'complete' if m.complete else 'INCOMPLETE'}"
     yield f"  rows        {m.rows} in {len(m.parts)} parts, {size:.1f} MiB, keys {m.key_type}"
@@ -73,8 +75,13 @@ def _shown(store: KnowledgeStore, row: int) -> str:
     return repr(store.keys()[row : row + 1].tolist()[0])
 
 
-def _when(seconds: int) -> str:
-    return "none" if seconds == NO_CUTOFF else str(np.datetime64(seconds, "s")).replace("T", " ")
+def _when(store: KnowledgeStore, cutoff: np.int64) -> str:
+    """A cut-off for people: a date, or, of a log without a clock, a place in the user's own order."""
+    if cutoff == NO_CUTOFF:
+        return "none"
+    if store.manifest.cutoff.unit == "order":
+        return f"place {cutoff} in the user's order"
+    return str(np.datetime64(int(cutoff), "s")).replace("T", " ")
 
 
 def _find(store: KnowledgeStore, key: str | int | None) -> int:

@@ -67,10 +67,14 @@ class TemplateInfo(_Strict):
 
 
 class Cutoff(_Strict):
-    """`per_key`: in the rows; `global`: one time (seconds) for all; `none`: nothing dated."""
+    """`per_key`: in the rows; `global`: one time (seconds) for all; `none`: nothing dated.
+
+    With unit "order" numbers are no seconds but places in each user's own order: the log has no clock.
+    """
 
     kind: Literal["per_key", "global", "none"]
     value: int | None = None
+    unit: Literal["order"] | None = _optional()
 
 
 class ProfileInfo(_Strict):

@@ -196,6 +196,33 @@ def test_a_fault_of_a_connection_stays_a_fault(monkeypatch: pytest.MonkeyPatch) 
         main(["simulate", "--out", "out"])
 
 
+@pytest.mark.parametrize(
+    ("error", "wrong"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("a matrix of 3 x 4 does not fit"), False),
+    ],
+)
+def test_a_machine_that_is_too_small_is_no_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    wrong: bool,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("trainer.data.sources.simulate.simulate", fail)
+    if not wrong:
+        with pytest.raises(RuntimeError):
+            main(["simulate", "--out", "out"])
+        return
+    assert main(["simulate", "--out", "out"]) == 2
+    assert "out of memory" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_is_no_fault() -> None:
     line = (
         f"{shlex.quote(sys.executable)} -m launch --help; {shlex.quote(sys.executable)} -m launch"

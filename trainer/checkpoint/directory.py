@@ -23,6 +23,7 @@ from trainer.checkpoint.loop_state import LoopState
 
 DESCRIPTION = "checkpoint.json"
 FORMAT_VERSION = 2
+FIELDS: dict[str, Any] = {"files": dict, "loop": dict, "fingerprints": dict, "config": dict}
 SET_ASIDE = ".replaced.partial"  # suffix of a checkpoint whose step is being saved again
 
 
@@ -93,11 +94,11 @@ def best_of(folder: Path, state: LoopState) -> Path:
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        description = read_json(
-            checkpoint / DESCRIPTION, {"files": dict, "loop": dict}, "remove it"
-        )
+        description = read_json(checkpoint / DESCRIPTION, FIELDS, "remove it")
         _loop_state(description)
     except (InputError, ValidationError):
+        return None
+    if not all(isinstance(description["config"].get(name), dict) for name in ("data", "tables")):
         return None
     content = {name: value for name, value in description.items() if name != "checksum"}
     # Those of version 0.1 have none.

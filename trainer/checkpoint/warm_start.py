@@ -197,16 +197,16 @@ def _old_rows(run: Run, checkpoint: Path, description: dict[str, Any], table: st
     if table.startswith("feature_"):
         return _old_feature_rows(run, checkpoint, table)
     kind, now = description["config"]["tables"], run.config.tables
-    if kind["ids"] != now.ids or kind["hash_rows"] != now.hash_rows:
+    if (kind.get("ids"), kind.get("hash_rows")) != (now.ids, now.hash_rows):
         raise InputError(
-            f"train.start_from: {checkpoint} has tables.ids {kind['ids']} with hash_rows "
-            f"{kind['hash_rows']}, the configuration {now.ids} with {now.hash_rows}; they must be the "
+            f"train.start_from: {checkpoint} has tables.ids {kind.get('ids')} with hash_rows "
+            f"{kind.get('hash_rows')}, the configuration {now.ids} with {now.hash_rows}; they must be the "
             "same, or rows would go to other ids"
         )
     if now.ids == "zero_collision":
-        streams = description["config"]["data"]["streams"]
+        streams = description["config"]["data"].get("streams")
         same = streams == run.config.data.streams
-        if not same or kind["zero_collision"] != now.zero_collision.model_dump():
+        if not same or kind.get("zero_collision") != now.zero_collision.model_dump():
             raise InputError(
                 f"train.start_from: {checkpoint} has another tables.zero_collision or data.streams; "
                 "both must be the same, or rows would go to other ids"

@@ -1,3 +1,4 @@
+import io
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from llm_knowledge.extraction.refresh import refresh
 from llm_knowledge.locks import directory_lock
 from llm_knowledge.store import writer
 from llm_knowledge.store.compress import compress
+from llm_knowledge.store.inspect import inspect_store
 from llm_knowledge.store.reader import KnowledgeStore, verify
 from llm_knowledge.store.writer import write_store
 from tests.helpers.knowledge_data import manifest, random_dataset, tiny_encoder
@@ -260,3 +262,17 @@ def test_a_store_that_does_not_say_how_long_its_prompts_are_is_extracted_once_mo
     with pytest.raises(InputError, match=r"how many items a prompt may have.*extract once more"):
         refresh(tmp_path / "old", data, tmp_path / "new", model=str(bert), device="cpu")
     assert not (tmp_path / "new").exists()
+
+
+def test_cutoffs_of_a_log_without_a_clock_are_places_not_dates(bert, tmp_path):
+    data = random_dataset(tmp_path, users=3)
+    about = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(about | {"timestamps": "order"}))
+    store = full(data, tmp_path / "store", bert)
+    refresh(store, data, tmp_path / "again", model=str(bert), device="cpu")
+    for path in (store, tmp_path / "again"):
+        shown = io.StringIO()
+        inspect_store(path, out=shown)
+        newest = KnowledgeStore.open(path).cutoffs()[0]
+        assert f"cut-off place {newest} in the user's order" in shown.getvalue()
+        assert "1970" not in shown.getvalue()
