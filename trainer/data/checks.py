@@ -82,7 +82,9 @@ def find_problem(
         for batch in parquet.iter_batches(columns=[column]):
             values = batch.column(0)
             bad, what = pc.is_null(values), "null"
-            if column.startswith(("feature_", "weights_")):  # of which a row may have none
+            if column.startswith(
+                ("feature_", "weights_", "sequence_")
+            ):  # of which a row may have none
                 bad, what = (
                     _unusable(values),
                     "NaN, infinite, or a list with a null or such a number",

@@ -118,11 +118,28 @@ class FeatureInfo(StrictModel):
     weights: str | None = None
 
 
+class SequenceInfo(StrictModel):
+    """What a user did before each event, oldest first: its columns sequence_NAME_FIELD are lists.
+
+    Attributes:
+        source: made, by `prepare` of a label's positives, or the log, where the service wrote it.
+        text: What it is, in words: two sequences of one text have the same values.
+        length: Steps that a row has at most.
+        fields: What each step says, and its type: item, gap (seconds until the event), or the value that a
+            feature of kind id had then, which may be null. Lists of one row have one length.
+    """
+
+    source: Literal["made", "log"]
+    text: str
+    length: int = Field(ge=1)
+    fields: dict[str, Literal["int64", "string"]] = Field(min_length=1)
+
+
 class DatasetInfo(StrictModel):
     """Content of dataset.json.
 
     Each name in `extra_labels` is a column label_NAME of the events: a further label beside `label`.
-    Each name in `features` is a column feature_NAME.
+    Each name in `features` is a column feature_NAME, each field of one in `sequences` sequence_NAME_FIELD.
     `timestamps` says what a timestamp is: seconds since 1970, UTC, or, of a log without a clock, a place in
     the user's own order, which cannot be compared between users. `footers` holds the checksum of each
     Parquet file's footer; pages have checksums of their own, which are looked at when they are read.
@@ -139,6 +156,7 @@ class DatasetInfo(StrictModel):
     extra_labels: list[str] = Field(default_factory=list)
     timestamps: Literal["seconds", "order"] = "seconds"
     features: dict[str, FeatureInfo] = Field(default_factory=dict)
+    sequences: dict[str, SequenceInfo] = Field(default_factory=dict)
     split: SplitInfo
     rows: dict[SplitName, int] = Field(default_factory=dict)
     introduction_rows: int = 0
@@ -207,6 +225,7 @@ def validate_dataset(path: Path | str) -> DatasetInfo:
         info.scenario_id_type,
         labels=info.extra_labels,
         features=info.features,
+        sequences=info.sequences,
     )
     scenarios = [scenario.scenario_id for scenario in info.scenarios]
     introduction = (INTRODUCTION,) if info.split.held_out else ()
@@ -289,6 +308,22 @@ def feature_fields(features: Mapping[str, FeatureInfo]) -> list[tuple[str, pa.Da
     return fields
 
 
+def sequence_column(name: str, field: str) -> str:
+    """Column of the events that holds a field of a sequence."""
+    return f"sequence_{name}_{field}"
+
+
+def sequence_columns(sequences: Mapping[str, SequenceInfo]) -> list[tuple[str, pa.DataType]]:
+    """Columns that sequences have in the events."""
+    import pyarrow as pa
+
+    return [
+        (sequence_column(name, field), pa.list_(arrow_id(kind)))
+        for name, sequence in sequences.items()
+        for field, kind in sequence.fields.items()
+    ]
+
+
 def event_schema(
     user: str,
     item: str,
@@ -296,6 +331,7 @@ def event_schema(
     truth: Iterable[str] = (),
     labels: Iterable[str] = (),
     features: Mapping[str, FeatureInfo] | None = None,
+    sequences: Mapping[str, SequenceInfo] | None = None,
 ) -> pa.Schema:
     """Arrow schema of a split, from the three id types; further labels int8, `truth` columns float32."""
     import pyarrow as pa
@@ -309,7 +345,7 @@ def event_schema(
         ("history", pa.list_(arrow_id(item))),
     ]
     further = [(f"label_{name}", pa.int8()) for name in labels]
-    further += feature_fields(features or {})
+    further += [*feature_fields(features or {}), *sequence_columns(sequences or {})]
     return pa.schema(fields + further + [(name, pa.float32()) for name in truth])
 
 

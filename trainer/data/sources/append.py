@@ -25,16 +25,19 @@ from trainer.data.dataset import (
     DatasetInfo,
     FeatureInfo,
     Parent,
+    SequenceInfo,
     SplitInfo,
     SplitName,
     event_schema,
     feature_fields,
     item_fields,
+    sequence_columns,
     split_files,
     validate_dataset,
 )
 from trainer.data.sources.catalogue import check_texts, write_items
 from trainer.data.sources.counters import add_counters
+from trainer.data.sources.feature_schema import BehaviourSequence
 from trainer.data.sources.log_schema import LogSchema, load_schema
 from trainer.data.sources.parquet_log import open_log
 from trainer.data.sources.staging import (
@@ -48,6 +51,7 @@ from trainer.data.sources.writer import connect, output_directory, write_info, w
 if TYPE_CHECKING:
     import duckdb
 
+LATE_STEPS = 2**62  # what is not known yet when a day begins may be known to any of its events
 DAY_SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 
 
@@ -76,21 +80,20 @@ def append_parquet(
             events = log.events
             _check_kinds(base, info, log.kinds)
             _check_features(base, info, log.features, schema)
+            _check_sequences(base, info, log.sequences, schema)
             past = parquet_sql([file for files in parts.values() for file in files])
             split = _boundaries(con, raw, base, events, past, info)
             new_items = scratch / "items.parquet"
             write_items(con, events, rules, schema.parent, new_items, log.kinds["item_id"], scratch)
             _merge_items(con, base, folder, info)
             check_texts(con, events, folder / "items.parquet", rules, schema)
-            types = (info.user_id_type, info.item_id_type, info.scenario_id_type)
-            staging = Staging(
-                scratch / "staged",
-                event_schema(*types, labels=info.extra_labels, features=info.features),
-                fraction=True,
-            )
+            staging = _staging(scratch / "staged", info, rules)
             # What lies before the day counts as its profile window: it gives histories, no rows.
             counted = add_counters(con, log.with_features, rules, scratch, past)
-            day = _with_last_positives(counted, list(parts.values()), info)
+            assert split.boundaries is not None
+            day = _with_last_steps(
+                counted, list(parts.values()), info, rules.sequences, split.boundaries[0]
+            )
             stage_log(con, day, staging, scratch, split)
         users = con.execute(
             f"SELECT count(*) FROM (SELECT user_id FROM {events} UNION SELECT user_id FROM {past})"
@@ -104,6 +107,18 @@ def append_parquet(
             train_rows=info.rows["train"],
         )
         return write_info(folder, _successor(info, parent, split, sizes))
+
+
+def _staging(folder: Path, info: DatasetInfo, rules: LogSchema) -> Staging:
+    form = event_schema(
+        info.user_id_type,
+        info.item_id_type,
+        info.scenario_id_type,
+        labels=info.extra_labels,
+        features=info.features,
+        sequences=info.sequences,
+    )
+    return Staging(folder, form, fraction=True, sequences=rules.sequences)
 
 
 def _count_rows(con: duckdb.DuckDBPyConnection, file: Path) -> int:
@@ -186,6 +201,19 @@ def _check_features(
             raise InputError(f"{schema}: feature {name!r}: weights differ from those of {base}")
 
 
+def _check_sequences(
+    base: Path, info: DatasetInfo, sequences: dict[str, SequenceInfo], schema: Path
+) -> None:
+    for name in sorted(info.sequences.keys() | sequences.keys()):
+        before, now = info.sequences.get(name), sequences.get(name)
+        if before != now or list((before or now).fields) != list(now.fields):  # type: ignore[union-attr]
+            described = [one.model_dump() if one is not None else "absent" for one in (now, before)]
+            raise InputError(
+                f"{schema}: sequence {name!r} is {described[0]}, in {base} {described[1]}; declare the same, "
+                "or prepare the whole log anew"
+            )
+
+
 def _boundaries(
     con: duckdb.DuckDBPyConnection,
     raw: Path,
@@ -213,28 +241,58 @@ def _boundaries(
     return info.split.model_copy(update={"boundaries": [oldest, valid, test], "text": text})
 
 
-def _with_last_positives(events: str, parts: list[list[Path]], info: DatasetInfo) -> str:
-    """The day's events, and as many of its users' last positive ones before as a history holds.
+def _with_last_steps(
+    events: str,
+    parts: list[list[Path]],
+    info: DatasetInfo,
+    sequences: dict[str, BehaviourSequence],
+    day: int,
+) -> str:
+    """The day's events, and those before of its users that histories and sequences may need.
 
-    Rows of the dataset lie in order of time, also within a second. So that this order is kept, their
-    place stands for the fraction of the second that the dataset does not hold.
+    Of each label the last ones, as many as a list holds, and whatever is not known yet when the day
+    begins. Rows of the dataset lie in order of time, also within a second. So that this order is kept,
+    their place stands for the fraction of the second that the dataset does not hold.
     """
     columns = ", ".join(
         ["user_id, item_id, scenario_id, timestamp, label"]
         + [f"label_{name}" for name in info.extra_labels]
         + [name for name, _ in feature_fields(info.features)]
+        + [
+            name
+            for name, _ in sequence_columns(
+                {name: one for name, one in info.sequences.items() if one.source == "log"}
+            )
+        ]
     )
     past = " UNION ALL ".join(
         f"SELECT {columns}, filename, file_row_number FROM "
         + parquet_sql(files, filename=True, file_row_number=True)
         for files in parts
     )
+    needs = [("label = 1", info.history_length)]
+    for sequence in sequences.values():
+        if sequence.where is None:
+            continue
+        label = "label" if sequence.where == "label" else f"label_{sequence.where}"
+        test = "true" if sequence.where == "impression" else f"{label} = 1"
+        late = f"timestamp + {sequence.known_after} >= {day}"
+        if sequence.known_after:
+            needs += [(f"{test} AND {late}", LATE_STEPS)]
+        needs += [(f"{test} AND NOT {late}" if sequence.known_after else test, sequence.length)]
     newest_first = "timestamp DESC, filename DESC, file_row_number DESC"
+    places, kept = [], []
+    for number, (test, length) in enumerate(needs):
+        places.append(
+            f"CASE WHEN {test} THEN row_number() OVER (PARTITION BY user_id, {test} ORDER BY "
+            f"{newest_first}) END AS place_{number}"
+        )
+        kept.append(f"place_{number} <= {length}")
     return (
         f"(SELECT {columns}, fraction FROM {events} UNION ALL SELECT {columns}, -place AS fraction FROM "
-        f"(SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY {newest_first}) AS place "
-        f"FROM ({past}) WHERE label = 1 AND user_id IN (SELECT user_id FROM {events})) "
-        f"WHERE place <= {info.history_length})"
+        f"(SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY {newest_first}) AS place, "
+        f"{', '.join(places)} FROM ({past}) WHERE ({' OR '.join(f'({test})' for test, _ in needs)}) "
+        f"AND user_id IN (SELECT user_id FROM {events})) WHERE {' OR '.join(kept)})"
     )
 
 

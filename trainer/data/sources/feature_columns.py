@@ -46,7 +46,7 @@ def _describe(raw: RawFiles, name: str, feature: Feature) -> FeatureInfo:
         if feature.weights is not None:
             require_column(file, schema.names, feature.weights, f"weights of feature {name}")
             arrow = schema.field(schema.names.index(feature.weights)).type
-            inner = _element(arrow)
+            inner = element_type(arrow)
             if inner is None or kind_of(inner) not in ("int64", "float"):
                 raise InputError(
                     f"{file}: column {feature.weights!r} (weights of feature {name}) is {arrow}, must be a "
@@ -64,7 +64,8 @@ def _describe(raw: RawFiles, name: str, feature: Feature) -> FeatureInfo:
     )
 
 
-def _element(column: pa.DataType) -> pa.DataType | None:
+def element_type(column: pa.DataType) -> pa.DataType | None:
+    """Type of a list's elements; None of what is no list."""
     import pyarrow.types as types
 
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
@@ -89,7 +90,7 @@ def _type_of(file: Path, name: str, column: str, feature: Feature, arrow: pa.Dat
         if kind_of(arrow) != "string":
             raise refuse("text, as a separator is given; remove the separator")
         return "string"
-    inner = _element(arrow)
+    inner = element_type(arrow)
     if inner is None or kind_of(inner) not in ID_TYPES:
         raise refuse("a list of integers or text, or text with a separator")
     return ID_TYPES[kind_of(inner)]

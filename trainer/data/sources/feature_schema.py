@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from trainer.data.dataset import StrictModel
+from trainer.data.dataset import StrictModel, sequence_column
 
 FEATURE_NAME = "^[a-z][a-z0-9_]*$"
 # What the program reads of every row by these names already.
@@ -108,6 +108,87 @@ class Counter(StrictModel):
         if len(set(self.by)) < len(self.by):
             raise ValueError("by names a key twice")
         return self
+
+
+class BehaviourSequence(StrictModel):
+    """What a user did before an event: made of a label's positives, or as the service logged it.
+
+    Attributes:
+        where: Made: label, the name of a further label, or impression; its positive events (of impression
+            every event) are the steps.
+        columns: As logged: field to a column of lists, oldest step first.
+        length: Steps that are kept at most, the newest ones.
+        fields: Made: what a step says: item, gap, and features of kind id.
+        known_after: Made: seconds after an event until its label is known.
+    """
+
+    where: str | None = None
+    columns: dict[str, str] | None = Field(default=None, min_length=1)
+    length: int = Field(default=20, ge=1, le=10_000)
+    fields: list[str] = Field(default=["item"], min_length=1)
+    known_after: int = Field(default=0, ge=0)
+
+    @property
+    def names(self) -> list[str]:
+        """Its fields, in order."""
+        return self.fields if self.columns is None else list(self.columns)
+
+    @property
+    def text(self) -> str:
+        """What it is, in words."""
+        if self.columns is not None:
+            return "as logged"
+        late = f", known after {self.known_after} s" if self.known_after else ""
+        return f"events with {self.where}{late}"
+
+    @model_validator(mode="after")
+    def _check(self) -> BehaviourSequence:
+        if (self.where is None) == (self.columns is None):
+            raise ValueError("give where, to make it of a label, or columns, where the log has it")
+        if self.columns is not None and self.model_fields_set & {"fields", "known_after"}:
+            raise ValueError("fields and known_after go with where; columns names its own fields")
+        if self.where == "impression" and self.known_after:
+            raise ValueError("impressions are known at once: no known_after")
+        if len(set(self.fields)) < len(self.fields):
+            raise ValueError("fields names one twice")
+        return self
+
+
+def check_sequences(
+    sequences: Mapping[str, BehaviourSequence],
+    features: Mapping[str, Feature],
+    labels: Collection[str],
+    has_clock: bool,
+) -> None:
+    """Refuses a sequence of a label or with a field that is not there.
+
+    Raises:
+        ValueError: Says what there is.
+    """
+    fields = ["item", "gap", *(name for name, one in features.items() if one.kind == "id")]
+    columns: dict[str, str] = {}
+    for name, sequence in sequences.items():
+        known = ["label", "impression", *labels]
+        if sequence.where is not None and sequence.where not in known:
+            raise ValueError(
+                f"sequences.{name}.where: {sequence.where!r} is none of {', '.join(known)}"
+            )
+        for field in sequence.names:
+            if field not in fields:
+                raise ValueError(
+                    f"sequences.{name}: field {field!r} is none of {', '.join(fields)}; declare the column "
+                    "under features as kind id"
+                )
+            column = sequence_column(name, field)
+            if column in columns:
+                raise ValueError(
+                    f"sequences.{name}: {column} would be a column of {columns[column]} too; rename one"
+                )
+            columns[column] = name
+        if not has_clock and (sequence.known_after or "gap" in sequence.fields):
+            raise ValueError(
+                f"sequences.{name}: the log has no clock, so there is no gap and no known_after"
+            )
 
 
 def check_source(name: str, feature: Feature, tables: Mapping[str, bool]) -> None:

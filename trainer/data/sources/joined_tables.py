@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 Casts = dict[str, Callable[[str, Any], str]]
 
 
+def table_features(source: str, rules: LogSchema, schema: Path) -> dict[str, FeatureInfo]:
+    """What the features of a table are: catalogue or users.
+
+    Raises:
+        InputError: A column is missing or of a wrong kind.
+    """
+    raw = RawFiles.open(schema.parent / rules.tables[source].path)
+    of_table = {name: one for name, one in rules.features.items() if one.source == source}
+    return describe_features(raw, of_table)
+
+
 def join_table(
     con: duckdb.DuckDBPyConnection,
     events: str,

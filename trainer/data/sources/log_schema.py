@@ -24,9 +24,11 @@ from trainer.data.dataset import (
 from trainer.data.sources.feature_schema import (
     FEATURE_NAME,
     RESERVED,
+    BehaviourSequence,
     Counter,
     Feature,
     check_counter,
+    check_sequences,
     check_source,
 )
 
@@ -125,9 +127,6 @@ class LogNegatives(StrictModel):
         return self
 
 
-NOT_YET = ("sequences",)
-
-
 class SplitChoice(StrictModel):
     """Split rule; give `boundaries` (three seconds since 1970) or `fractions`.
 
@@ -173,9 +172,9 @@ class LogSchema(StrictModel):
     """What a user's own log means: content of the YAML file given as --schema.
 
     `labels` names further labels and their columns, in the order of the funnel: {purchase: is_buy}.
-    `features` names the columns that a model may read, `counters` counts and rates of the past, `ignore`
-    patterns of columns that nothing reads; any other column is named in a warning, and with `strict`
-    refused.
+    `features` names the columns that a model may read, `counters` counts and rates of the past,
+    `sequences` what a user did before, `ignore` patterns of columns that nothing reads; any other column
+    is named in a warning, and with `strict` refused.
     """
 
     name: str = "log"
@@ -187,6 +186,9 @@ class LogSchema(StrictModel):
         default_factory=dict
     )
     counters: dict[Annotated[str, Field(pattern=FEATURE_NAME)], Counter] = Field(
+        default_factory=dict
+    )
+    sequences: dict[Annotated[str, Field(pattern=FEATURE_NAME)], BehaviourSequence] = Field(
         default_factory=dict
     )
     ignore: list[str] = Field(default_factory=list)
@@ -247,15 +249,7 @@ class LogSchema(StrictModel):
             self.negative_name = None  # sampled rows are no dislikes
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _not_yet(cls, value: Any) -> Any:
-        for section in NOT_YET if isinstance(value, dict) else ():
-            if section in value:
-                raise ValueError(f"{section}: not supported yet; remove the section")
-        return value
-
-    @field_validator("features", "counters")
+    @field_validator("features", "counters", "sequences")
     @classmethod
     def _check_names(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := [name for name in value if name in RESERVED]:
@@ -275,9 +269,13 @@ class LogSchema(StrictModel):
             if name in self.features:
                 raise ValueError(f"counters.{name}: is a feature too; call the counter otherwise")
             check_counter(name, counter, self.features, self.labels)
+        for name in self.sequences:
+            if name in self.features or name in self.counters:
+                raise ValueError(f"sequences.{name}: is a feature or a counter too; rename it")
+        check_sequences(self.sequences, self.features, self.labels, self.has_clock)
         if self.counters and not self.has_clock:
             raise ValueError("counters: the log has no clock, so nothing is earlier than an event")
-        if (self.features or self.counters) and self.samples_negatives:
+        if (self.features or self.counters or self.sequences) and self.samples_negatives:
             raise ValueError(
                 "features: not supported yet together with negatives.per_positive, whose rows would carry "
                 "their positive's values; sample negatives before, or remove the features"

@@ -17,6 +17,7 @@ from trainer.data.dataset import (
     FeatureInfo,
     IdType,
     Negatives,
+    SequenceInfo,
     SplitInfo,
     event_schema,
 )
@@ -29,7 +30,7 @@ from trainer.data.sources.feature_columns import (
     feature_columns,
     report_unread,
 )
-from trainer.data.sources.joined_tables import join_table
+from trainer.data.sources.joined_tables import join_table, table_features
 from trainer.data.sources.log_checks import (
     check_labels,
     check_scenarios,
@@ -42,6 +43,13 @@ from trainer.data.sources.log_checks import (
 from trainer.data.sources.log_schema import LogSchema, SplitChoice, load_schema
 from trainer.data.sources.negatives import NegativeSampler, negatives_rule
 from trainer.data.sources.raw_files import RawFiles
+from trainer.data.sources.sequences import (
+    check_logged_types,
+    check_logged_values,
+    describe_sequences,
+    logged_casts,
+    logged_columns,
+)
 from trainer.data.sources.staging import Staging, finish, stage_log, time_quantile
 from trainer.data.sources.writer import connect, output_directory, quote_name
 
@@ -65,6 +73,7 @@ class RawLog:
         raw: The files.
         features: What the features are, counters included.
         with_features: SQL of the events with the features that are joined to them; without counters.
+        sequences: What the sequences are; those that are logged are columns of the events.
     """
 
     events: str
@@ -72,6 +81,7 @@ class RawLog:
     raw: RawFiles
     features: dict[str, FeatureInfo]
     with_features: str
+    sequences: dict[str, SequenceInfo]
 
 
 @contextlib.contextmanager
@@ -101,13 +111,16 @@ def open_log(
         raise InputError(f"{path}: the log has no rows")
     of_log = {name: feature for name, feature in rules.features.items() if feature.source == "log"}
     features = describe_features(raw, of_log)
-    read = [*log_columns(rules).values(), *feature_columns(features).values()]
+    logged = logged_columns(rules.sequences).values()
+    read = [*log_columns(rules).values(), *feature_columns(features).values(), *logged]
     report_unread(raw, read, rules, schema)
+    sequences = _describe_sequences(raw, rules, schema, features, kinds)
     with raw.explained():
         check_values(con, raw, rules, kinds)
         check_labels(con, raw, rules, schema)
         check_feature_values(con, raw, features, rules.features)
-        events = _events_sql(raw, rules, kinds, features)
+        check_logged_values(con, raw, rules.sequences, sequences)
+        events = _events_sql(raw, rules, kinds, features, sequences)
         if rules.columns.timestamp is None and rules.columns.order is None:
             events = _number_rows(con, events, scratch)
         whole = events
@@ -116,11 +129,33 @@ def open_log(
             features |= joined
         ordered = {name: features[name] for name in rules.features}
         ordered |= describe_counters(rules.counters)
-        yield RawLog(events, kinds, raw, ordered, whole)
+        yield RawLog(events, kinds, raw, ordered, whole, sequences)
+
+
+def _describe_sequences(
+    raw: RawFiles,
+    rules: LogSchema,
+    schema: Path,
+    features: dict[str, FeatureInfo],
+    kinds: dict[str, str],
+) -> dict[str, SequenceInfo]:
+    """What the sequences are, whose fields may be features of tables."""
+    if not rules.sequences:
+        return {}
+    known = dict(features)
+    for table in rules.tables:
+        known |= table_features(table, rules, schema)
+    sequences = describe_sequences(rules.sequences, known, kinds["item_id"])
+    check_logged_types(raw, rules.sequences, sequences)
+    return sequences
 
 
 def _events_sql(
-    raw: RawFiles, rules: LogSchema, kinds: dict[str, str], features: dict[str, FeatureInfo]
+    raw: RawFiles,
+    rules: LogSchema,
+    kinds: dict[str, str],
+    features: dict[str, FeatureInfo],
+    sequences: dict[str, SequenceInfo],
 ) -> str:
     """SQL that turns the log's columns into ours."""
     columns = log_columns(rules)
@@ -140,9 +175,10 @@ def _events_sql(
     items += [f"CAST({quote_name(role)} AS TINYINT) AS {quote_name(role)}" for role in labels]
     if rules.columns.label is None:
         items.append("1::TINYINT AS label")
-    columns |= feature_columns(features)
-    as_sql |= feature_casts(features, rules.features)
-    items += list(feature_columns(features))
+    given = feature_columns(features) | logged_columns(rules.sequences)
+    columns |= given
+    as_sql |= feature_casts(features, rules.features) | logged_casts(rules.sequences, sequences)
+    items += list(given)
     return f"(SELECT {', '.join(items)} FROM {raw.sql(columns, as_sql)})"
 
 
@@ -218,8 +254,15 @@ def prepare_parquet(
             user, item, scenario = (
                 _id_type(log.kinds[role]) for role in ("user_id", "item_id", "scenario_id")
             )
-            form = event_schema(user, item, scenario, labels=rules.labels, features=log.features)
-            staging = Staging(scratch / "staged", form, fraction=True)
+            form = event_schema(
+                user,
+                item,
+                scenario,
+                labels=rules.labels,
+                features=log.features,
+                sequences=log.sequences,
+            )
+            staging = Staging(scratch / "staged", form, fraction=True, sequences=rules.sequences)
             sampler = None
             if rules.negatives is not None and rules.samples_negatives:
                 ids = [scenario.scenario_id for scenario in rules.scenarios]
@@ -235,6 +278,7 @@ def prepare_parquet(
             scenario_id_type=scenario,
             extra_labels=list(rules.labels),
             features=log.features,
+            sequences=log.sequences,
             timestamps="seconds" if rules.has_clock else "order",
             split=split,
             negatives=_negatives_info(rules),

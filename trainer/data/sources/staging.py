@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,17 @@ import numpy as np
 from llm_knowledge.errors import InputError
 from llm_knowledge.parquet import parquet_sql
 from trainer.data.dataset import (
-    EVENT_COLUMNS,
     HISTORY_LENGTH,
     INTRODUCTION,
     SPLITS,
     DatasetInfo,
     SplitInfo,
     read_footer,
+    sequence_column,
     split_files,
 )
+from trainer.data.sources.feature_schema import BehaviourSequence
+from trainer.data.sources.sequences import Steps, step_slices, steps_of
 from trainer.data.sources.writer import event_order, write_info, write_sorted
 
 if TYPE_CHECKING:
@@ -117,11 +119,7 @@ def positive_slices(
     Returns:
         start, stop: int64 [n].
     """
-    new_user, new_time = _changes(users, times)
-    before = np.cumsum(labels == 1) - (labels == 1)
-    stop = before[group_bounds(new_time)[0]]
-    start = before[group_bounds(new_user)[0]]
-    return np.maximum(start, stop - HISTORY_LENGTH), stop
+    return step_slices(users, times, labels == 1, HISTORY_LENGTH)
 
 
 def moments_of(block: pa.Table, users: np.ndarray) -> np.ndarray:
@@ -153,9 +151,16 @@ class Staging:
         schema: event schema, truth columns included.
         fraction: whether blocks have a column `fraction`: nanoseconds within the second. It orders
             events and histories, and is not part of the dataset.
+        sequences: those of the schema; the ones that are made here are added to the events.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, fraction: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        schema: pa.Schema,
+        fraction: bool = False,
+        sequences: Mapping[str, BehaviourSequence] | None = None,
+    ) -> None:
         import pyarrow as pa
 
         folder.mkdir()
@@ -165,6 +170,7 @@ class Staging:
         self.files: dict[str, list[Path]] = {split: [] for split in (*SPLITS, INTRODUCTION)}
         self.rows: dict[str, int] = dict.fromkeys(self.files, 0)
         self.users = 0
+        self._sequences = sequences or {}
         self._folder = folder
         self._blocks = 0
 
@@ -177,55 +183,60 @@ class Staging:
         """Add all events of some users.
 
         Args:
-            block: the schema's columns without `history`, sorted by user_id and `order`.
+            block: the schema's columns but those made here, sorted by user_id and `order`.
             codes: split of each row, as by `split_per_user` or `split_global` and `hold_out`.
         """
         import pyarrow as pa
 
         users = run_codes(block["user_id"])
         labels = block["label"].to_numpy()
-        start, stop = positive_slices(users, moments_of(block, users), labels)
+        moments = moments_of(block, users)
+        start, stop = positive_slices(users, moments, labels)
         items = block["item_id"].combine_chunks().filter(pa.array(labels == 1))
+        history = Steps(start, stop, {"history": items}, frozenset())
+        made = [history, *steps_of(block, users, moments, self._sequences)]
         for code, split in enumerate(self.files):
             chosen = np.flatnonzero(codes == code)
             if len(chosen):
-                self._write(split, block, chosen, items, start, stop)
+                self._write(split, block, chosen, made)
         self._blocks += 1
         self.users += int(users[-1]) + 1 if len(users) else 0
 
+    @property
+    def read_columns(self) -> list[str]:
+        """Columns of a block: those of the scratch files that are not made here."""
+        made = {"history"} | {
+            sequence_column(name, field)
+            for name, sequence in self._sequences.items()
+            if sequence.where is not None
+            for field in sequence.fields
+        }
+        return [name for name in self.scratch_schema.names if name not in made]
+
     def _write(
-        self,
-        split: str,
-        block: pa.Table,
-        chosen: np.ndarray,
-        items: pa.Array,
-        start: np.ndarray,
-        stop: np.ndarray,
+        self, split: str, block: pa.Table, chosen: np.ndarray, made: Sequence[Steps]
     ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         file = self._folder / f"{split}-{self._blocks:06d}.parquet"
+        times = block["timestamp"].to_numpy()
+        # Slices keep the expansion of histories and sequences small: each has so many values at most.
+        size = (
+            20
+            * 131_072
+            // max(HISTORY_LENGTH, *(one.length for one in self._sequences.values()), 1)
+        )
         with pq.ParquetWriter(file, self.scratch_schema) as writer:
-            # Slices keep the twentyfold expansion of the history small.
-            for rows in np.array_split(chosen, len(chosen) // 131_072 + 1):
+            for rows in np.array_split(chosen, len(chosen) // max(size, 1) + 1):
                 table = block.take(pa.array(rows))
-                history = _lists(items, start[rows], stop[rows])
-                table = table.add_column(EVENT_COLUMNS.index("history"), "history", history)
+                for steps in made:
+                    for column, lists in steps.columns(rows, times).items():
+                        table = table.append_column(column, lists)
                 table = table.select(self.scratch_schema.names)
                 writer.write_table(table.cast(self.scratch_schema))
         self.files[split].append(file)
         self.rows[split] += len(chosen)
-
-
-def _lists(values: pa.Array, start: np.ndarray, stop: np.ndarray) -> pa.Array:
-    """The list array of values[start[i]:stop[i]]."""
-    import pyarrow as pa
-
-    lengths = stop - start
-    offsets = np.append(0, np.cumsum(lengths))
-    index = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.take(pa.array(index)))
 
 
 def run_codes(column: pa.ChunkedArray) -> np.ndarray:
@@ -258,8 +269,7 @@ def stage_log(
         sampler: of negatives, where the log has positives only.
     """
     sources = _divide(con, events, scratch)
-    names = [name for name in staging.scratch_schema.names if name != "history"]
-    query = f"SELECT {', '.join(names)} FROM {{}} ORDER BY user_id, {staging.order}"
+    query = f"SELECT {', '.join(staging.read_columns)} FROM {{}} ORDER BY user_id, {staging.order}"
 
     def block_of(source: str) -> tuple[pa.Table, np.ndarray]:
         block = con.execute(query.format(source)).to_arrow_table()

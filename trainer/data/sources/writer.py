@@ -158,8 +158,9 @@ def write_info(folder: Path, info: DatasetInfo) -> DatasetInfo:
         str(file.relative_to(folder)): footer_checksum(file) for file in files if file.exists()
     }
     info = info.model_copy(update={"versions": versions, "footers": footers})
-    # A log without features keeps the description that it always had.
-    content = info.model_dump(exclude=None if info.features else {"features"})
+    # A log without features or sequences keeps the description that it always had.
+    absent = {name for name in ("features", "sequences") if not getattr(info, name)}
+    content = info.model_dump(exclude=absent)
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
     return info
