@@ -96,7 +96,6 @@ BAD: dict[str, tuple[Callable[[dict, dict, dict], object], str]] = {
         lambda log, catalogue, schema: schema["features"]["price"].pop("timeless"),
         "timeless: true",
     ),
-    "sequences": (lambda log, c, schema: schema.update(sequences={}), "sequences: not supported yet"),
     "sampled negatives": (
         lambda log, catalogue, schema: schema.update(negatives={"per_positive": 2}),
         "features: not supported yet together with negatives.per_positive",
