@@ -140,7 +140,8 @@ class SparseFeatures(nn.Module):
     """The trainable tables of a model: pooled features and sequence features in one forward.
 
     Pooled tables of all widths are one collection, whose exchanges do not grow with their number; those
-    whose ids have weights are a second one.
+    whose ids have weights are a second one. Sequences are one collection per width, as torchrec has it:
+    `sequences` of the first table's, `further_sequences` of the others.
 
     Args:
         pooled: Tables whose features are summed up.
@@ -163,7 +164,14 @@ class SparseFeatures(nn.Module):
             pooled_collection(weighted, init_std, is_weighted=True) if weighted else None
         )
         self.pooled: nn.Module = pooled_collection(pooled, init_std)
-        self.sequences: nn.Module = sequence_collection(sequences, init_std)
+        by_width: dict[int, list[Table]] = {}
+        for table in sequences:
+            by_width.setdefault(table.dim, []).append(table)
+        first, *others = by_width.values()
+        self.sequences: nn.Module = sequence_collection(first, init_std)
+        self.further_sequences = nn.ModuleDict(
+            {f"width_{group[0].dim}": sequence_collection(group, init_std) for group in others}
+        )
         self.hash_zch = hash_zch
         if hash_zch is not None:
             # Only here and in `sharding.sharders`: nothing else needs what has never run on its hardware.
@@ -172,10 +180,22 @@ class SparseFeatures(nn.Module):
             self.pooled = with_hash_zch(self.pooled, hash_zch.buckets, hash_zch.hours)
             self.sequences = with_hash_zch(self.sequences, hash_zch.buckets, hash_zch.hours)
 
-    def forward(self, ids: KeyedJaggedTensor) -> tuple[KeyedTensor, dict[str, JaggedTensor]]:
-        """Looks up rows; both results are awaitables under sharding, so communication overlaps."""
-        pooled, sequences = self.pooled(ids), self.sequences(ids)
-        return (pooled[0], sequences[0]) if self.hash_zch else (pooled, sequences)
+    @property
+    def sequence_collections(self) -> list[nn.Module]:
+        """All collections of sequences."""
+        return [self.sequences, *self.further_sequences.values()]
+
+    def forward(self, ids: KeyedJaggedTensor) -> tuple[KeyedTensor, list[dict[str, JaggedTensor]]]:
+        """Looks up rows; all results are awaitables under sharding, so communication overlaps.
+
+        Returns:
+            Sums by feature; of every collection of sequences the vectors by feature.
+        """
+        pooled = self.pooled(ids)
+        sequences = [collection(ids) for collection in self.sequence_collections]
+        if self.hash_zch:
+            return pooled[0], [vectors[0] for vectors in sequences]
+        return pooled, sequences
 
     def look_up_weighted(self, ids: KeyedJaggedTensor) -> KeyedTensor | None:
         """Looks up the tables whose ids have weights; None without such tables."""

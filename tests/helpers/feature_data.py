@@ -27,6 +27,10 @@ SCHEMA = {
     },
     "ignore": ["debug_*"],
 }
+SEQUENCES = {
+    "clicks": {"where": "label", "length": 6, "fields": ["item", "author", "gap"]},
+    "seen": {"where": "impression", "length": 3, "fields": ["city", "item", "gap"]},
+}
 
 
 def raw_log(rows: int = 2_000, seed: int = 0, items: int = 40) -> tuple[dict, dict]:
@@ -67,7 +71,9 @@ def write_raw(
 
 
 def prepare_features(root: Path, rows: int = 2_000, seed: int = 0) -> Path:
-    """A prepared dataset with one feature of every kind."""
-    raw, schema = write_raw(root / "raw", *raw_log(rows, seed))
+    """A prepared dataset with one feature of every kind, and two sequences."""
+    raw, schema = write_raw(
+        root / "raw", *raw_log(rows, seed), schema=SCHEMA | {"sequences": SEQUENCES}
+    )
     prepare_parquet(raw, root / "data", schema)
     return root / "data"

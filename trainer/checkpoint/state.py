@@ -154,6 +154,7 @@ def routes(
     live: dict[str, Any],
     saved: dict[str, TensorStorageMetadata],
     old_rows: Tensor | None,
+    source: str | None = None,
 ) -> Iterator[Route]:
     """Plans how a table, or its optimizer state, gets its rows from a checkpoint.
 
@@ -167,29 +168,36 @@ def routes(
         live: The state.
         saved: What the checkpoint holds.
         old_rows: int64 [rows], a row of the checkpoint for every row, or -1; None: the same row.
+        source: Its name in the checkpoint; None: the same name.
     """
-    table = name
-    if name.startswith(ACCUMULATOR_PREFIX):
-        table = MODEL_PREFIX + name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
-    rows, rows_before = live[table].size()[0], saved[table].size[0]
+    source = source or name
+    table, table_before = table_of(name), table_of(source)
+    rows, rows_before = live[table].size()[0], saved[table_before].size[0]
     if old_rows is None:
         old_rows = torch.arange(rows)
     for tensor, offsets in local_parts(live[name]):
         if tensor.dim() == 2:
             rows_read = old_rows[offsets[0] : offsets[0] + len(tensor)]
-            yield from _route(tensor, rows_read, [(name, 0, offsets[1], 1.0)])
+            yield from _route(tensor, rows_read, [(source, 0, offsets[1], 1.0)])
             continue
         now = _column_ranges(live[table])
-        before = _chunk_ranges(saved[table])
+        before = _chunk_ranges(saved[table_before])
         for column in range(offsets[0] // rows, (offsets[0] + len(tensor) - 1) // rows + 1):
             first = max(column * rows, offsets[0])
             last = min((column + 1) * rows, offsets[0] + len(tensor))
             rows_read = old_rows[first - column * rows : last - column * rows]
             sources: list[_Source] = [
-                (name, number * rows_before, None, share)
+                (source, number * rows_before, None, share)
                 for number, share in _shares(now[column], before)
             ]
             yield from _route(tensor[first - offsets[0] : last - offsets[0]], rows_read, sources)
+
+
+def table_of(name: str) -> str:
+    """Name of the table whose accumulator, or which itself, has a name."""
+    if not name.startswith(ACCUMULATOR_PREFIX):
+        return name
+    return MODEL_PREFIX + name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
 
 
 _Source = tuple[str, int, int | None, float]  # name, first row, first column of a table, share

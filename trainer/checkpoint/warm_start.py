@@ -6,6 +6,7 @@ are added, so rows are carried over by id, with their optimizer state.
 """
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,18 @@ from trainer.checkpoint.state import (
     reading,
     routes,
     saved_tensors,
+    table_of,
 )
 from trainer.features.encoder import FILE, FeatureEncoder
+from trainer.features.steps import GAP_ROWS
 from trainer.run.session import Run
 
 logger = logging.getLogger(__name__)
 
-PROJECTIONS_PREFIX = f"{MODEL_PREFIX}dense.features."
+PROJECTIONS_PREFIX = f"{MODEL_PREFIX}dense.features.projections."
 TABLES_PREFIX = f"{MODEL_PREFIX}sparse."
+# A table that a new sequence reads is in another collection than before.
+COLLECTION = re.compile(r"(?<=\bsparse\.)[a-z_0-9.]+?\.embedding(_bag)?s(?=\.)")
 
 
 @dataclass
@@ -137,12 +142,24 @@ def warm_start(run: Run, source: Path) -> Carried:
     for name in fresh:
         if name.startswith(PROJECTIONS_PREFIX):  # a new feature has no say yet: all scores stay
             live[name].detach().zero_()
-    carried.left += sorted(saved.keys() - names_on_all_ranks(live))
+    moved = _names_before(live, saved).values()
+    carried.left += sorted(saved.keys() - names_on_all_ranks(live) - set(moved))
     if run.runtime.is_main:
         for line in carried.lines():
             logger.info(line)
         write_json(run.folder / "start_from.json", carried.__dict__)
     return carried
+
+
+def _names_before(live: dict[str, Any], saved: dict[str, Any]) -> dict[str, str]:
+    """Name of every table and accumulator to that in the checkpoint, where there is one."""
+    known = {COLLECTION.sub("", name): name for name in saved}
+    names = {name: known.get(COLLECTION.sub("", name)) for name in live}
+    return {
+        name: name if name in saved else before
+        for name, before in names.items()
+        if before is not None and name.startswith((TABLES_PREFIX, ACCUMULATOR_PREFIX))
+    }
 
 
 def _plan_tables(
@@ -156,16 +173,16 @@ def _plan_tables(
     """Plans the rows of all tables and of their optimizer state."""
     planned: list[Route] = []
     old_rows: dict[str, Tensor] = {}
+    before = _names_before(live, saved)
     for name in (name for name in live if name.startswith(TABLES_PREFIX)):
         table = name.rsplit(".", 2)[1]
-        if name not in saved:
+        if name not in before:
             carried.fresh.append(name)
             continue
-        (rows, width), (rows_before, width_before) = live[name].size(), saved[name].size
+        (rows, width), (rows_before, width_before) = live[name].size(), saved[before[name]].size
         if width != width_before:
-            option = "tables.dim"
-            if table.startswith("feature_"):
-                option = f"features.use.{table.removeprefix('feature_')}.dim"
+            kind, _, feature = table.partition("_")
+            option = f"features.use.{feature}.dim" if kind in ("feature", "gap") else "tables.dim"
             raise InputError(
                 f"train.start_from: table {table} of {checkpoint} is {width_before} wide, {option} is "
                 f"{width}; set it to {width_before}"
@@ -178,22 +195,24 @@ def _plan_tables(
             "left": rows_before - count,
         }
         old_rows[name] = ids_before
-        planned += routes(name, live, saved, ids_before)
+        planned += routes(name, live, saved, ids_before, before[name])
     for name in (name for name in live if name.startswith(ACCUMULATOR_PREFIX)):
-        owner = MODEL_PREFIX + name.removeprefix(ACCUMULATOR_PREFIX).rsplit(".", 2)[0]
-        if name not in saved or owner not in old_rows:
+        owner = table_of(name)
+        if name not in before or owner not in old_rows:
             carried.fresh.append(name)  # another optimizer, or a new table
-        elif len(saved[name].size) != live[name].dim():
+        elif len(saved[before[name]].size) != live[name].dim():
             carried.fresh.append(
                 name
             )  # one value per row there, one per element here, or vice versa
         else:
-            planned += routes(name, live, saved, old_rows[owner])
+            planned += routes(name, live, saved, old_rows[owner], before[name])
     return planned
 
 
 def _old_rows(run: Run, checkpoint: Path, description: dict[str, Any], table: str) -> Tensor:
     """int64 [rows]: the row in the checkpoint of every row of the run's table, -1 for new ids."""
+    if table.startswith("gap_"):
+        return torch.arange(GAP_ROWS)
     if table.startswith("feature_"):
         return _old_feature_rows(run, checkpoint, table)
     kind, now = description["config"]["tables"], run.config.tables

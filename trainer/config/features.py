@@ -7,19 +7,27 @@ from pydantic import Field, field_validator
 from trainer.config.tables import Section
 
 # What the design has and the program not yet: refused by name instead of as a typing error.
-NOT_YET = {"zero_collision": "ids", "attention": "pooling"}
+NOT_YET = {"zero_collision": "ids"}
 
 
 class FeatureUse(Section):
     """How one feature is read; what the kind of the feature does not know is refused."""
 
     dim: int | None = Field(
-        default=None, ge=4, multiple_of=4, description="Width of the table; null: 8."
+        default=None,
+        ge=4,
+        multiple_of=4,
+        description="Width of the table, of a sequence that of its gaps; null: 8.",
     )
-    pooling: Literal["sum", "mean"] | None = Field(
+    pooling: Literal["sum", "mean", "attention"] | None = Field(
         default=None,
         description="Of a list (kind ids): sum or mean of its vectors, by its weights where it has "
-        "some; null: sum.",
+        "some; null: sum. Of a sequence also attention, by the target; null: attention.",
+    )
+    fields: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Of a sequence: the fields that are read; null: all.",
     )
     ids: Literal["vocabulary", "hash"] | None = Field(
         default=None,
@@ -59,7 +67,7 @@ class FeatureUse(Section):
         "for users, items and scenarios; null: the block of all features.",
     )
 
-    @field_validator("ids", "pooling", mode="before")
+    @field_validator("ids", mode="before")
     @classmethod
     def _not_yet(cls, value: Any) -> Any:
         if value in NOT_YET:

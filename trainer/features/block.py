@@ -1,16 +1,17 @@
 """The model's side of features: their tables, and the projections that bring them into the bottom input."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embeddings.tables import Table
 from trainer.features.encoder import FeatureEncoder
+from trainer.features.pooling import SequencePooling, SequenceShape, target_vectors
 from trainer.features.resolve import Feature
 
 BLOCK = "features"  # where a feature goes that goes into no other block
@@ -28,6 +29,8 @@ class FeatureShape:
         ids_per_sample: Mean number of ids of a sample.
         weighted: Whether its ids have weights.
         mean: Whether the sum over a sample's ids is divided by their number.
+        steps: Keys of sequences' steps that read its table too, with their mean number in a sample: the
+            table then gives a vector per id.
     """
 
     name: str
@@ -37,6 +40,7 @@ class FeatureShape:
     ids_per_sample: float = 1.0
     weighted: bool = False
     mean: bool = False
+    steps: tuple[tuple[str, float], ...] = ()
 
     @property
     def table_name(self) -> str:
@@ -49,8 +53,10 @@ class FeatureShape:
             self.table_name,
             self.rows,
             self.width,
-            (self.table_name,),
-            ids_per_sample=(self.ids_per_sample,),
+            (self.table_name, *(key for key, _ in self.steps)),
+            # The planner wants more than no ids.
+            ids_per_sample=(self.ids_per_sample, *(max(count, 1e-3) for _, count in self.steps)),
+            sequence=bool(self.steps),
             weighted=self.weighted,
         )
 
@@ -58,8 +64,17 @@ class FeatureShape:
 def feature_shapes(
     features: Sequence[Feature], encoder: FeatureEncoder
 ) -> tuple[FeatureShape, ...]:
-    """What the model needs to know of the features of a run, in the encoder's order."""
+    """What the model needs to know of the features of a run but its sequences, in the encoder's order."""
     encodings = {encoding.name: encoding for encoding in encoder.encodings}
+
+    def steps(name: str) -> tuple[tuple[str, float], ...]:
+        return tuple(
+            (column, sequence.ids_per_sample)
+            for sequence in encoder.sequences
+            for field, column in zip(sequence.fields, sequence.columns, strict=True)
+            if field == name
+        )
+
     return tuple(
         FeatureShape(
             feature.name,
@@ -69,12 +84,14 @@ def feature_shapes(
             encodings[feature.name].ids_per_sample,
             weighted=feature.weights is not None,
             mean=feature.use.pooling == "mean" and feature.weights is None,
+            steps=steps(feature.name),
         )
         for feature in features
+        if not feature.is_sequence
     )
 
 
-def block_width(features: Sequence[FeatureShape], width: int) -> int:
+def block_width(features: Sequence[FeatureShape | SequenceShape], width: int) -> int:
     """Width of the block `features`: 0 where no feature goes into it."""
     return width if any(feature.block == BLOCK for feature in features) else 0
 
@@ -88,13 +105,27 @@ class FeatureBlocks(nn.Module):
         features: What is read; numbers in the order of `Batch.numbers`.
         dim: Width of the blocks user, item and scenario.
         width: Width of the block features.
+        sequences: Sequences that are read, each pooled by a module of its own.
     """
 
-    def __init__(self, features: Sequence[FeatureShape], dim: int, width: int) -> None:
+    def __init__(
+        self,
+        features: Sequence[FeatureShape],
+        dim: int,
+        width: int,
+        sequences: Sequence[SequenceShape] = (),
+    ) -> None:
         super().__init__()
         self.features = list(features)
-        self.blocks: dict[str, list[FeatureShape]] = {}
-        for feature in features:
+        self.poolings = nn.ModuleDict(
+            {sequence.table_name: SequencePooling(sequence) for sequence in sequences}
+        )
+        self.optional = [
+            field.key for sequence in sequences for field in sequence.fields if field.optional
+        ]
+        self.blocks: dict[str, list[FeatureShape | SequenceShape]] = {}
+        read: list[FeatureShape | SequenceShape] = [*features, *sequences]
+        for feature in read:
             self.blocks.setdefault(feature.block, []).append(feature)
         self.projections = nn.ParameterDict()
         for block, members in self.blocks.items():
@@ -110,6 +141,8 @@ class FeatureBlocks(nn.Module):
         weighted: KeyedTensor | None,
         ids: KeyedJaggedTensor,
         numbers: Tensor,
+        steps: Mapping[str, JaggedTensor] | None = None,
+        present: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Projects what was looked up.
 
@@ -118,6 +151,9 @@ class FeatureBlocks(nn.Module):
             weighted: Weighted sums likewise, of the features whose ids have weights.
             ids: Of the batch, whose lengths divide means.
             numbers: float32 [B, 2 * numbers].
+            steps: Vectors per id of the tables that sequences read, by key.
+            present: Whether the steps of fields that may be missing are there, one field after the other,
+                float32 [sum of steps].
 
         Returns:
             Block to [B, width of it].
@@ -130,10 +166,19 @@ class FeatureBlocks(nn.Module):
                 vectors[name] = numbers[:, column : column + feature.width]
                 column += feature.width
                 continue
+            if feature.steps:
+                assert steps is not None
+                vectors[name] = target_vectors(steps, name)
+                continue
             source = weighted if feature.weighted and weighted is not None else pooled
             vectors[name] = source[name]
             if feature.mean:
                 vectors[name] = vectors[name] / ids[name].lengths().clamp(min=1)[:, None]
+        if self.poolings:
+            assert steps is not None and present is not None  # noqa: PT018
+            lengths = [len(steps[key].values()) for key in self.optional]
+            there = dict(zip(self.optional, present.split(lengths), strict=True))
+            vectors |= {name: pool(steps, there) for name, pool in self.poolings.items()}
         made = {}
         for block, members in self.blocks.items():
             names = [feature.table_name for feature in members]

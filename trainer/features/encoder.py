@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embeddings.ids import Vocabulary
+from embeddings.ids import IdMap, Vocabulary
 from llm_knowledge.errors import InputError
 from llm_knowledge.files import write_json
 from trainer.data.checks import find_problem
 from trainer.features.encoding import Encoding, UnusableError, options_of
 from trainer.features.ragged import Ragged
 from trainer.features.resolve import Feature
+from trainer.features.steps import ITEM, encode_steps
 
 FILE = "features.json"
 FORMAT_VERSION = 1
 IDS = "feature_ids"
 NUMBERS = "feature_numbers"
+TUPLES = ("columns", "boundaries", "fields")  # of an encoding, lists in features.json
 
 
 class FeatureEncoder:
@@ -46,6 +48,7 @@ class FeatureEncoder:
         ]
         self.lists = [encoding for encoding in encodings if encoding.kind == "ids"]
         self.numbers = [encoding for encoding in encodings if encoding.is_number]
+        self.sequences = [encoding for encoding in encodings if encoding.kind == "sequence"]
 
     @property
     def columns(self) -> list[str]:
@@ -60,35 +63,52 @@ class FeatureEncoder:
     @property
     def by_table(self) -> dict[str, Encoding]:
         """Encodings of the features that have a table, by its name."""
-        return {
-            encoding.table_name: encoding for encoding in self.encodings if not encoding.is_number
-        }
+        return {encoding.table_name: encoding for encoding in self.encodings if encoding.has_table}
 
-    def encode(self, table: pa.Table, source: Path | None = None) -> dict[str, np.ndarray | Ragged]:
+    @property
+    def item_steps(self) -> list[str]:
+        """Columns of sequences whose steps read the item table."""
+        return [
+            column
+            for encoding in self.sequences
+            for field, column in zip(encoding.fields, encoding.columns, strict=True)
+            if field == ITEM
+        ]
+
+    def encode(
+        self, table: pa.Table, source: Path | None = None, items: IdMap | None = None
+    ) -> dict[str, np.ndarray | Ragged]:
         """Encodes rows.
 
         Args:
             table: n rows with `columns`; null where a row has no value.
             source: File that they are from, for messages.
+            items: Ids of the run's item table; needed where sequences have the field item.
 
         Returns:
             "feature_ids": rows of the tables, int64 [n, single-valued features], -1 where there is no
             value; "feature_numbers": float32 [n, 2 * numbers], each with 1 behind it where it is
-            missing; and the name of each list's table to its rows, ragged [n].
+            missing; the name of each list's table to its rows, ragged [n]; and each column of a sequence
+            to the rows of its steps, see `encode_steps`.
 
         Raises:
-            InputError: A number is not finite, or a list has a null; names file, column and row.
+            InputError: A number is not finite, or a list or a sequence is not as it should be; names file,
+                column and row.
         """
         try:
             ids = [encoding.single(table) for encoding in self.single]
             numbers = [encoding.numbers(table) for encoding in self.numbers]
             lists = {encoding.table_name: encoding.ragged(table) for encoding in self.lists}
+            by_name = {encoding.name: encoding for encoding in self.encodings}
+            for sequence in self.sequences:
+                lists |= encode_steps(sequence, table, items, by_name)
         except UnusableError as error:
             column = str(error)
             problem = find_problem(source, column) if source is not None else None
             raise problem or InputError(
                 f"{source or 'a row'}: column {column!r} has a number that is not finite, a null in a list, "
-                "or weights that do not fit its ids; give a number, or null where there is none"
+                "a gap below 0, or not as many values in a row as what goes with it; give a number, or null "
+                "where there is none"
             ) from None
         shape = (len(table), 0)
         return {
@@ -173,12 +193,14 @@ def _entry(encoding: Encoding) -> dict[str, Any]:
     fields = dataclasses.fields(Encoding)
     entry = {field.name: getattr(encoding, field.name) for field in fields}
     del entry["name"], entry["vocabulary"]
-    lists = {name: list(entry[name]) for name in ("columns", "boundaries")}
+    if not entry["fields"]:  # as before there were sequences
+        del entry["fields"]
+    lists = {name: list(entry[name]) for name in TUPLES if name in entry}
     return entry | lists | {"vocabulary": encoding.vocabulary is not None}
 
 
 def _encoding(folder: Path, name: str, entry: dict[str, Any]) -> Encoding:
-    tuples = {part: tuple(entry[part]) for part in ("columns", "boundaries")}
+    tuples = {part: tuple(entry[part]) for part in TUPLES if part in entry}
     path = folder / "ids" / f"{name}.parquet"
     vocabulary = Vocabulary.load(path) if entry["vocabulary"] else None
     return Encoding(name=name, **(entry | tuples | {"vocabulary": vocabulary}))

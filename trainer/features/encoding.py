@@ -26,7 +26,7 @@ class Encoding:
 
     Attributes:
         name: Of the feature.
-        kind: id, ids, number or cross.
+        kind: id, ids, number, cross or sequence.
         columns: Columns of the events that it is made of.
         weights: Column of a list's weights, or None.
         options: What was configured, see `OPTIONS`.
@@ -37,6 +37,7 @@ class Encoding:
         boundaries: Of buckets, ascending.
         mean_weights: Whether the weights of a sample are divided by the sum of their absolute values.
         vocabulary: Ids of a vocabulary, or None.
+        fields: Of a sequence: what each of its columns says.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Encoding:
     boundaries: tuple[float, ...] = ()
     mean_weights: bool = False
     vocabulary: Vocabulary | None = None
+    fields: tuple[str, ...] = ()
 
     @property
     def table_name(self) -> str:
@@ -60,7 +62,12 @@ class Encoding:
     @property
     def is_number(self) -> bool:
         """Whether it enters as a number."""
-        return self.rows == 0
+        return self.kind == "number" and self.rows == 0
+
+    @property
+    def has_table(self) -> bool:
+        """Whether it has a table of its own; the fields of a sequence read those of items and features."""
+        return self.rows > 0
 
     @property
     def ids(self) -> IdMap:
@@ -78,7 +85,7 @@ class Encoding:
             values, missing = read_numbers(table, self.columns[0])
             buckets = np.searchsorted(np.array(self.boundaries), values, side="right") + 1
             return np.where(missing, MISSING, buckets)
-        columns = [_combined(table, column) for column in self.columns]
+        columns = [combined(table, column) for column in self.columns]
         present = ~np.any([column.is_null() for column in columns], axis=0)
         if not present.all():
             columns = [column.filter(pa.array(present)) for column in columns]
@@ -92,19 +99,19 @@ class Encoding:
         Raises:
             UnusableError: A list has a null, or weights do not fit.
         """
-        lists = _combined(table, self.columns[0])
-        lengths = _lengths(lists)
+        lists = combined(table, self.columns[0])
+        lengths = list_lengths(lists)
         flat = lists.flatten()
         if flat.null_count:
             raise UnusableError(self.columns[0])
         weights = None
         if self.weights is not None:
-            weights = self._weights(_combined(table, self.weights), lengths)
+            weights = self._weights(combined(table, self.weights), lengths)
         return Ragged(self.ids.lookup(flat), lengths, weights)
 
     def _weights(self, lists: pa.Array, lengths: np.ndarray) -> np.ndarray:
         flat = lists.flatten()
-        if flat.null_count or not np.array_equal(_lengths(lists), lengths):
+        if flat.null_count or not np.array_equal(list_lengths(lists), lengths):
             raise UnusableError(self.weights)
         weights = flat.to_numpy(zero_copy_only=False).astype(np.float32)
         if not np.isfinite(weights).all():
@@ -160,7 +167,7 @@ def read_numbers(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UnusableError: A number is not finite.
     """
-    numbers = _combined(table, column)
+    numbers = combined(table, column)
     missing = numbers.is_null().to_numpy(zero_copy_only=False)
     values = pc.fill_null(numbers, 0.0).to_numpy(zero_copy_only=False).astype(np.float64)
     if not np.isfinite(values).all():
@@ -168,12 +175,14 @@ def read_numbers(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
     return values, missing
 
 
-def _lengths(lists: pa.Array) -> np.ndarray:
+def list_lengths(lists: pa.Array) -> np.ndarray:
+    """Lengths of lists, 0 of a null, int64 [n]."""
     lengths = pc.fill_null(lists.value_lengths(), 0)
     return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _combined(table: pa.Table, column: str) -> pa.Array:
+def combined(table: pa.Table, column: str) -> pa.Array:
+    """A column as one array."""
     values = table[column].combine_chunks()
     if isinstance(values, pa.ChunkedArray):  # an empty column combines to a chunked array
         return pa.array([], type=values.type)

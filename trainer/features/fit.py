@@ -53,8 +53,11 @@ def fit_encoder(
             feature.weights,
             options_of(feature),
             mean_weights=feature.weights is not None and feature.use.pooling == "mean",
+            fields=feature.fields,
         )
-        if feature.kind != "number":
+        if feature.is_sequence:
+            encoding = replace(encoding, ids_per_sample=_mean_length(files, feature.columns[0]))
+        elif feature.kind != "number":
             encoding = _with_ids(encoding, feature, files)
         encodings[feature.name] = encoding
     for feature in numbers:
@@ -75,10 +78,7 @@ def fit_encoder(
 def _with_ids(encoding: Encoding, feature: Feature, files: list[Path]) -> Encoding:
     column = encoding.columns[0]
     if encoding.kind == "ids":
-        mean = _query(
-            files, column, f"SELECT sum(coalesce(len({column}), 0)) / count(*) FROM FILES"
-        )
-        encoding = replace(encoding, ids_per_sample=float(mean.column(0)[0].as_py() or 0.0))
+        encoding = replace(encoding, ids_per_sample=_mean_length(files, column))
     if feature.use.rows is not None:
         return replace(encoding, rows=feature.use.rows)
     least = feature.use.min_count or 1
@@ -102,6 +102,11 @@ def _with_ids(encoding: Encoding, feature: Feature, files: list[Path]) -> Encodi
         )["id"].combine_chunks()
     vocabulary = Vocabulary(ids)
     return replace(encoding, vocabulary=vocabulary, rows=vocabulary.rows)
+
+
+def _mean_length(files: list[Path], column: str) -> float:
+    mean = _query(files, column, f"SELECT sum(coalesce(len({column}), 0)) / count(*) FROM FILES")
+    return float(mean.column(0)[0].as_py() or 0.0)
 
 
 def _query(files: list[Path], column: str, query: str) -> pa.Table:

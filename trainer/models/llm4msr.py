@@ -12,7 +12,8 @@ from embeddings.zero_collision.remap import ZeroCollisionTables
 from trainer.config.levels import ITEM, USER
 from trainer.config.model import MetaConfig, ModelConfig
 from trainer.data.loading.batch import Batch
-from trainer.features.block import BLOCK, FeatureBlocks, block_width
+from trainer.features.block import BLOCK, FeatureBlocks, FeatureShape, block_width
+from trainer.features.pooling import SequenceShape
 from trainer.models import BACKBONES
 from trainer.models.layers import BottomWidth
 from trainer.models.meta import (
@@ -200,13 +201,16 @@ class DenseModel(nn.Module):
         self.label_weights = shapes.label_weights
         self.scenario_embedding = nn.Embedding(shapes.scenarios, dim)
         nn.init.normal_(self.scenario_embedding.weight, std=0.1)
-        width = BottomWidth(dim, block_width(shapes.features, shapes.features_width))
+        read: list[FeatureShape | SequenceShape] = [*shapes.features, *shapes.sequences]
+        width = BottomWidth(dim, block_width(read, shapes.features_width))
         self.backbone = BACKBONES[config.backbone](
             width, shapes.scenarios, config.hidden, config.dropout, shapes.tasks
         )
         self.meta = MetaNetworks(config.meta, shapes, width, dim) if config.meta.enabled else None
         self.features = (
-            FeatureBlocks(shapes.features, dim, shapes.features_width) if shapes.features else None
+            FeatureBlocks(shapes.features, dim, shapes.features_width, shapes.sequences)
+            if read
+            else None
         )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -222,19 +226,20 @@ class DenseModel(nn.Module):
     def forward(
         self,
         pooled: KeyedTensor,
-        sequences: dict[str, JaggedTensor],
+        sequences: list[dict[str, JaggedTensor]],
         vectors: KeyedTensor | None,
         batch: Batch,
         weighted: KeyedTensor | None = None,
     ) -> tuple[Tensor, Predictions]:
         """Returns the loss (a sum over samples divided by the batch size) and the predictions."""
+        steps = {key: part for collection in sequences for key, part in collection.items()}
         products = (
             torch.autocast(batch.label.device.type, torch.bfloat16)
             if self.autocast
             else nullcontext()
         )
         with products:
-            logits, extra, known = self._score(pooled, sequences, vectors, batch, weighted)
+            logits, extra, known = self._score(pooled, steps, vectors, batch, weighted)
         logits = logits.to(batch.label.dtype)
         # Divided by the batch size, not by the number of samples: on every rank and in a last, padded
         # batch each sample counts once and equally.
@@ -287,7 +292,9 @@ class DenseModel(nn.Module):
             scenario = scenario + meta.scenario_as_input(batch.scenario_knowledge)
         added: dict[str, Tensor] = {}
         if self.features is not None:
-            added = self.features(pooled, weighted, batch.ids, batch.numbers)
+            added = self.features(
+                pooled, weighted, batch.ids, batch.numbers, sequences, batch.present
+            )
             user = user + added.get("user", 0.0)
             item = item + added.get("item", 0.0)
             scenario = scenario + added.get("scenario", 0.0)
@@ -333,16 +340,25 @@ class LLM4MSR(nn.Module):
         autocast: bool = False,
     ) -> None:
         super().__init__()
+        of_items = [
+            (key, sequence.steps)
+            for sequence in shapes.sequences
+            for key in sequence.keys_that_read("item")
+        ]
         ids = [
             Table("user", shapes.user_rows, dim, ("user",)),
             Table(
                 "item",
                 shapes.item_rows,
                 dim,
-                ("item", "history"),
+                ("item", "history", *(key for key, _ in of_items)),
                 sequence=True,
                 # The planner wants more than no ids of a feature that is never fed any.
-                ids_per_sample=(1, shapes.history_length or 1e-3),
+                ids_per_sample=(
+                    1,
+                    shapes.history_length or 1e-3,
+                    *(max(count, 1e-3) for _, count in of_items),
+                ),
             ),
         ]
         frozen = [
@@ -351,12 +367,14 @@ class LLM4MSR(nn.Module):
             if shape
         ]
         of_features = [feature.table() for feature in shapes.features if feature.rows]
+        of_features += [table for sequence in shapes.sequences for table in sequence.gap_table()]
         weighted = [table for table in of_features if table.weighted]
+        steps = [table for table in of_features if table.sequence]
         self.tables = [*ids, *of_features, *frozen]
         self.row_owners = row_owners
         self.sparse = SparseFeatures(
-            pooled=[ids[0], *(table for table in of_features if not table.weighted)],
-            sequences=ids[1:],
+            pooled=[ids[0], *(one for one in of_features if not (one.weighted or one.sequence))],
+            sequences=[*ids[1:], *steps],
             weighted=weighted,
             init_std=init_std,
             hash_zch=hash_zch,

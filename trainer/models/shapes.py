@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trainer.features.block import FeatureShape
+from trainer.features.pooling import SequenceShape
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Shapes:
         scenario_stores: Which of the stores by date a row of it is of, int64 [rows], or None.
         label_weights: Weight in the loss of each further label; the first label's is 1.
         features: What is read besides.
+        sequences: Sequences that are read besides.
         features_width: Width of the block that features enter.
     """
 
@@ -36,6 +38,7 @@ class Shapes:
     scenario_stores: Tensor | None = None
     label_weights: tuple[float, ...] = ()
     features: tuple[FeatureShape, ...] = ()
+    sequences: tuple[SequenceShape, ...] = ()
     features_width: int = 0
 
     @property

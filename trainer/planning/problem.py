@@ -179,8 +179,9 @@ def problem_of_config(
         InputError: If configuration, data or stores are not as they should be.
     """
     from trainer.data.dataset import validate_dataset
-    from trainer.features.block import feature_shapes
+    from trainer.features.block import BLOCK, feature_shapes
     from trainer.features.fit import fit_encoder
+    from trainer.features.pooling import sequence_shapes
     from trainer.features.resolve import resolve_features
     from trainer.models.llm4msr import LLM4MSR
     from trainer.run.build import make_shapes
@@ -206,6 +207,7 @@ def problem_of_config(
         config.data.labels,
         config.features,
         feature_shapes(features, encoder),
+        sequence_shapes(features, encoder, config.tables.dim, BLOCK),
     )
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     hardware = absent_cluster(_with_memory(config.hardware, hbm_gib), cluster)

@@ -170,7 +170,8 @@ class SerialStep:
     def _embed(self, batch: Batch) -> None:
         """Lookups; every result is cut off from what made it, so that gradients can wait as well."""
         model = self._model
-        inputs = [(model.sparse.pooled, batch.ids), (model.sparse.sequences, batch.ids)]
+        inputs = [(model.sparse.pooled, batch.ids)]
+        inputs += [(collection, batch.ids) for collection in model.sparse.sequence_collections]
         if model.sparse.weighted is not None:
             inputs.append((model.sparse.weighted, batch.weighted))
         self._trained = len(inputs)
@@ -214,9 +215,11 @@ class SerialStep:
 
         parts = list(dense.meta.children()) if dense.meta is not None else []
         hooks = [part.register_forward_pre_hook(catch, with_kwargs=True) for part in parts]
-        weighted = self._used[2] if self._trained > 2 else None
+        last = 1 + len(self._model.sparse.sequence_collections)
+        sequences = self._used[1:last]
+        weighted = self._used[last] if self._trained > last else None
         loss, _ = self._timed(
-            "dense forward", lambda: dense(*self._used[:2], known, batch, weighted)
+            "dense forward", lambda: dense(self._used[0], sequences, known, batch, weighted)
         )
         for hook in hooks:
             hook.remove()

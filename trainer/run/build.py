@@ -36,14 +36,21 @@ from trainer.config.train import TrainConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.loading.row_encoder import KnowledgeJoin, RowEncoder
 from trainer.distributed.process_group import Runtime, on_all_ranks
-from trainer.features.block import FeatureShape, feature_shapes
+from trainer.features.block import BLOCK, FeatureShape, feature_shapes
 from trainer.features.encoder import FeatureEncoder
+from trainer.features.pooling import SequenceShape, sequence_shapes
 from trainer.models.llm4msr import KNOWLEDGE_PREFIX, LLM4MSR, DenseModel
 from trainer.models.meta import standardise
 from trainer.models.shapes import Shapes
 from trainer.run.features import run_encoder
 from trainer.run.hardware import this_cluster
-from trainer.run.id_tables import IdUse, hash_zch, id_maps, zero_collision_tables
+from trainer.run.id_tables import (
+    IdUse,
+    hash_zch,
+    id_maps,
+    readers_of_tables,
+    zero_collision_tables,
+)
 from trainer.run.inputs import Inputs
 from trainer.run.precision import choose_precision, set_precision
 from trainer.run.session import Run
@@ -56,10 +63,18 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     features = run_encoder(inputs.features, config.data, train.start_from, folder, runtime)
     encoder = _row_encoder(config.data, config.features.history, dataset, stores, ids, features)
     rows = {level: id_map.rows for level, id_map in ids.items()}
-    feature_blocks = feature_shapes(inputs.features, features)
-    shapes = make_shapes(dataset, stores, rows, config.data.labels, config.features, feature_blocks)
+    shapes = make_shapes(
+        dataset,
+        stores,
+        rows,
+        config.data.labels,
+        config.features,
+        feature_shapes(inputs.features, features),
+        sequence_shapes(inputs.features, features, config.tables.dim, BLOCK),
+    )
     torch.manual_seed(train.seed)
-    owners = zero_collision_tables(config.tables, ids, config.data.streams, train.seed)
+    readers = readers_of_tables(features.item_steps)
+    owners = zero_collision_tables(config.tables, ids, config.data.streams, train.seed, readers)
     precision = choose_precision(train.precision, runtime.device.type)
     set_precision(precision)
     model = LLM4MSR(
@@ -102,12 +117,16 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         plan=plan_text,
         model=sharded,
         optimizer=optimizer,
-        id_use=IdUse(
-            encoding.table_name
-            for encoding in features.encodings
-            if not encoding.is_number and not encoding.weights
-        ),
+        id_use=_id_use(features),
         pipeline=pipeline_of(tables)(sharded, optimizer, runtime.device, execute_all_batches=True),
+    )
+
+
+def _id_use(features: FeatureEncoder) -> IdUse:
+    """What counts unknown ids, of the item table and of unweighted features with the steps that read them."""
+    tables = [one for one in features.encodings if one.has_table and not one.weights]
+    return IdUse(
+        readers_of_tables(features.item_steps) | {t.table_name: (t.table_name,) for t in tables}
     )
 
 
@@ -176,6 +195,7 @@ def make_shapes(
     label_weights: Mapping[str, float],
     config: FeaturesConfig,
     features: tuple[FeatureShape, ...],
+    sequences: tuple[SequenceShape, ...],
 ) -> Shapes:
     """What data, stores and rows of the id tables ("user", "item") say about the model's size."""
     scenario_store = stores.get("scenario")
@@ -194,6 +214,7 @@ def make_shapes(
         else None,
         label_weights=tuple(label_weights.values()),
         features=features,
+        sequences=sequences,
         features_width=config.width,
     )
 

@@ -21,7 +21,8 @@ from trainer.config.tables import TablesConfig
 from trainer.distributed.process_group import Runtime, on_all_ranks
 from trainer.run.features import training_files
 
-FEATURES = {"user": ("user",), "item": ("item", "history")}  # of a batch, by the table they read
+# Keys of a batch by the table that they read; sequences add to them, see `readers_of_tables`.
+FEATURES = {"user": ("user",), "item": ("item", "history")}
 
 
 def id_maps(
@@ -80,8 +81,17 @@ def assigned_rows(tables: TablesConfig, buckets: int) -> dict[str, int]:
     return {level: max(-(-rows // buckets), 2) * buckets for level, rows in configured.items()}
 
 
+def readers_of_tables(item_steps: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Keys of a batch by the table of ids that they read: `item_steps` are sequences of items."""
+    return FEATURES | {"item": (*FEATURES["item"], *item_steps)}
+
+
 def zero_collision_tables(
-    tables: TablesConfig, ids: dict[str, IdMap], buckets: int, seed: int
+    tables: TablesConfig,
+    ids: dict[str, IdMap],
+    buckets: int,
+    seed: int,
+    readers: dict[str, tuple[str, ...]] | None = None,
 ) -> ZeroCollisionTables | None:
     """Makes the row owners of the run's tables, or None where ids have fixed rows; collective.
 
@@ -90,6 +100,7 @@ def zero_collision_tables(
         ids: The id maps of the run by level.
         buckets: The streams of the data: both bound the numbers of ranks that can continue a run.
         seed: Of the vectors that reassigned rows begin with.
+        readers: Keys of a batch by the table that they read; None: without sequences.
     """
     options = tables.zero_collision
     if tables.ids != "zero_collision":
@@ -106,7 +117,7 @@ def zero_collision_tables(
         )
         for level in FEATURES
     }
-    return ZeroCollisionTables(policies, FEATURES, tables.init_std, seed)
+    return ZeroCollisionTables(policies, readers or FEATURES, tables.init_std, seed)
 
 
 def hash_zch(tables: TablesConfig, buckets: int) -> HashZch | None:
@@ -151,11 +162,11 @@ class IdUse:
     """Counts, on the host, how many ids of the batches have no row of their own.
 
     Args:
-        feature_tables: Tables of features, each read by the ids of its name.
+        readers: Keys of a batch by the table that they read.
     """
 
-    def __init__(self, feature_tables: Iterable[str] = ()) -> None:
-        self._read = FEATURES | {table: (table,) for table in feature_tables}
+    def __init__(self, readers: dict[str, tuple[str, ...]] | None = None) -> None:
+        self._read = readers or FEATURES
         self._counts = {table: [0, 0] for table in self._read}
 
     def count(self, ids: KeyedJaggedTensor) -> None:

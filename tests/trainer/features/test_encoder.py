@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embeddings.ids import HashedIds
+from embeddings.ids import HashedIds, Vocabulary
 from llm_knowledge.errors import InputError
 from tests.helpers.feature_data import prepare_features
 from tests.helpers.paths import ROOT
@@ -23,6 +23,7 @@ from trainer.features.encoding import combine_ids, salt_of
 from trainer.features.fit import fit_encoder
 from trainer.features.ragged import Ragged
 from trainer.features.resolve import resolve_features
+from trainer.features.steps import GAP_ROWS, gap_rows
 
 USE = {
     "age": FeatureUse(transform="log", scale="standard"),
@@ -170,16 +171,93 @@ def test_later_events_do_not_reach_the_encoder(
     assert other.fingerprint != encoder.fingerprint
 
 
+# ---------------------------------------------------------------- sequences
+
+
+@pytest.fixture(scope="module")
+def items(data: Path) -> Vocabulary:
+    seen = rows(data, *TRAINED)["item_id"].unique().to_pylist()
+    return Vocabulary(pa.array(sorted(seen)[1:], pa.int64()))  # one is unknown
+
+
+@pytest.fixture(scope="module")
+def with_sequences(data: Path) -> FeatureEncoder:
+    use = USE | {"clicks": FeatureUse(), "seen": FeatureUse(pooling="sum", fields=["gap", "city"])}
+    features = resolve_features(FeaturesConfig(use=use), open_dataset(data))
+    return fit_encoder(features, files(data, *TRAINED))
+
+
+def test_steps_read_the_tables_of_items_features_and_gaps(
+    data: Path, with_sequences: FeatureEncoder, items: Vocabulary
+) -> None:
+    test = rows(data, "test")
+    encoded = with_sequences.encode(test, items=items)
+    tables = {
+        "item": dict(zip(items.keys.to_pylist(), range(1, 99), strict=False)),
+        **{
+            name: dict(
+                zip(
+                    with_sequences.by_table[f"feature_{name}"].vocabulary.keys.to_pylist(),
+                    range(1, 99),
+                    strict=False,
+                )
+            )
+            for name in ("author", "city")
+        },
+    }
+    assert "sequence_seen_item" not in encoded  # left out by `fields`
+    missing = set()
+    for column in ("clicks_item", "clicks_author", "clicks_gap", "seen_city", "seen_gap"):
+        steps, field = encoded[f"sequence_{column}"], column.split("_")[1]
+        begin = 0
+        for number, values in enumerate(test[f"sequence_{column}"].to_pylist()):
+            end = begin + steps.lengths[number]
+            if field == "gap":
+                wanted = [1 + min(gap.bit_length(), 32) for gap in values]
+            else:
+                wanted = [tables[field].get(value, 0) for value in values]
+            assert steps.values[begin:end].tolist() == wanted
+            if field in ("author", "city"):
+                there = [float(value is not None) for value in values]
+                assert steps.weights[begin:end].tolist() == there
+                missing |= set(there)
+            begin = end
+        assert begin == len(steps.values) > 100
+    assert missing == {0.0, 1.0}
+    assert gap_rows(np.array([0, 1, 2, 3, 4, 2**40])).tolist() == [1, 2, 3, 3, 4, GAP_ROWS - 1]
+    with pytest.raises(ValueError, match="'sequence_clicks_item' holds items"):
+        with_sequences.encode(test)
+
+
+def test_a_sequence_that_no_encoder_takes_is_named(
+    data: Path, with_sequences: FeatureEncoder, items: Vocabulary, tmp_path: Path
+) -> None:
+    table = rows(data, "test")
+    for column, change in (
+        ("sequence_clicks_item", lambda steps: [None, *steps[1:]]),
+        ("sequence_clicks_author", lambda steps: steps[1:]),
+        ("sequence_clicks_gap", lambda steps: [-1, *steps[1:]]),
+    ):
+        values = table[column].to_pylist()
+        values[9] = change(values[9])
+        place, field = table.schema.get_field_index(column), table.schema.field(column)
+        changed = table.set_column(place, field, pa.array(values, field.type))
+        with pytest.raises(InputError, match=column):
+            with_sequences.encode(changed, items=items)
+
+
 PROCESS = """
 import json, sys
 from pathlib import Path
 import pyarrow.parquet as pq
+from embeddings.ids import Vocabulary
 from trainer.features.encoder import FeatureEncoder
 encoder = FeatureEncoder.load(Path(sys.argv[1]))
+items = Vocabulary.load(Path(sys.argv[1], "ids", "item.parquet"))
 table = pq.read_table(sys.argv[2], columns=encoder.columns)
 size, made = int(sys.argv[3]), {}
 for start in range(0, len(table), size):
-    for name, part in encoder.encode(table.slice(start, size)).items():
+    for name, part in encoder.encode(table.slice(start, size), items=items).items():
         ragged = name not in ("feature_ids", "feature_numbers")
         arrays = {"": part} if not ragged else vars(part)
         for field, values in arrays.items():
@@ -192,15 +270,17 @@ print(json.dumps([encoder.fingerprint, made]))
 
 @pytest.mark.parametrize("size", [1, 7, 65_536])
 def test_a_fresh_process_encodes_raw_rows_alike(
-    data: Path, encoder: FeatureEncoder, tmp_path: Path, size: int
+    data: Path, with_sequences: FeatureEncoder, items: Vocabulary, tmp_path: Path, size: int
 ) -> None:
+    encoder = with_sequences
     encoder.save(tmp_path)
+    items.save(tmp_path / "ids" / "item.parquet")
     file = files(data, "test")[0]
     words = [sys.executable, "-c", PROCESS, str(tmp_path), str(file), str(size)]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     fingerprint, made = json.loads(run.stdout)
     assert fingerprint == encoder.fingerprint == FeatureEncoder.load(tmp_path).fingerprint
-    for name, part in encoder.encode(pq.read_table(file)).items():
+    for name, part in encoder.encode(pq.read_table(file), items=items).items():
         arrays = vars(part) if isinstance(part, Ragged) else {"": part}
         for field, values in arrays.items():
             if values is not None:
@@ -271,6 +351,15 @@ def test_a_damaged_encoder_and_one_of_other_features_are_refused(
         ({"x": {"cross": ["city", "tags"]}}, r"x\.cross: 'tags' is not a feature of kind id"),
         ({"x": {"cross": ["city", "city"]}}, "names a feature twice"),
         ({"city": {"cross": ["city", "user"]}}, "call the cross otherwise"),
+        ({"clicks": {}}, r"field author reads .* add features\.use\.author, or leave it out"),
+        ({"clicks": {"fields": ["city"]}}, r"clicks\.fields: 'city' is no field of the sequence"),
+        ({"clicks": {"fields": ["gap"]}}, "a gap alone has no target: use sum or mean"),
+        ({"clicks": {"fields": ["item", "item"]}}, "names a field twice"),
+        ({"clicks": {"fields": ["item"], "dim": 8}}, r"clicks\.dim: is the width of the field gap"),
+        ({"clicks": {"ids": "vocabulary"}}, r"clicks\.ids: would be ignored by a sequence"),
+        ({"tags": {"pooling": "attention"}}, "attention is of sequences; use sum or mean"),
+        ({"tags": {"fields": ["item"]}}, r"tags\.fields: would be ignored by kind ids"),
+        ({"seen": {"cross": ["city", "user"]}}, "call the cross otherwise"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(data: Path, use: dict, says: str) -> None:

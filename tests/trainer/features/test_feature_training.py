@@ -25,7 +25,9 @@ from trainer.evaluation.metrics import write_evaluation
 from trainer.features.block import FeatureBlocks, FeatureShape
 from trainer.features.encoder import IDS, NUMBERS, FeatureEncoder
 from trainer.features.encoding import Encoding
+from trainer.features.pooling import FieldShape, SequenceShape
 from trainer.features.ragged import Ragged
+from trainer.features.steps import GAP_ROWS
 from trainer.models import BACKBONES
 from trainer.models.llm4msr import LLM4MSR
 from trainer.models.shapes import Shapes
@@ -37,7 +39,7 @@ from trainer.training.scoring import predict
 USE = (
     "{age: {transform: log, scale: standard}, city: {dim: 4}, tags: {pooling: mean}, "
     "words: {pooling: mean, ids: hash, rows: 50}, author: {into: item}, price: {buckets: 4, dim: 12}, "
-    "place: {cross: [city, author, scenario]}}"
+    "place: {cross: [city, author, scenario]}, clicks: {pooling: attention, dim: 4}}"
 )
 
 
@@ -101,7 +103,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run: Path, data: Path, tmp_pat
 def test_a_feature_more_changes_no_score_at_the_start(
     run: Path, data: Path, tmp_path: Path
 ) -> None:
-    use = USE.replace("{age:", "{device: {cross: [user, city]}, age:")
+    # The table of cities moves from the sums to the sequences, which have another width.
+    use = USE.replace("{age:", "{device: {cross: [user, city]}, seen: {into: user}, age:")
     changes = {"train__start_from": run, "train__learning_rate": "1.0e-30"}
     frozen = {
         "tables__learning_rate": "1.0e-30",
@@ -112,6 +115,10 @@ def test_a_feature_more_changes_no_score_at_the_start(
     assert predictions(other) == pytest.approx(predictions(run), abs=1e-7)
     carried = json.loads((other / "start_from.json").read_text())
     assert any("feature_device" in name for name in carried["fresh"])
+    assert any("sequence_seen" in name for name in carried["fresh"])
+    names = carried["fresh"] + carried["left"]
+    assert not any(name.endswith("feature_city.weight") for name in names)
+    assert carried["tables"]["gap_clicks"]["carried"] == GAP_ROWS
     assert carried["tables"]["feature_city"]["carried"] == 6
     moments = [
         json.loads((one / "features.json").read_text())["features"]["age"] for one in (run, other)
@@ -143,7 +150,10 @@ def test_a_plan_has_the_tables_of_the_run(run: Path) -> None:
     trained = {table["table"]: (table["rows"], table["dim"]) for table in
                json.loads((run / "plan.json").read_text())}  # fmt: skip
     assert planned == trained
-    assert {"feature_tags", "feature_place", "feature_price"} <= set(planned)
+    assert {"feature_tags", "feature_place", "feature_price", "gap_clicks"} <= set(planned)
+    readers = {table.name: table.features for table in problem.tables if table.sequence}
+    assert readers["item"] == ("item", "history", "sequence_clicks_item")
+    assert readers["feature_author"] == ("feature_author", "sequence_clicks_author")
     assert [table.name for table in problem.tables if table.weighted] == ["feature_tags"]
 
 
@@ -221,8 +231,23 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 FEATURES = (
     FeatureShape("city", 4, "features", 5),
+    FeatureShape("author", 8, "item", 6, steps=(("sequence_clicks_author", 2.0),)),
     FeatureShape("tags", 8, "features", 6, 2.0, mean=True),
     FeatureShape("age", 2, "user"),
+)
+
+
+SEQUENCES = (
+    SequenceShape(
+        "clicks",
+        "attention",
+        "features",
+        (
+            FieldShape("sequence_clicks_item", 4, "item"),
+            FieldShape("sequence_clicks_author", 8, "feature_author", optional=True),
+            FieldShape("sequence_clicks_gap", 4),
+        ),
+    ),
 )
 
 
@@ -233,7 +258,12 @@ def small_batch(encodings: list[Encoding]):
         "label": np.array([0, 1, 1, 0], np.float32), "extra_labels": np.zeros((count, 0), np.float32),
         "history": np.zeros((count, 3), np.int64), "history_length": np.array([0, 1, 3, 2]),
         **{f"{level}_knowledge": np.full(count, -1) for level in ("user", "item", "scenario")},
-        IDS: np.array([[1], [-1], [0], [4]]),
+        IDS: np.array([[1, 2], [-1, 3], [0, -1], [4, 5]]),
+        "sequence_clicks_item": Ragged(np.array([1, 2, 5]), np.array([2, 0, 1, 0])),
+        "sequence_clicks_author": Ragged(
+            np.array([3, 0, 0]), np.array([2, 0, 1, 0]), np.array([1, 0, 1], np.float32)
+        ),
+        "sequence_clicks_gap": Ragged(np.array([4, 9, 2]), np.array([2, 0, 1, 0])),
         NUMBERS: np.array([[1, 0], [0, 1], [2, 0], [-1, 0]], np.float32),
         "feature_tags": Ragged(np.array([1, 2, 3]), np.array([2, 0, 1, 0])),
     }  # fmt: skip
@@ -242,17 +272,24 @@ def small_batch(encodings: list[Encoding]):
 
 ENCODINGS = [
     Encoding("city", "id", ("feature_city",), rows=5),
+    Encoding("author", "id", ("feature_author",), rows=6),
     Encoding("tags", "ids", ("feature_tags",), rows=6),
     Encoding("age", "number", ("feature_age",)),
+    Encoding(
+        "clicks",
+        "sequence",
+        tuple(field.key for field in SEQUENCES[0].fields),
+        fields=("item", "author", "gap"),
+    ),
 ]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_takes_features(name: str) -> None:
     torch.manual_seed(0)
-    shapes = Shapes(6, 6, 3, 2, features=FEATURES, features_width=8)
+    shapes = Shapes(6, 6, 3, 2, features=FEATURES, sequences=SEQUENCES, features_width=8)
     model = LLM4MSR(ModelConfig(backbone=name, hidden=[32, 16], dropout=0.0), shapes, 4, 0.1)
-    tables = [table for table in (model.sparse.pooled, model.sparse.sequences)]
+    tables = [model.sparse.pooled, *model.sparse.sequence_collections]
     for table in tables:
         table.to_empty(device="cpu")
         for weight in table.parameters():
@@ -261,18 +298,23 @@ def test_every_backbone_takes_features(name: str) -> None:
     loss, found = model(batch)
     loss.backward()
     for name_, weight in model.named_parameters():
-        if "feature" in name_:
+        if "feature" in name_ or "gap_" in name_:
             assert weight.grad is not None, name_
             assert weight.grad.abs().sum() > 0, name_
     batch.numbers[0, 0] += 1.0
     changed = model(batch)[1].logits
     assert not torch.equal(changed[0], found.logits[0])
     torch.testing.assert_close(changed[1:], found.logits[1:])
+    batch.present[2] = 0.0  # of the third sample's only step
+    missing = model(batch)[1].logits
+    assert not torch.equal(missing[2], changed[2])
+    torch.testing.assert_close(missing[[0, 1, 3]], changed[[0, 1, 3]])
 
 
 def test_features_are_summed_projections() -> None:
     torch.manual_seed(1)
-    blocks = FeatureBlocks(FEATURES, dim=4, width=8)
+    features = [FEATURES[0], *FEATURES[2:]]
+    blocks = FeatureBlocks(features, dim=4, width=8)
     batch = small_batch(ENCODINGS)
     city, tags = torch.randn(5, 4), torch.randn(5, 8)
     made = blocks({"feature_city": city, "feature_tags": tags}, None, batch.ids, batch.numbers)

@@ -30,6 +30,8 @@ class Batch(Pipelineable):
         weight: 1 for a sample, 0 for padding, float32 [B].
         extra_labels: Further labels, 0 or 1, float32 [B, E].
         numbers: Number features, each with 1 behind it where it is missing, float32 [B, 2 N].
+        present: Of the steps of sequences that may have no value, 1 where they have one, else 0, one field
+            after the other, float32.
         weighted: Table rows of the features whose ids have weights.
         fresh: Rows that were given to new ids for this batch, to be cleaned before its lookup.
     """
@@ -42,6 +44,7 @@ class Batch(Pipelineable):
     weight: Tensor
     extra_labels: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    present: Tensor = field(default_factory=lambda: torch.empty(0))
     weighted: KeyedJaggedTensor = field(default_factory=no_ids)
     fresh: ReassignedRows = field(default_factory=ReassignedRows)
 

@@ -129,7 +129,7 @@ class RowEncoder:
             "history": _last_columns(flat, lengths, self.history_length),
             "history_length": np.minimum(lengths, self.history_length),
             **joined,
-            **self.features.encode(table, source),
+            **self.features.encode(table, source, self.items),
         }
 
     def collate(self, rows: Rows, batch_size: int) -> Batch:
@@ -161,7 +161,13 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
     present[:count] = 1
 
     ragged = {name: values for name, values in encoded.items() if isinstance(values, Ragged)}
-    weighted = {name: encoding for name, encoding in ragged.items() if encoding.weights is not None}
+    steps = {column: ragged[column] for one in features.sequences for column in one.columns}
+    there = [values.weights for values in steps.values() if values.weights is not None]
+    weighted = {
+        name: values
+        for name, values in ragged.items()
+        if values.weights is not None and name not in steps
+    }
 
     def padded(values: np.ndarray, fill: int = 0) -> torch.Tensor:
         full = np.full((batch_size, *values.shape[1:]), fill, dtype=values.dtype)
@@ -181,7 +187,7 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
             **{
                 name: (encoding.values, padded(encoding.lengths).numpy())
                 for name, encoding in ragged.items()
-                if encoding.weights is None
+                if name not in weighted
             },
         }
     )
@@ -201,6 +207,7 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
         weight=torch.from_numpy(present.astype(np.float32)),
         extra_labels=padded(rows["extra_labels"]),
         numbers=padded(rows[NUMBERS]),
+        present=torch.from_numpy(np.concatenate(there)) if there else torch.empty(0),
         weighted=_keyed(
             {
                 name: (encoding.values, padded(encoding.lengths).numpy())
