@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         advice = "; make room or choose another place" if error.errno in NO_ROOM else ""
         _say(f"error: {error.filename or 'a file of this command'}: {error.strerror}{advice}")
         return INPUT_WAS_WRONG
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         if not _is_out_of_memory(error):
             raise
         logging.getLogger("launch").debug("where it happened:", exc_info=True)
@@ -98,13 +98,14 @@ def check_processes(processes: int) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the machine has not what the configuration asks for; torch has several words for it."""
+    """Whether no machine, or not this one, has the memory that is asked for: libraries have many words."""
     words = str(error)
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "DefaultCPUAllocator" in words
         or "CUDA out of memory" in words
+        or "array is too big" in words  # of NumPy, beyond any address
     )
 
 

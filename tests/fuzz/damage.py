@@ -211,7 +211,7 @@ def json_value(draw: Random, file: Path) -> None:
         else:
             content = odd_value(draw, json.loads(file.read_text(encoding="utf-8")))
             file.write_text(json.dumps(content), encoding="utf-8")
-    except (ValueError, UnicodeDecodeError):  # damaged before
+    except (ValueError, RecursionError):  # damaged before
         file.write_text("[" * 5000)
 
 
