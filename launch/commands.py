@@ -144,8 +144,25 @@ def verify_stores(options: argparse.Namespace, words: list[str]) -> int | None:
         for store in store_paths(path):
             verify(store)
             print(f"{store}: every check passed")
+            _tell_spread(store)
         DatedStores.open(path)  # those of one directory belong together
     return None
+
+
+def _tell_spread(path: Path) -> None:
+    """Warns of a store whose rows are nearly alike, or all the same."""
+    from llm_knowledge.store.reader import KnowledgeStore
+    from llm_knowledge.store.spread import spread_of
+
+    spread = spread_of(KnowledgeStore.open(path))
+    if spread is not None and spread.is_alike:
+        logger.warning(
+            "%s: two rows have a mean cosine of %.3f, their effective rank is %.0f: they are told apart only "
+            "once centred (knowledge.centre, on by default)",
+            path,
+            spread.mean_cosine,
+            spread.effective_rank,
+        )
 
 
 def shuffle_store(options: argparse.Namespace, words: list[str]) -> int | None:

@@ -12,6 +12,7 @@ import numpy as np
 from llm_knowledge.errors import InputError
 from llm_knowledge.store.neighbours import nearest
 from llm_knowledge.store.reader import NO_CUTOFF, KnowledgeStore
+from llm_knowledge.store.spread import spread_of
 
 
 def inspect_store(
@@ -66,6 +67,12 @@ def _summary(store: KnowledgeStore) -> Iterator[str]:
     )
     yield f"  template    {m.template.name} version {m.template.version} ({m.template.hash[:8]}...)"
     yield f"  cut-off     {m.cutoff.kind}{span}"
+    if (spread := spread_of(store)) is not None:
+        alike = ": hardly apart until they are centred, as training does" if spread.is_alike else ""
+        yield (
+            f"  spread      mean cosine of two rows {spread.mean_cosine:.3f}, effective rank "
+            f"{spread.effective_rank:.0f}{alike}"
+        )
     yield f"  fingerprint {store.fingerprint}"
     if m.note:
         yield f"  note        {m.note}"

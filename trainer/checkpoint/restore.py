@@ -44,6 +44,11 @@ def load_checkpoint(checkpoint: Path, run: Run) -> LoopState:
             f"configuration names {run.fingerprints or 'none'}; point knowledge.* at the stores it was "
             "trained with, or start anew"
         )
+    if description.get("means") != run.means_fingerprint:
+        raise InputError(
+            f"{checkpoint}: was trained with other means of its stores than those in {run.folder}/"
+            "knowledge_means.safetensors: vectors would mean something else; put the run's own file back"
+        )
     if description.get("features") != run.features_fingerprint:
         raise InputError(
             f"{checkpoint}: was trained with another encoder of features than {run.folder}/features.json "

@@ -215,6 +215,7 @@ def describe(run: Run, state: LoopState) -> dict[str, Any]:
         "world_size": run.runtime.world_size,
         "tables": [asdict(table) for table in run.tables],
         "fingerprints": run.fingerprints,
+        **({"means": run.means_fingerprint} if run.means_fingerprint else {}),
         **({"features": run.features_fingerprint} if run.features_fingerprint else {}),
         "config": run.config.model_dump(),
         "versions": versions(),

@@ -77,6 +77,11 @@ class KnowledgeConfig(Section):
         default=None, description="Store with one vector per scenario; or dated ones, as for users."
     )
     item: str | None = Field(default=None, description="Store with one vector per item.")
+    centre: bool = Field(
+        default=True,
+        description="Whether the mean over a store's rows is taken from its vectors. It is taken once, when "
+        "the run begins, and kept with it; of dated stores the oldest's.",
+    )
     other_dataset: bool = Field(
         default=False,
         description="Whether stores are joined that were made from another dataset: its ids must mean the "

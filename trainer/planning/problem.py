@@ -208,6 +208,7 @@ def problem_of_config(
         config.features,
         feature_shapes(features, encoder),
         sequence_shapes(features, encoder, config.tables.dim, BLOCK),
+        means={},
     )
     model = LLM4MSR(config.model, shapes, config.tables.dim, config.tables.init_std)
     hardware = absent_cluster(_with_memory(config.hardware, hbm_gib), cluster)

@@ -52,6 +52,7 @@ from trainer.run.id_tables import (
     zero_collision_tables,
 )
 from trainer.run.inputs import Inputs
+from trainer.run.means import Means, means_fingerprint, run_means
 from trainer.run.precision import choose_precision, set_precision
 from trainer.run.session import Run
 
@@ -63,6 +64,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     features = run_encoder(inputs.features, config.data, train.start_from, folder, runtime)
     encoder = _row_encoder(config.data, config.features.history, dataset, stores, ids, features)
     rows = {level: id_map.rows for level, id_map in ids.items()}
+    means = on_all_ranks(lambda: run_means(folder, stores))
     shapes = make_shapes(
         dataset,
         stores,
@@ -71,6 +73,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         config.features,
         feature_shapes(inputs.features, features),
         sequence_shapes(inputs.features, features, config.tables.dim, BLOCK),
+        means,
     )
     torch.manual_seed(train.seed)
     readers = readers_of_tables(features.item_steps)
@@ -101,7 +104,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     sharded = _shard(model, plan, runtime, cluster, group.ranks if grouped else None)
     if owners is not None:
         owners.bind(sharded)
-    _load_knowledge(sharded.module, stores)
+    _load_knowledge(sharded.module, stores, means)
     optimizer = _dense_optimizer(sharded.module.dense, train)
     train_replicated_tables(sharded, plan, inputs.table_optimizer, optimizer, KNOWLEDGE_PREFIX)
     if grouped:
@@ -113,6 +116,7 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
         dataset=dataset,
         encoder=encoder,
         fingerprints={level: store.fingerprint for level, store in stores.items()},
+        means_fingerprint=means_fingerprint(means),
         tables=tables,
         plan=plan_text,
         model=sharded,
@@ -169,13 +173,13 @@ def _shard(
     )
 
 
-def _load_knowledge(model: LLM4MSR, stores: dict[str, DatedStores]) -> None:
+def _load_knowledge(model: LLM4MSR, stores: dict[str, DatedStores], means: Means) -> None:
     """Reads this rank's rows of the tables of vectors."""
     if model.knowledge is None:
         return
     collection = model.knowledge.collection
     readers = {
-        level.knowledge: _standardised(stores[level.name])
+        level.knowledge: _standardised(stores[level.name], means.get(level.name))
         for level in TABLE_LEVELS
         if level.name in stores
     }
@@ -196,6 +200,7 @@ def make_shapes(
     config: FeaturesConfig,
     features: tuple[FeatureShape, ...],
     sequences: tuple[SequenceShape, ...],
+    means: Means,
 ) -> Shapes:
     """What data, stores and rows of the id tables ("user", "item") say about the model's size."""
     scenario_store = stores.get("scenario")
@@ -206,7 +211,9 @@ def make_shapes(
         scenarios=len(dataset.scenarios),
         user_vectors=_shape(stores.get("user")),
         item_vectors=_shape(stores.get("item")),
-        scenario_vectors=torch.from_numpy(_standardised(scenario_store)(0, len(scenario_store)))
+        scenario_vectors=torch.from_numpy(
+            _standardised(scenario_store, means.get("scenario"))(0, len(scenario_store))
+        )
         if scenario_store
         else None,
         scenario_stores=torch.from_numpy(scenario_store.store_of_rows())
@@ -219,8 +226,12 @@ def make_shapes(
     )
 
 
-def _standardised(store: DatedStores) -> Callable[[int, int], np.ndarray]:
-    return lambda start, stop: standardise(store.read_vectors(start, stop))
+def _standardised(store: DatedStores, mean: np.ndarray | None) -> Callable[[int, int], np.ndarray]:
+    def read(start: int, stop: int) -> np.ndarray:
+        vectors = store.read_vectors(start, stop)
+        return standardise(vectors if mean is None else vectors.astype(np.float32) - mean)
+
+    return read
 
 
 def _shape(store: DatedStores | None) -> tuple[int, int] | None:

@@ -46,6 +46,7 @@ class Run:
     dataset: DatasetInfo
     encoder: RowEncoder
     fingerprints: dict[str, str]
+    means_fingerprint: str | None
     tables: list[TablePlan]
     plan: str
     model: DistributedModelParallel

@@ -31,6 +31,7 @@ from trainer.observe.watchdog import Preempted, Watch
 from trainer.run.build import build
 from trainer.run.id_tables import collision_rates
 from trainer.run.inputs import open_inputs
+from trainer.run.means import prepare_means, run_of
 from trainer.run.session import Continuation, Run
 from trainer.training.resume import find_continuation
 from trainer.training.run_folder import prepare_folder, run_owner, write_plan
@@ -269,7 +270,16 @@ def _set_up(
     if start is not None and not checkpoints(Path(config.output) / "checkpoints"):
         on_all_ranks(lambda: find_start(Path(start)))
     held.enter_context(run_owner(Path(config.output), runtime))
-    folder = on_all_ranks(lambda: prepare_folder(config, runtime, resume))
+    begins_with = config.train.continue_from or config.train.start_from
+
+    def prepare() -> Path:
+        if runtime.is_main:  # before config.yaml, which says that the run is there
+            earlier = None if begins_with is None else run_of(Path(begins_with))
+            centre = config.knowledge.centre
+            prepare_means(Path(config.output), inputs.stores, centre, earlier)
+        return prepare_folder(config, runtime, resume)
+
+    folder = on_all_ranks(prepare)
     run = build(config, runtime, folder, inputs)
     if runtime.is_main:
         write_plan(run)

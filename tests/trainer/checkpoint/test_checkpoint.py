@@ -199,7 +199,7 @@ def test_the_newest_and_the_best_are_kept(inputs: tuple[Path, Path], tmp_path: P
         # As version 0.1 wrote it, which chose by AUC.
         for name in ("score", "best_score", "best_by", "best_normalised_entropy"):
             del description["loop"][name]
-        del description["checksum"]
+        del description["checksum"], description["checksums"]
         (copied / "checkpoint.json").write_text(json.dumps(description))
     (folder / "step-00000009.partial").mkdir()  # what a killed writer leaves
     prune(folder, keep_last=3, keep_best=2)
@@ -272,6 +272,14 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(
     assert all(problem_of(path) is None for path in checkpoints(folder))
 
 
+def _same_json(one: bytes, other: bytes) -> bool:
+    """Whether nothing has changed: 1e-05 and 1E-05 differ by a bit."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
 def test_every_flipped_bit_is_found(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = train(make_config(*inputs, tmp_path / "run", train__epochs=1))
     checkpoint = checkpoints(run / "checkpoints")[-1]
@@ -283,7 +291,7 @@ def test_every_flipped_bit_is_found(inputs: tuple[Path, Path], tmp_path: Path) -
             damaged = bytearray(content)
             damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
             file.write_bytes(damaged)
-            assert problem_within(checkpoint) is not None
+            assert problem_within(checkpoint) is not None or _same_json(damaged, content)
         file.write_bytes(content)
     assert problem_within(checkpoint) is None
 
@@ -325,7 +333,8 @@ def test_a_finished_run_without_its_best_checkpoint_takes_its_last(
     inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Next to nothing is learned, so that an evaluation without gain ends it.
-    options = {"train__learning_rate": 1e-12, "tables__learning_rate": 1e-12, "train__patience": 1}
+    rates = ("train__learning_rate", "train__meta_learning_rate", "tables__learning_rate")
+    options = dict.fromkeys(rates, 1e-12) | {"train__patience": 1}
     config = make_config(*inputs, tmp_path / "run", **options)
     run = train(config)
     best, last = names(run)
