@@ -73,6 +73,7 @@ class BatchedReader:
         self.prefix: SharedPrefix | None = None
         self._share, self._share_checked = plan.share and reader.shares, False
         self._packs_checked = self._answers_checked = False
+        self._by_length, self._padded_tokens = False, 0
 
     def read(self, ids: list[list[int]], said: list[str] | None = None) -> np.ndarray:
         """Vectors of tokenised texts: float32 [len(ids), D].
@@ -90,6 +91,7 @@ class BatchedReader:
             return out
         begun = time.perf_counter()
         self._check_packing(ids)
+        self._check_padding(ids)
         self._check_answers(ids)
         prefix = self._prefix_of(
             [text_ids for text_ids in ids if self.reader.lengths.is_short(len(text_ids))]
@@ -182,6 +184,29 @@ class BatchedReader:
         elif self.plan.must_pack:
             raise InputError("--attention packed: this model has an attention of its own; use auto")
 
+    def _check_padding(self, ids: list[list[int]]) -> None:
+        """Compares a short text alone with the same beside a long one.
+
+        Where padding changes it, texts of one batch are equally long from then on: models that mix
+        all positions, or look at neighbours, do not mask it (FNet, ConvBERT, Nystroemformer). Some do
+        otherwise above a length: the check is made again for texts twice as long.
+        """
+        if self._by_length or self.reader.packing is not None:
+            return
+        texts = [text_ids for text_ids in ids if self.reader.lengths.group(len(text_ids)) == (0, 0)]
+        shortest, longest = min(texts, key=len, default=[]), max(texts, key=len, default=[])
+        if len(shortest) == len(longest) or len(longest) <= 2 * self._padded_tokens:
+            return
+        self._padded_tokens = len(longest)
+        try:
+            alone = self.reader.read([shortest]).cpu().numpy()
+            beside = self.reader.read([shortest, longest])[:1].cpu().numpy()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return  # the batches find it out for themselves
+        self._by_length = not self._same(alone, beside)
+
     def _check_answers(self, ids: list[list[int]]) -> None:
         """Compares a first step of answers with whole texts, once.
 
@@ -239,7 +264,7 @@ class BatchedReader:
         answer_tokens = self.answers.limit if self.answers else 0
         for row in sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row)):
             group = self.reader.lengths.group(len(ids[row]), answer_tokens)
-            if self.answers and self.answers.by_length:
+            if self._by_length or (self.answers and self.answers.by_length):
                 group = (group[0], len(ids[row]))
             groups.setdefault(group, []).append(row)
         for rows in groups.values():

@@ -72,8 +72,9 @@ def load(
         with _without_load_reports():
             tokenizer = AutoTokenizer.from_pretrained(path, **allowed)
             config = AutoConfig.from_pretrained(path, **allowed)
+            text_config = config.get_text_config()  # raises where a model has several
             if config_only:
-                return Loaded(tokenizer, config.get_text_config())
+                return Loaded(tokenizer, text_config)
             model, report = _model_class(config, head).from_pretrained(
                 path,
                 dtype=dtype,

@@ -189,7 +189,11 @@ def supports_packing(model: Any, causal: bool) -> bool:
     if causal and not supports_sharing(model):
         return False
     kinds = getattr(model.config, "layer_types", None) or []
-    windows = [getattr(model.config, name, None) for name in ("sliding_window", "local_attention")]
+    try:
+        names = ("sliding_window", "local_attention")
+        windows = [getattr(model.config, name, None) for name in names]
+    except Exception:  # a kind of its own, of a configuration with windows that differ by layer
+        return False
     if not causal and (any(windows) or any(kind != "full_attention" for kind in kinds)):
         return False
     return bool(model._can_set_attn_implementation())

@@ -91,12 +91,20 @@ ENCODERS = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     "eurobert": {},
     "nomic_bert": {},
+    "fnet": {},
+    "convbert": {},
+    "nystromformer": {},
+    "yoso": {"num_hash": 8, "use_expectation": True},
+    "big_bird": {},
 }
 # A window, a recurrence: keys and values of a beginning are not all there is to share.
 NOT_SHARED = {"mistral", "gemma2", "gemma3_text", "cohere2", "gpt_oss", "mamba", "gemma3"}
 # These, and those with an attention, a bias or positions of their own, are padded.
 PADDED = NOT_SHARED | {"bloom", "mpt", "gpt_neo", "gptj", "falcon"}
-PADDED |= {"roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "t5"}
+PADDED |= {"roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "t5", "big_bird"}
+# What these compute for a text changes with padding: batches are equally long.
+BY_LENGTH = {"fnet", "convbert", "nystromformer", "yoso"}
+PADDED |= BY_LENGTH
 IMAGES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -177,6 +185,7 @@ def test_vectors_are_those_of_a_plain_forward(family, attention, reuse, pooling,
     expected = [hidden[-1] if pooling == "last" else hidden.mean(0) for hidden in chosen]
     vectors = encoder.encode(TEXTS)
     np.testing.assert_allclose(vectors, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert encoder._batched._by_length == (name in BY_LENGTH)
     packs = attention == "auto" and name not in PADDED
     assert (encoder._batched.reader.packing is not None) == packs
     # Latent keys are expanded behind the cache: packed, they cannot be put together.
