@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 CASES: dict[str, tuple[int, int, int | None, int, str]] = {
     "small": (37, 5, 24, 20, "relu"),
     "one_of_everything": (1, 1, 1, 1, "none"),
-    "second_tile_of_columns": (70, 16, 60, 100, "leaky_relu"),
+    "second_tile_of_columns": (70, 3, 60, 100, "leaky_relu"),
     "rank_beyond_a_block": (33, 40, 16, 33, "tanh"),
     "depth_of_128": (65, 3, 128, 96, "sigmoid"),
     "depth_loop": (20, 3, 264, 136, "leaky_relu"),
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[int, int, int | None, int, str]] = {
     "diagonal_of_one": (1, 1, None, 1, "none"),
     "diagonal_second_tile": (70, 15, None, 130, "leaky_relu"),
     "diagonal_rank_beyond_a_block": (33, 40, None, 33, "tanh"),
-    "diagonal_several_shares": (1100, 16, None, 72, "sigmoid"),
+    "diagonal_several_shares": (1100, 2, None, 20, "sigmoid"),
 }
 # Relative Frobenius error. float32: rounding of sums of up to 1100 terms, 2^-24 each. bfloat16: the
 # interpreter cuts the result off after 8 bits, 2^-8 on average, and g dz, whose products dW sums, too.
@@ -87,9 +87,8 @@ def errors_of(case: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, f
     activation = CASES[case][-1]
     *tensors, dy = inputs_of(case, dtype, device)
     ours = run(lambda *a: meta_linear(*a, activation=activation, strategy="fused"), tensors, dy)
-    if (
-        dtype == torch.float32 or device == "cuda"
-    ):  # the interpreter's other type says no more of it
+    # The interpreter runs programs in order: one sum of several shares says all that it can say.
+    if device == "cuda" or (case.endswith("several_shares") and dtype == torch.float32):
         again = run(
             lambda *a: meta_linear(*a, activation=activation, strategy="fused"), tensors, dy
         )
