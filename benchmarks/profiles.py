@@ -72,7 +72,7 @@ def measure(data: Path, memory_limit: str, threads: int, prompts: bool) -> dict[
     watcher.join()
     # Peaks of ten equal stretches of time: flat means constant.
     stretch = max(1, len(samples) // 10)
-    peaks = [round(max(samples[at : at + stretch])) for at in range(0, len(samples), stretch)]
+    peaks = [round(max(samples[i : i + stretch])) for i in range(0, len(samples), stretch)]
     return {
         "users": users,
         "profile_events": dataset.raw["rows"]["profile"],
@@ -88,7 +88,43 @@ def measure(data: Path, memory_limit: str, threads: int, prompts: bool) -> dict[
 
 
 def main() -> None:
-    """Simulate the logs that are not there, measure each size in its own process, write JSON."""
+    """Simulates the logs that are not there, measures each size in its own process, writes JSON."""
+    options = _parser().parse_args()
+    if options.measure:
+        prompts = not options.without_prompts
+        result = measure(options.measure, options.memory_limit, options.threads, prompts)
+        print(json.dumps(result))
+        return
+    runs = []
+    for users in options.sizes:
+        data = options.folder / f"users-{users}"
+        if not data.exists():
+            from trainer.data.sources.simulate import simulate
+
+            # More users than asked for are drawn, since some have no event in the profile window.
+            simulate(data, users, ITEMS, SCENARIOS, users * EVENTS_PER_USER, seed=0)
+        for extra in (["--without-prompts"], []):
+            command = [sys.executable, "-m", "benchmarks.profiles", "--measure", str(data), *extra]
+            command += ["--memory-limit", options.memory_limit, "--threads", str(options.threads)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs.append(json.loads(done.stdout))
+            print(runs[-1], flush=True)
+    import duckdb
+
+    about = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "duckdb": duckdb.__version__,
+        "memory_limit": options.memory_limit,
+        "threads": options.threads,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--sizes",
@@ -103,57 +139,9 @@ def main() -> None:
     parser.add_argument("--memory-limit", default="1GB", help="of DuckDB")
     parser.add_argument("--threads", type=int, default=2, help="of DuckDB")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/profiles.json"))
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--without-prompts", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(
-            json.dumps(
-                measure(
-                    options.one, options.memory_limit, options.threads, not options.without_prompts
-                )
-            )
-        )
-        return
-    found = []
-    for users in options.sizes:
-        data = options.folder / f"users-{users}"
-        if not data.exists():
-            from trainer.data.sources.simulate import simulate
-
-            # More users than asked for are drawn, since some have no event in the profile window.
-            simulate(data, users, ITEMS, SCENARIOS, users * EVENTS_PER_USER, seed=0)
-        for extra in (["--without-prompts"], []):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.profiles",
-                "--one",
-                str(data),
-                *extra,
-                "--memory-limit",
-                options.memory_limit,
-                "--threads",
-                str(options.threads),
-            ]
-            result = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            )
-            print(result, flush=True)
-            found.append(result)
-    import duckdb
-
-    about = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": [round(value, 1) for value in os.getloadavg()],
-        "python": platform.python_version(),
-        "duckdb": duckdb.__version__,
-        "memory_limit": options.memory_limit,
-        "threads": options.threads,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"about": about, "runs": found}, indent=1) + "\n")
+    return parser
 
 
 if __name__ == "__main__":

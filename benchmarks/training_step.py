@@ -14,6 +14,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,11 @@ def main() -> None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> dict:
-    """Times of every arm, round by round, and their ratios."""
-    import torch
+def _operators(step: Callable[[], object]) -> int:
+    """How many operators a step calls, forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from embeddings.versions import versions
-    from trainer.distributed.process_group import distributed
-
     class Counter(TorchDispatchMode):
-        """Counts the operators that a step calls, forward and backward."""
-
         calls = 0
 
         def __torch_dispatch__(
@@ -90,6 +85,18 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         ) -> Any:
             self.calls += 1
             return func(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        step()
+    return counter.calls
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict:
+    """Times of every arm, round by round, and their ratios."""
+    import torch
+
+    from embeddings.versions import versions
+    from trainer.distributed.process_group import distributed
 
     load = os.getloadavg()[0]
     steps: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -99,9 +106,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         operators = {}
         for name, step in arms.items():
             step()
-            with Counter() as counter:
-                step()
-            operators[name] = counter.calls
+            operators[name] = _operators(step)
         for number in range(options.rounds + 1):
             for name, step in arms.items():
                 began, used = time.perf_counter(), time.process_time()

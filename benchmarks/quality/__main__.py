@@ -18,7 +18,21 @@ from trainer.models import BACKBONES
 
 
 def main() -> None:
-    """Parses the command line and runs the stages."""
+    """Parses the command line and runs the stage."""
+    options = _parser().parse_args()
+    if options.stage == "tables":
+        tables.write(options.work, options.out, options.pages, options.jobs)
+    elif options.stage == "sensitivity":
+        for name in options.datasets:
+            study.train(sensitivity.plan(options.work, name, options.backbone), options.jobs)
+    elif options.stage == "regularisation":
+        for name in options.datasets:
+            _regularise(options, name)
+    else:
+        _run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,36 +60,28 @@ def main() -> None:
     table.add_argument("--out", type=Path, default=Path("docs/results/study"))
     table.add_argument("--pages", type=Path, default=Path("docs/results"))
     table.add_argument("--jobs", type=int, default=2, help="processes that resample")
-    options = parser.parse_args()
-    if options.stage == "tables":
-        tables.write(options.work, options.out, options.pages, options.jobs)
-        return
-    if options.stage == "sensitivity":
-        for name in options.datasets:
-            study.train(sensitivity.plan(options.work, name, options.backbone), options.jobs)
-        return
-    if options.stage == "regularisation":
-        for name in options.datasets:
-            regularisation.check(options.work, name, options.arms)
-            regularisation.make_data(options.work, name)
-            tried = [
-                run for a in options.arms for run in regularisation.trials(options.work, name, a)
-            ]
-            study.train(tried, options.jobs)
-            settings = regularisation.chosen(options.work, name)
-            cells = [
-                (backbone, arm)
-                for backbone in options.backbones
-                for arm in options.arms
-                if study.has_tried(options.work, name, backbone, arm)  # else it has no step sizes
-            ]
-            runs = [
-                run
-                for backbone, arm in cells
-                for run in regularisation.seeds(options.work, name, backbone, arm, settings[arm])
-            ]
-            study.train(runs, options.jobs)
-        return
+    return parser
+
+
+def _regularise(options: argparse.Namespace, name: str) -> None:
+    """Tunes every arm on a data set, then trains all seeds of what was chosen."""
+    regularisation.check(options.work, name, options.arms)
+    regularisation.make_data(options.work, name)
+    tried = [run for arm in options.arms for run in regularisation.trials(options.work, name, arm)]
+    study.train(tried, options.jobs)
+    settings = regularisation.chosen(options.work, name)
+    runs = [
+        run
+        for backbone in options.backbones
+        for arm in options.arms
+        if study.has_tried(options.work, name, backbone, arm)  # else it has no step sizes
+        for run in regularisation.seeds(options.work, name, backbone, arm, settings[arm])
+    ]
+    study.train(runs, options.jobs)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Prepares, extracts, tunes and trains, until the time is over."""
     ends = time.monotonic() + 60 * options.minutes
     folders = {"movielens": "ml-latest-small", "food_kitchen": "amazon-food-kitchen"}
     kinds = {pair for arm in options.arms for pair in ARMS[arm].stores.items()}

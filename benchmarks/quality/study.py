@@ -89,11 +89,12 @@ def truth(work: Path, name: str) -> dict[str, Any]:
                       LEFT JOIN {parquet_sql((log / "events").iterdir())} e
                       USING ({", ".join(keys)})) TO '{str(file).replace("'", "''")}' (FORMAT parquet)"""
         )
-    found = compute_metrics(file, data)
+    metrics = compute_metrics(file, data)
+    rows = metrics["overall"]["rows"]
     expected = json.loads((data / "dataset.json").read_text())["rows"]["test"]
-    if found["overall"]["rows"] != expected:
-        raise RuntimeError(f"{file}: {found['overall']['rows']} rows, the split has {expected}")
-    return found
+    if rows != expected:
+        raise RuntimeError(f"{file}: {rows} rows, the split has {expected}")
+    return metrics
 
 
 def make_stores(work: Path, name: str, kinds: set[tuple[str, str]], jobs: int) -> Path:
@@ -139,16 +140,16 @@ def _leak(data: Path, stores: Path, out: Path) -> None:
     if not is_store(stores / "leaking"):
         target = ["--level", "user", "--out", str(stores / "leaking")]
         command("knowledge", "extract", "--data", str(copy), *target)
-    found = KnowledgeStore.open(stores / "leaking")
-    rows = found.manifest.rows
-    text = found.read_text(np.arange(rows))
+    leaking = KnowledgeStore.open(stores / "leaking")
+    rows = leaking.manifest.rows
+    text = leaking.read_text(np.arange(rows))
     write_store(
         out,
-        found.manifest.model_copy(
+        leaking.manifest.model_copy(
             update={"note": "breaks the as-of rule on purpose", "dataset": dataset_origin(data)}
         ),
-        found.keys(),
-        found.read_vectors(0, rows),
+        leaking.keys(),
+        leaking.read_vectors(0, rows),
         [row["prompt"] for row in text],
         None,
         [None] * rows,
@@ -296,12 +297,9 @@ def train_cells(
     for cell in cells:
         backbones.setdefault(cell[:2], []).append(cell)
 
-    def one(arms: list[tuple[str, str, str]]) -> bool:
-        def left() -> float:
-            return (ends - time.monotonic()) / 60
-
+    def train_backbone(arms: list[tuple[str, str, str]]) -> bool:
         return all(
-            train([run for cell in arms for run in runs(*cell)], 1, left())
+            train([run for cell in arms for run in runs(*cell)], 1, (ends - time.monotonic()) / 60)
             for runs in (
                 partial(trials, work),
                 partial(deciders, work),
@@ -310,7 +308,7 @@ def train_cells(
         )
 
     with ThreadPoolExecutor(jobs) as pool:
-        return all(list(pool.map(one, backbones.values())))
+        return all(list(pool.map(train_backbone, backbones.values())))
 
 
 def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float = math.inf) -> bool:
@@ -347,9 +345,8 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float = math.i
                 print(f"batch {number} of {len(batches)}", file=sys.stderr, flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for (
-                process
-            ) in processes:  # else they would write on while a new study begins below them
+            # Else they would write on while a new study begins below them.
+            for process in processes:
                 process.terminate()
     return whole
 

@@ -29,6 +29,7 @@ from trainer.models import BACKBONES
 METRICS = ("auc", "gauc", "logloss")
 CELL, PAIR = ("dataset", "backbone", "arm"), ("dataset", "backbone", "arm", "base")
 Row = dict[str, str]  # a line of a CSV file
+Cell = tuple[str, str, dict[str, list[Path]]]  # data set, backbone, runs of each arm
 
 
 def write(work: Path, out: Path, pages: Path, jobs: int) -> None:
@@ -44,35 +45,22 @@ def write(work: Path, out: Path, pages: Path, jobs: int) -> None:
         jobs: Processes that resample.
     """
     out.mkdir(parents=True, exist_ok=True)
-    runs: list[dict[str, Any]] = []
-    differences: list[dict[str, Any]] = []
     record = read_csv(out / "runs.csv")
     cells = [
-        (name, backbone, found)
+        (name, backbone, complete)
         for name in DATASETS
         for backbone in BACKBONES
-        if (found := not_fewer(name, backbone, _complete(work, name, backbone), record))
+        if (complete := not_fewer(name, backbone, _complete(work, name, backbone), record))
     ]
     if not cells:
         raise SystemExit(f"{work}: no finished runs; first: python -m benchmarks.quality run")
     trials = [row for name in DATASETS for arm in REGULARISED for row in _trials(work, name, arm)]
     all_trials = _save(out / "regularisation.csv", trials, ("dataset", "arm"))
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        files = [
-            work / name / "runs" / backbone / "differences.json" for name, backbone, _ in cells
-        ]
-        pairs = [_pairs(found) for *_, found in cells]
-        compared = pool.map(_differences, [found for *_, found in cells], pairs, files)
-        for (name, backbone, found), lines in zip(cells, compared, strict=True):
-            for arm, folders in found.items():
-                runs += [row for run in folders for row in _rows(name, backbone, arm, run)]
-            differences += [{"dataset": name, "backbone": backbone} | line for line in lines]
-        for name in dict.fromkeys(name for name, *_ in cells):
-            head = dict.fromkeys(runs[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
-            runs += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
+        lines = _short_lines(_all_differences(work, cells, pool))
+        runs = _run_rows(work, cells)
         changed = changed_cells(runs, record)
         all_runs = _save(out / "runs.csv", runs, CELL)
-        lines = _short_lines(differences)
         all_differences = _save(out / "differences.csv", lines, PAIR, changed)
         tuned, tuned_runs = _regularised(work, cells, all_differences, all_trials, pool)
     changed_tuned = changed | changed_cells(tuned_runs, read_csv(out / "regularised_runs.csv"))
@@ -82,22 +70,54 @@ def write(work: Path, out: Path, pages: Path, jobs: int) -> None:
         work.glob("*/runs/*/*/trial-*/versions.json"), key=lambda file: file.stat().st_mtime
     )
     (out / "versions.json").write_text(newest.read_text())
-    curves = [
-        row
-        for name in DATASETS
-        for backbone in BACKBONES
-        for row in sensitivity.rows(work, name, backbone)
-    ]
-    curves = [row | {key: _short(row[key]) for key in ("auc", "new_user_auc")} for row in curves]
-    all_curves = _save(out / "sensitivity.csv", curves, ("dataset", "backbone"))
+    all_curves = _save(out / "sensitivity.csv", _curves(work), ("dataset", "backbone"))
     for name in DATASETS:
-        own = [row for row in all_curves if row["dataset"] == name]
-        if own:
-            sensitivity.figure(own, out / f"{name}_sensitivity.png")
+        curve = [row for row in all_curves if row["dataset"] == name]
+        if curve:
+            sensitivity.figure(curve, out / f"{name}_sensitivity.png")
         figure([row for row in all_differences if row["dataset"] == name], out / f"{name}.png")
     records = (all_runs, all_differences, all_curves, all_trials, all_tuned)
     for page, text in filled_pages(*records, pages).items():
         page.write_text(text, encoding="utf-8")
+
+
+def _run_rows(work: Path, cells: list[Cell]) -> list[dict[str, Any]]:
+    """The lines of runs.csv of these cells; last of each data set the truth, where it is known."""
+    rows = [
+        row
+        for name, backbone, complete in cells
+        for arm, runs in complete.items()
+        for run in runs
+        for row in _rows(name, backbone, arm, run)
+    ]
+    for name in dict.fromkeys(name for name, *_ in cells):
+        head = dict.fromkeys(rows[0], "") | {"dataset": name, "arm": "truth", "seed": 0}
+        rows += [head | _metrics(*block) for block in _sections(study.truth(work, name))]
+    return rows
+
+
+def _all_differences(
+    work: Path, cells: list[Cell], pool: ProcessPoolExecutor
+) -> list[dict[str, Any]]:
+    """The differences of all cells, a backbone in each process of the pool."""
+    files = [work / name / "runs" / backbone / "differences.json" for name, backbone, _ in cells]
+    pairs = [_pairs(complete) for *_, complete in cells]
+    compared = pool.map(_differences, [complete for *_, complete in cells], pairs, files)
+    return [
+        {"dataset": name, "backbone": backbone} | line
+        for (name, backbone, _), lines in zip(cells, compared, strict=True)
+        for line in lines
+    ]
+
+
+def _curves(work: Path) -> list[dict[str, Any]]:
+    """The lines of sensitivity.csv."""
+    return [
+        row | {key: _short(row[key]) for key in ("auc", "new_user_auc")}
+        for name in DATASETS
+        for backbone in BACKBONES
+        for row in sensitivity.rows(work, name, backbone)
+    ]
 
 
 def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
@@ -105,29 +125,29 @@ def _complete(work: Path, name: str, backbone: str) -> dict[str, list[Path]]:
 
     An arm that has a trial to come is left out.
     """
-    found: dict[str, list[Path]] = {}
+    complete: dict[str, list[Path]] = {}
     for arm in ARMS:
         if study.has_tried(work, name, backbone, arm):
             trained = study.seeds(work, name, backbone, arm, SEEDS)
             runs = [run for run, words in trained if study.is_current(run, words)]
-            found[arm] = [run for run in runs if is_evaluated(run)]
-    return {arm: runs for arm, runs in found.items() if runs}
+            complete[arm] = [run for run in runs if is_evaluated(run)]
+    return {arm: runs for arm, runs in complete.items() if runs}
 
 
 def not_fewer(
-    name: str, backbone: str, found: dict[str, list[Path]], record: list[Row]
+    name: str, backbone: str, complete: dict[str, list[Path]], record: list[Row]
 ) -> dict[str, list[Path]]:
     """The arms that have no fewer seeds than the record: one that is on its way does not replace it."""
     seeds: dict[str, set[str]] = {}
     for row in record:
         if (row["dataset"], row["backbone"]) == (name, backbone):
             seeds.setdefault(row["arm"], set()).add(row["seed"])
-    return {arm: runs for arm, runs in found.items() if len(runs) >= len(seeds.get(arm, ()))}
+    return {arm: runs for arm, runs in complete.items() if len(runs) >= len(seeds.get(arm, ()))}
 
 
 def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]:
     """One line per section of one run."""
-    found = json.loads((run / "evaluation.json").read_text())
+    evaluation = json.loads((run / "evaluation.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     head = {
         "dataset": name,
@@ -139,7 +159,7 @@ def _rows(name: str, backbone: str, arm: str, run: Path) -> list[dict[str, Any]]
         "table_learning_rate": config["tables"]["learning_rate"],
         "dropout": config["model"]["dropout"],
     }
-    return [head | _metrics(*block) for block in _sections(found)]
+    return [head | _metrics(*block) for block in _sections(evaluation)]
 
 
 def _sections(evaluation: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -157,25 +177,26 @@ def _metrics(section: str, key: str, block: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pairs(found: dict[str, list[Path]]) -> dict[str, list[str]]:
-    """Of the wanted differences those whose arms have the same seeds: others are not paired."""
-    seeds = {arm: [study.seed_of(run) for run in runs] for arm, runs in found.items()}
-    return {
-        one: others
-        for one, wanted in DIFFERENCES.items()
-        if (others := [arm for arm in wanted if one in found and seeds.get(arm) == seeds[one]])
+def _pairs(complete: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Of the study's differences those whose arms have the same seeds: others are not paired."""
+    seeds = {arm: [study.seed_of(run) for run in runs] for arm, runs in complete.items()}
+    pairs = {
+        base: [arm for arm in arms if seeds.get(arm) == seeds[base]]
+        for base, arms in DIFFERENCES.items()
+        if base in seeds
     }
+    return {base: arms for base, arms in pairs.items() if arms}
 
 
 def _differences(
-    found: dict[str, list[Path]], pairs: dict[str, list[str]], file: Path
+    complete: dict[str, list[Path]], pairs: dict[str, list[str]], file: Path
 ) -> list[dict[str, Any]]:
     """Paired bootstrap over users and seeds of a backbone's arms; kept in `file` while it holds."""
     newest = max(
-        (run / "evaluation.json").stat().st_mtime for runs in found.values() for run in runs
+        (run / "evaluation.json").stat().st_mtime for runs in complete.values() for run in runs
     )
     content = {
-        arm: [os.path.relpath(run, file.parent) for run in runs] for arm, runs in found.items()
+        arm: [os.path.relpath(run, file.parent) for run in runs] for arm, runs in complete.items()
     }
     key = json.dumps([content, pairs, RESAMPLES])
     if file.exists() and file.stat().st_mtime > newest:
@@ -183,17 +204,17 @@ def _differences(
         if kept["key"] == key:
             return kept["lines"]
     lines = []
-    for one, others in pairs.items():
-        groups = [(arm, found[arm]) for arm in (one, *others)]
+    for base, others in pairs.items():
+        groups = [(arm, complete[arm]) for arm in (base, *others)]
         for row in compare(groups, RESAMPLES)["table"]:
             if row["difference"] is not None:
                 row = (
-                    row | {"base": one, "arm": row["group"]}
-                    if one == "alone"
-                    else _turned(row, one)
+                    row | {"base": base, "arm": row["group"]}
+                    if base == "alone"
+                    else _turned(row, base)
                 )
                 lines.append(
-                    {"base": row["base"], "arm": row["arm"], "seeds": len(found[one])}
+                    {"base": row["base"], "arm": row["arm"], "seeds": len(complete[base])}
                     | {key: row[key] for key in ("section", "key", "metric", "rows", "users")}
                     | {
                         key: _short(row[key])
@@ -238,13 +259,13 @@ def changed_cells(runs: list[dict[str, Any]], before: list[Row]) -> set[tuple[st
     """(dataset, backbone, arm) of runs that the record has with other results."""
 
     def results(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
-        found: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        by_cell: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
         for row in rows:
-            found.setdefault(_key(row, CELL), set()).add(tuple(map(str, row.values())))
-        return found
+            by_cell.setdefault(_key(row, CELL), set()).add(tuple(map(str, row.values())))
+        return by_cell
 
     old = results(before)
-    return {cell for cell, own in results(runs).items() if cell in old and old[cell] != own}
+    return {cell for cell, new in results(runs).items() if cell in old and old[cell] != new}
 
 
 def _key(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -281,7 +302,7 @@ def _save(
             (row["dataset"], row.get("backbone", ""), row.get(arm, "")) for arm in ("arm", "base")
         )
     ]
-    order = {name: place for place, name in enumerate([*DATASETS, *BACKBONES, *ARMS, "truth"])}
+    order = {name: number for number, name in enumerate([*DATASETS, *BACKBONES, *ARMS, "truth"])}
     merged = [*kept, *rows]
     merged.sort(key=lambda row: [order.get(name, len(order)) for name in _key(row, columns)])
     if not merged:
@@ -297,27 +318,30 @@ def _save(
 
 def _trials(work: Path, name: str, arm: str) -> list[dict[str, Any]]:
     """One line per setting and backbone that an arm tried; empty until all have been trained."""
-    found = regularisation.evaluations(work, name, arm)
-    if not found:
+    evaluations = regularisation.evaluations(work, name, arm)
+    if not evaluations:
         return []
     auc, known, new = (
-        regularisation.auc(found, segment) for segment in (None, "known", "new_user")
+        regularisation.auc(evaluations, segment) for segment in (None, "known", "new_user")
     )
     setting_of_all, setting_of_known = regularisation.choose(auc), regularisation.choose(known)
     return [
         {"dataset": name, "arm": arm, "setting": setting, "backbone": backbone}
         | {"chosen": int(setting == setting_of_all)}
         | {"chosen_by_known_users": int(setting == setting_of_known)}
-        | {"valid_auc": _short(auc[setting][place])}
-        | {"known_auc": _short(known[setting][place]), "new_user_auc": _short(new[setting][place])}
+        | {"valid_auc": _short(auc[setting][number])}
+        | {
+            "known_auc": _short(known[setting][number]),
+            "new_user_auc": _short(new[setting][number]),
+        }
         for setting in auc
-        for place, backbone in enumerate(TUNED_ON)
+        for number, backbone in enumerate(TUNED_ON)
     ]
 
 
 def _regularised(
     work: Path,
-    cells: list[tuple[str, str, dict[str, list[Path]]]],
+    cells: list[Cell],
     differences: list[Row],
     trials: list[Row],
     pool: ProcessPoolExecutor,
@@ -343,22 +367,22 @@ def _regularised(
         )
     ]
     for name, backbone, before in cells:
-        found = regularisation.complete(work, name, backbone, settings[name], before)
-        changed = {arm for arm in found if found[arm] != before.get(arm)}
-        pairs = _pairs(found)
+        complete = regularisation.complete(work, name, backbone, settings[name], before)
+        changed = {arm for arm in complete if complete[arm] != before.get(arm)}
+        pairs = _pairs(complete)
         again = {
-            one: chosen
-            for one, others in pairs.items()
-            if (chosen := [arm for arm in others if one in changed or arm in changed])
+            base: chosen
+            for base, others in pairs.items()
+            if (chosen := [arm for arm in others if base in changed or arm in changed])
         }
         if again:
             file = work / name / "regularisation" / backbone / "differences.json"
-            waiting.append((name, backbone, pool.submit(_differences, found, again, file)))
+            waiting.append((name, backbone, pool.submit(_differences, complete, again, file)))
         for arm in changed:
-            runs += [row for run in found[arm] for row in _rows(name, backbone, arm, run)]
+            runs += [row for run in complete[arm] for row in _rows(name, backbone, arm, run)]
     for name, backbone, result in waiting:
         lines += [{"dataset": name, "backbone": backbone} | line for line in result.result()]
-    order = {name: place for place, name in enumerate([*DATASETS, *BACKBONES, *ARMS])}
+    order = {name: number for number, name in enumerate([*DATASETS, *BACKBONES, *ARMS])}
     keys = ("dataset", "backbone", "arm", "base")
     lines.sort(key=lambda row: [order[row[key]] for key in keys])
     return lines, runs

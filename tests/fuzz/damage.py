@@ -140,8 +140,20 @@ def renamed(draw: Random, file: Path) -> None:
 
 def one_more(draw: Random, file: Path) -> None:
     """Something beside the file that has no business there."""
-    name = draw.choice(["part-00001.parquet", "part-00000.parquet.tmp", ".hidden", "x.json", "step-00000099",
-                        "step-x", "é\u202e", "a'b", "[a]", "manifest.json~"])  # fmt: skip
+    name = draw.choice(
+        [
+            "part-00001.parquet",
+            "part-00000.parquet.tmp",
+            ".hidden",
+            "x.json",
+            "step-00000099",
+            "step-x",
+            "é\u202e",
+            "a'b",
+            "[a]",
+            "manifest.json~",
+        ]
+    )
     beside = file.with_name(name)
     if draw.random() < 0.3 and not beside.exists():
         beside.mkdir()

@@ -65,11 +65,19 @@ def run_case(draw: Random, folder: Path) -> str:
         "evaluate": ["evaluate", str(run_folder), "--split", draw.choice(["test", "valid"])],
         "reuse": ["evaluate", str(run_folder), "--reuse-predictions"],
         "resume": ["train", "--config", config, "--resume"],
-        "start": ["train", "--config", config, "--set", "output=made", *EPOCH,
-                  "--set", f"train.start_from={run_folder}"],
+        "start": [
+            "train",
+            "--config",
+            config,
+            "--set",
+            "output=made",
+            *EPOCH,
+            "--set",
+            f"train.start_from={run_folder}",
+        ],
         "report": ["report", str(run_folder), "--out", "made.html"],
         "compare": ["compare", str(run_folder), f"runs/{IDS[name == IDS[0]]}", "--samples", "100"],
-    }[command]  # fmt: skip
+    }[command]
     if command in ("start", "compare"):  # a report evaluates again what is outdated
         kept.append(run_folder)
     with untouched(*kept):

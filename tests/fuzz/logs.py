@@ -98,13 +98,20 @@ def _ids(draw: Random, kind: str, count: int, small: bool = False) -> list[Any]:
                 lambda: draw.choice([2**31, 2**63 - 1, -(2**63), 0, -1]),
             ]
         return [draw.choice(choices)() for _ in range(count)]
-    return [draw.choice(WORDS) + draw.choice(["", draw.choice(WORDS), str(draw.randrange(30))])
-            for _ in range(count)]  # fmt: skip
+    return [
+        draw.choice(WORDS) + draw.choice(["", draw.choice(WORDS), str(draw.randrange(30))])
+        for _ in range(count)
+    ]
 
 
 def _rule(draw: Random, rows: list[Row]) -> Rule:
-    fractions = dict(zip(SPLITS, draw.choice([(0.4, 0.4, 0.1, 0.1), (0.25, 0.25, 0.25, 0.25),
-                                              (0.1, 0.7, 0.1, 0.1)]), strict=True))  # fmt: skip
+    fractions = dict(
+        zip(
+            SPLITS,
+            draw.choice([(0.4, 0.4, 0.1, 0.1), (0.25, 0.25, 0.25, 0.25), (0.1, 0.7, 0.1, 0.1)]),
+            strict=True,
+        )
+    )
     if draw.random() < 0.5:
         held_out, valid = (draw.choice([0.0, 0.0, 0.0, 0.3, 0.45]) for _ in range(2))
         return Rule("per_user_time", fractions, None, held_out, valid)
@@ -188,8 +195,15 @@ def write_log(draw: Random, log: Log, folder: Path) -> dict[str, Path]:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_table(draw, table.slice(start, stop - start), file)
         if draw.random() < 0.3:  # what Spark, Jupyter and kills leave behind is no part of a log
-            left = raw / draw.choice([".ipynb_checkpoints/part-0.parquet", "_SUCCESS", ".part-0.parquet.crc",
-                                      "_temporary/0/part-9.parquet", ".x.parquet"])  # fmt: skip
+            left = raw / draw.choice(
+                [
+                    ".ipynb_checkpoints/part-0.parquet",
+                    "_SUCCESS",
+                    ".part-0.parquet.crc",
+                    "_temporary/0/part-9.parquet",
+                    ".x.parquet",
+                ]
+            )
             left.parent.mkdir(exist_ok=True, parents=True)
             write_table(draw, table, left)
     schema = folder / "schema.yaml"

@@ -23,46 +23,32 @@ def write_rows(path: Path, rows: dict, parts: int = 1) -> None:
         pq.write_table(table.slice(part * step, step), path / f"part-{part:05d}.parquet")
 
 
-def make_dataset(
-    root: Path, users: int = 40, per_user: int = 12, seed: int = 0, titles=None
-) -> Path:
-    """Writes a dataset; users 0, 10, 20 … have no train row, users 1, 11 … none in 'drama'."""
-    rng = np.random.default_rng(seed)
-    root.mkdir(parents=True, exist_ok=True)
-    items = 30
-    titles = titles or [f"Film number {i}" for i in range(items)]
-    pq.write_table(
-        pa.table(
-            {
-                "item_id": pa.array(range(items), pa.int64()),
-                "title": titles,
-                "categories": pa.array([["x"]] * items),
-            }
-        ),
-        root / "items.parquet",
-    )
-    rows = {}
-    for time, split in enumerate(("profile", "train", "valid", "test")):
-        user = np.repeat(np.arange(users), per_user)
-        scenario = rng.integers(0, 2, len(user))
-        if split in ("profile", "train"):
-            scenario[user % 10 == 1] = 0
-            keep = (user % 10 != 0) | (split == "profile")
-            user, scenario = user[keep], scenario[keep]
-        n = len(user)
-        taste = np.random.default_rng(99).normal(size=users)[user]
-        label = (rng.random(n) < sigmoid(taste + scenario - 0.5)).astype(np.int8)
-        events = {
-            "user_id": pa.array(user, pa.int64()),
-            "item_id": pa.array(rng.integers(0, items, n), pa.int64()),
-            "scenario_id": pa.array([SCENARIOS[s] for s in scenario]),
-            "timestamp": pa.array(time * 10**6 + np.arange(n), pa.int64()),
-            "label": pa.array(label, pa.int8()),
-            "history": pa.array([[]] * n, pa.list_(pa.int64())),
-        }
-        write_rows(root / split, events, parts=2)
-        rows[split] = n
-    facts = {
+def _events(
+    rng: np.random.Generator, split: str, time: int, users: int, per_user: int, items: int
+) -> dict[str, pa.Array]:
+    """The columns of a split; who likes what is planted, and the same in every dataset."""
+    user = np.repeat(np.arange(users), per_user)
+    scenario = rng.integers(0, 2, len(user))
+    if split in ("profile", "train"):
+        scenario[user % 10 == 1] = 0
+        keep = (user % 10 != 0) | (split == "profile")
+        user, scenario = user[keep], scenario[keep]
+    n = len(user)
+    taste = np.random.default_rng(99).normal(size=users)[user]
+    label = (rng.random(n) < sigmoid(taste + scenario - 0.5)).astype(np.int8)
+    return {
+        "user_id": pa.array(user, pa.int64()),
+        "item_id": pa.array(rng.integers(0, items, n), pa.int64()),
+        "scenario_id": pa.array([SCENARIOS[s] for s in scenario]),
+        "timestamp": pa.array(time * 10**6 + np.arange(n), pa.int64()),
+        "label": pa.array(label, pa.int8()),
+        "history": pa.array([[]] * n, pa.list_(pa.int64())),
+    }
+
+
+def _facts(rows: dict[str, int], users: int, items: int) -> dict:
+    """What dataset.json holds."""
+    return {
         "format_version": 1,
         "name": "tiny",
         "source": {"kind": "test"},
@@ -89,7 +75,32 @@ def make_dataset(
         "truth": {"bayes_auc": {"overall": 0.8, "comedy": 0.79, "drama": None}},
         "versions": {"python": "3.11"},
     }
-    (root / "dataset.json").write_text(json.dumps(facts))
+
+
+def make_dataset(
+    root: Path, users: int = 40, per_user: int = 12, seed: int = 0, titles=None
+) -> Path:
+    """Writes a dataset; users 0, 10, 20 … have no train row, users 1, 11 … none in 'drama'."""
+    rng = np.random.default_rng(seed)
+    root.mkdir(parents=True, exist_ok=True)
+    items = 30
+    titles = titles or [f"Film number {i}" for i in range(items)]
+    pq.write_table(
+        pa.table(
+            {
+                "item_id": pa.array(range(items), pa.int64()),
+                "title": titles,
+                "categories": pa.array([["x"]] * items),
+            }
+        ),
+        root / "items.parquet",
+    )
+    rows = {}
+    for time, split in enumerate(("profile", "train", "valid", "test")):
+        events = _events(rng, split, time, users, per_user, items)
+        write_rows(root / split, events, parts=2)
+        rows[split] = len(events["label"])
+    (root / "dataset.json").write_text(json.dumps(_facts(rows, users, items)))
     return root
 
 

@@ -44,13 +44,42 @@ def commands(parser: Any = None, name: str = "") -> dict[str, Any]:
     ("option", "words"),
     [
         ("config", ["train", "--config", "a", "--config", "b", "c"]),
-        ("cutoffs", ["knowledge", "extract", "--data", "d", "--out", "o", "--cutoffs", "a",
-                     "--cutoffs", "b", "c"]),
-        ("remove", ["knowledge", "refresh", "s", "--data", "d", "--out", "o", "--remove", "a",
-                    "--remove", "b", "c"]),
+        (
+            "cutoffs",
+            [
+                "knowledge",
+                "extract",
+                "--data",
+                "d",
+                "--out",
+                "o",
+                "--cutoffs",
+                "a",
+                "--cutoffs",
+                "b",
+                "c",
+            ],
+        ),
+        (
+            "remove",
+            [
+                "knowledge",
+                "refresh",
+                "s",
+                "--data",
+                "d",
+                "--out",
+                "o",
+                "--remove",
+                "a",
+                "--remove",
+                "b",
+                "c",
+            ],
+        ),
         ("sharding", ["profile", "embeddings", "--sharding", "a", "--sharding", "b", "c"]),
     ],
-)  # fmt: skip
+)
 def test_options_of_several_values_keep_all_of_them(option: str, words: list[str]) -> None:
     assert [str(value) for value in getattr(parse(*words), option)] == ["a", "b", "c"]
 
@@ -99,16 +128,19 @@ def test_the_example_of_every_command_is_one_line_that_parses(name: str) -> None
 
 
 @pytest.mark.parametrize("content", ["directory", "pipe", "bytes", "brackets", "broken", "twice"])
-@pytest.mark.parametrize("words", [
-    ["train", "--config", "FILE"],
-    ["pipeline", "--config", "FILE"],
-    ["plan", "--tables", "FILE", "--nodes", "1", "--gpus-per-node", "1"],
-    ["plan", "--config", "FILE", "--nodes", "1", "--gpus-per-node", "1"],
-    ["prepare", "parquet", "--raw", "RAW", "--out", "OUT", "--schema", "FILE"],
-    ["launch", "train", "--job", "FILE", "--", "--config", "CONFIG"],
-    ["launch", "train", "--", "--config", "FILE"],
-    ["profile", "train", "--config", "FILE"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--config", "FILE"],
+        ["pipeline", "--config", "FILE"],
+        ["plan", "--tables", "FILE", "--nodes", "1", "--gpus-per-node", "1"],
+        ["plan", "--config", "FILE", "--nodes", "1", "--gpus-per-node", "1"],
+        ["prepare", "parquet", "--raw", "RAW", "--out", "OUT", "--schema", "FILE"],
+        ["launch", "train", "--job", "FILE", "--", "--config", "CONFIG"],
+        ["launch", "train", "--", "--config", "FILE"],
+        ["profile", "train", "--config", "FILE"],
+    ],
+)
 def test_a_wrong_file_is_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture, words: list[str], content: str
 ) -> None:
@@ -172,8 +204,18 @@ def test_a_name_beyond_the_locale_is_one_message(tmp_path: Path) -> None:
         assert "dataset.json" in done.stderr
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC,
-                                    errno.ELOOP, errno.EISDIR, errno.ESTALE])  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.EMFILE,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ELOOP,
+        errno.EISDIR,
+        errno.ESTALE,
+    ],
+)
 def test_whatever_the_system_says_of_a_file_is_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

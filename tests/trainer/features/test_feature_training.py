@@ -147,8 +147,10 @@ def test_the_history_can_be_switched_off(data: Path, tmp_path: Path) -> None:
 def test_a_plan_has_the_tables_of_the_run(run: Path) -> None:
     problem = problem_of_config(run / "config.yaml", [], Cluster(1, 2, "cpu"), None, None)
     planned = {table.name: (table.rows, table.dim) for table in problem.tables}
-    trained = {table["table"]: (table["rows"], table["dim"]) for table in
-               json.loads((run / "plan.json").read_text())}  # fmt: skip
+    trained = {
+        table["table"]: (table["rows"], table["dim"])
+        for table in json.loads((run / "plan.json").read_text())
+    }
     assert planned == trained
     assert {"feature_tags", "feature_place", "feature_price", "gap_clicks"} <= set(planned)
     readers = {table.name: table.features for table in problem.tables if table.sequence}
@@ -333,9 +335,11 @@ def test_weights_count_where_they_are_said_to() -> None:
 
     table = Table("feature_tags", 3, 4, ("feature_tags",), weighted=True)
     ids = KeyedJaggedTensor(
-        ["feature_tags"], torch.tensor([1, 2]), lengths=torch.tensor([2]),
+        ["feature_tags"],
+        torch.tensor([1, 2]),
+        lengths=torch.tensor([2]),
         weights=torch.tensor([10.0, 100.0]),
-    )  # fmt: skip
+    )
     for is_weighted, wanted in ((True, 210.0), (False, 3.0)):
         collection = pooled_collection([table], 0.1, is_weighted)
         assert collection.is_weighted() == is_weighted

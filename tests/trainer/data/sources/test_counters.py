@@ -125,10 +125,11 @@ def test_no_later_event_changes_a_counter(tmp_path: Path) -> None:
     cut = sorted(one["timestamp"] for one in events)[len(events) // 2]
     draw = np.random.default_rng(0)
     changed = [
-        one if one["timestamp"] <= cut
+        one
+        if one["timestamp"] <= cut
         else one | {"label": 1 - one["label"], "label_buy": 1, "user_id": int(draw.integers(0, 3))}
         for one in events
-    ]  # fmt: skip
+    ]
     after = computed(changed, tmp_path / "after")
     assert changed != events
     for event, one, two in zip(events, before, after, strict=True):

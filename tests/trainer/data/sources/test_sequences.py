@@ -72,8 +72,15 @@ def obvious(log: dict, authors: dict, number: int, name: str) -> dict[str, list]
             known = log["timestamp"][other] < moment
         is_step = {"label": log["label"], "buy": log["bought"]}.get(rule["where"])
         if known and (is_step is None or is_step[other]):
-            steps.append((log["timestamp"][other], log["item_id"][other], log["scenario_id"][other],
-                          log["label"][other], other))  # fmt: skip
+            steps.append(
+                (
+                    log["timestamp"][other],
+                    log["item_id"][other],
+                    log["scenario_id"][other],
+                    log["label"][other],
+                    other,
+                )
+            )
     chosen = [step[-1] for step in sorted(steps)[-rule["length"] :]]
     values: dict[str, Any] = {
         "item": [log["item_id"][n] for n in chosen],
