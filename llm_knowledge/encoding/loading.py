@@ -58,8 +58,7 @@ def load(
         divided: over all accelerators, the first layers on the first one; not on `device` alone.
 
     Returns:
-        Tokenizer, configuration and model; of a model that also reads images or sound, the
-        configuration of its text part.
+        Tokenizer, configuration (of a model that also reads images or sound, of its text) and model.
 
     Raises:
         InputError: the model or its tokenizer cannot be loaded, or weights and configuration are
@@ -75,6 +74,7 @@ def load(
             text_config = config.get_text_config()  # raises where a model has several
             if config_only:
                 return Loaded(tokenizer, text_config)
+            device_map = _device_map(config, device, divided)
             model, report = _model_class(config, head).from_pretrained(
                 path,
                 dtype=dtype,
@@ -82,10 +82,10 @@ def load(
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `refuse_other_weights` names them
-                device_map=_device_map(config, device, divided),
+                device_map=device_map,
                 **allowed,
             )
-        if _device_map(config, device, divided) is None:
+        if device_map is None:
             model.to(device)
     except Exception as error:  # any of a dozen kinds: what the directory holds is user input
         text = str(error).strip().splitlines() or [type(error).__name__]
@@ -93,9 +93,9 @@ def load(
     refuse_other_weights(path, model, report)
     _refuse_left_over(path, model)
     model.eval().requires_grad_(False)
-    loaded = Loaded(tokenizer, model.config.get_text_config(), model)
-    loaded.config.use_cache = False
-    return loaded
+    text_config = model.config.get_text_config()
+    text_config.use_cache = False
+    return Loaded(tokenizer, text_config, model)
 
 
 def _device_map(config: Any, device: torch.device, divided: bool) -> Any:
