@@ -330,7 +330,8 @@ def train(runs: list[tuple[Path, list[str]]], jobs: int, minutes: float = math.i
     processes: list[subprocess.Popen] = []
 
     def train_batch(batch: list[tuple[Path, list[str]]]) -> bool:
-        if time.monotonic() >= ends:
+        # Once a process has failed none is started: its thread takes the next batch at once.
+        if time.monotonic() >= ends or any(process.poll() for process in processes):
             return False
         processes.append(process := _start(batch))
         _finish(process, [run for run, _ in batch])

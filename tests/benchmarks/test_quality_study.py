@@ -1,6 +1,7 @@
 """The study of docs/results: arms, held-out users of the simulated log, tables."""
 
 import json
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -490,6 +491,24 @@ def test_a_failed_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     ]
     with pytest.raises(RuntimeError, match=r"(?s)run-\d\.log.*no such data"):
         study.train(runs, 2, 1.0)
+
+
+def test_after_a_failure_no_further_training_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path] = []
+
+    def fail(batch: list[tuple[Path, list[str]]]) -> subprocess.Popen:
+        started.append(batch[0][0])
+        study._messages(batch[0][0]).write_text("what was wrong")
+        return subprocess.Popen(["false"])
+
+    monkeypatch.setattr(study, "_start", fail)
+    monkeypatch.setattr(study, "is_current", lambda *_: False)
+    runs: list[tuple[Path, list[str]]] = [(tmp_path / f"run-{n}", []) for n in range(40)]
+    with pytest.raises(RuntimeError, match="what was wrong"):
+        study.train(runs, 1)
+    assert started == [tmp_path / "run-0"]
 
 
 @pytest.mark.slow
