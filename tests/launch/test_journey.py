@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from launch import commands, quickstart
+from launch.main import main
 from llm_knowledge.extraction.config import ExtractConfig
 from llm_knowledge.extraction.extract import extract
 from llm_knowledge.store.reader import KnowledgeStore
@@ -44,6 +46,15 @@ def llm4msr(*words: object, timeout: int = 60) -> str:
     return done.stdout
 
 
+def in_this_process(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Runs one command here, where the libraries are loaded; returns its standard output."""
+    capsys.readouterr()
+    code = main([*map(str, words)])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
 def config_file(folder: Path, name: str, suffix: str | None) -> Path:
     """A small run; `suffix` of the stores' names, None without knowledge."""
     stores = {level: str(folder / f"knowledge/{level}{suffix}") for level in LEVELS}
@@ -71,39 +82,24 @@ def config_file(folder: Path, name: str, suffix: str | None) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
+def test_whole_journey_on_a_simulated_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = partial(in_this_process, capsys)
     data, knowledge, runs = tmp_path / "data", tmp_path / "knowledge", tmp_path / "runs"
     sizes = ("--users", 80, "--items", 50, "--scenarios", 3, "--events", 4000, "--seed", 2)
-    assert "Bayes-optimal AUC" in llm4msr("simulate", "--out", data, *sizes)
+    assert "Bayes-optimal AUC" in here("simulate", "--out", data, *sizes)
     info = open_dataset(data)
     assert sum(info.rows.values()) == 4000
 
     model = tiny_encoder(tmp_path / "model")
-    llm4msr(
-        "knowledge",
-        "extract",
-        "--data",
-        data,
-        "--level",
-        "all",
-        "--out",
-        knowledge,
-        "--model",
-        model,
-        "--device",
-        "cpu",
-        "--max-tokens",
-        512,
-        "--processes",
-        2,
-        "--chunk",
-        16,
-        "--no-progress",
-    )
+    extract = "knowledge extract --level all --device cpu --max-tokens 512 --chunk 16 --no-progress"
+    paths = ("--data", data, "--out", knowledge, "--model", model)
+    llm4msr(*extract.split(), *paths, "--processes", 2)
     stores = [knowledge / level for level in LEVELS]
-    assert llm4msr("knowledge", "verify", *stores).count("every check passed") == 3
+    assert here("knowledge", "verify", *stores).count("every check passed") == 3
     for store in stores:
-        llm4msr("knowledge", "shuffle", store, "--out", f"{store}-shuffled")
+        here("knowledge", "shuffle", store, "--out", f"{store}-shuffled")
     opened = {level: KnowledgeStore.open(knowledge / level) for level in LEVELS}
     assert (len(opened["scenario"]), len(opened["item"])) == (3, 50)
     mixed = KnowledgeStore.open(knowledge / "user-shuffled")
@@ -115,7 +111,7 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
     llm4msr("train", "--config", *configs, "--processes", 2)
     for name, suffix in arms.items():
         check_run(runs / name, info.rows["test"], with_knowledge=suffix is not None)
-        llm4msr("evaluate", runs / name, "--reuse-predictions")
+        here("evaluate", runs / name, "--reuse-predictions")
         evaluation = json.loads((runs / name / "evaluation.json").read_text())
         assert evaluation["name"] == name
         assert evaluation["overall"]["rows"] == info.rows["test"]
@@ -125,19 +121,19 @@ def test_whole_journey_on_a_simulated_log(tmp_path: Path) -> None:
         assert set(evaluation["segments"]) == {"known", "sparse", "new_in_scenario", "new_user"}
     # Scoring again, on one process in place of two, finds the same.
     before = (runs / "star+llm4msr" / "evaluation.json").read_text()
-    llm4msr("evaluate", runs / "star+llm4msr")
+    here("evaluate", runs / "star+llm4msr")
     after = json.loads((runs / "star+llm4msr" / "evaluation.json").read_text())
     assert after["overall"]["auc"] == pytest.approx(json.loads(before)["overall"]["auc"], abs=1e-3)
 
     folders = [runs / name for name in arms]
-    table = llm4msr("compare", *folders, "--samples", 200, "--out", tmp_path / "compare.json")
+    table = here("compare", *folders, "--samples", 200, "--out", tmp_path / "compare.json")
     assert "star+llm4msr" in table
     rows = json.loads((tmp_path / "compare.json").read_text())["table"]
     overall = [row for row in rows if (row["section"], row["metric"]) == ("overall", "auc")]
     assert {row["group"] for row in overall} == {"star+llm4msr", "star+shuffled"}
     assert all(row["low"] <= row["difference"] <= row["high"] for row in overall)
 
-    said = llm4msr("report", *folders, "--out", tmp_path / "report.html")
+    said = here("report", *folders, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path / "report.html") in said
     assert all(name in page for name in arms)

@@ -197,61 +197,71 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         del os.environ["LLM4MSR_CLUSTER"]
 
 
-@pytest.mark.slurm
-def test_slurm_runs_a_job_and_runs_it_again_after_a_node_was_lost(
-    slurm: dict[str, str], inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    def run(*words: str) -> str:
+class Submitted:
+    """A training on two nodes, submitted through torchx from a folder that it logs to."""
+
+    def __init__(
+        self, environment: dict[str, str], folder: Path, inputs: tuple[Path, Path]
+    ) -> None:
+        self.environment, self.folder, self.out = environment, folder, folder / "run"
+        config = make_config(
+            *inputs, self.out, train__epochs=30, train__eval_every=60, train__checkpoint_every=20
+        )
+        file = write_config(config, folder / "c.yaml")
+        words = ["--scheduler", "slurm", "--cfg", "partition=main", "-j", "2x2"]
+        llm4msr = (sys.executable, "-m", "launch")
+        said = self.run(*llm4msr, "launch", "train", *words, "--", "--config", str(file))
+        [self.handle] = re.findall(r"submitted (slurm://\S+)", said)
+        self.number = self.handle.rpartition("/")[2]
+
+    def run(self, *words: str) -> str:
         done = subprocess.run(
-            words, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=120
+            words,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def wait(condition: Callable[[], object], seconds: float) -> None:
+    def parts_in(self, state: str) -> int:
+        """How many of its two components are in a state of Slurm's."""
+        return self.run("squeue", "-a", "-h", "-t", state).count("train-")
+
+    def wait(self, condition: Callable[[], object], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            logs = [f"{file}:\n{file.read_text()}" for file in tmp_path.glob("slurm-*")]
-            controller = Path(slurm["SLURM_CONF"]).parent / "log/slurmctld.log"
-            state = [run("squeue", "-a"), run("sinfo"), controller.read_text()]
+            logs = [f"{file}:\n{file.read_text()}" for file in self.folder.glob("slurm-*")]
+            controller = Path(self.environment["SLURM_CONF"]).parent / "log/slurmctld.log"
+            state = [self.run("squeue", "-a"), self.run("sinfo"), controller.read_text()]
             assert time.monotonic() < end, "\n".join([*logs, *state])
             time.sleep(0.3)
 
-    out = tmp_path / "run"
-    config = make_config(
-        *inputs, out, train__epochs=30, train__eval_every=60, train__checkpoint_every=20
-    )
-    file = write_config(config, tmp_path / "c.yaml")
-    words = ["--scheduler", "slurm", "--cfg", "partition=main", "-j", "2x2"]
-    llm4msr = (sys.executable, "-m", "launch")
-    submitted = run(*llm4msr, "launch", "train", *words, "--", "--config", str(file))
-    [handle] = re.findall(r"submitted (slurm://\S+)", submitted)
-    number = handle.rpartition("/")[2]
 
-    wait(lambda: list(out.glob("checkpoints/step-*")), 240)
-    assert "State: RUNNING" in run("torchx", "status", handle)
+@pytest.fixture(scope="module")
+def requeued(
+    slurm: dict[str, str], inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Submitted:
+    """A job that has lost a node after its first checkpoint; Slurm holds it back for two minutes."""
+    job = Submitted(slurm, tmp_path_factory.mktemp("requeued"), inputs)
+    job.wait(lambda: list(job.out.glob("checkpoints/step-*")), 240)
+    assert "State: RUNNING" in job.run("torchx", "status", job.handle)
     subprocess.run([SCRIPT, "slurm", "fail", "node2"], check=True)
-    assert not (out / "summary.json").exists()
-    wait(lambda: "NODE_FAIL" in run("sacct", "-D", "-n", "-j", number, "-o", "state"), 90)
-    wait(lambda: run("squeue", "-a", "-h", "-t", "PD").count("train-") == 2, 60)  # requeued
+    assert not (job.out / "summary.json").exists()
+    states = ("sacct", "-D", "-n", "-j", job.number, "-o", "state")
+    job.wait(lambda: "NODE_FAIL" in job.run(*states), 90)
+    job.wait(lambda: job.parts_in("PD") == 2, 60)
     subprocess.run([SCRIPT, "slurm", "mend", "node2"], check=True)
-
-    # Slurm holds a requeued job back for two minutes. A job started sooner can be ended by what the
-    # controller still had to tell the lost node about it: "cancelled due to node failure".
-    wait(lambda: run("squeue", "-a", "-h", "-t", "R").count("train-") == 2, 240)
-    wait((out / "summary.json").exists, 240)
-    wait(lambda: "SUCCEEDED" in run("torchx", "status", handle), 60)
-    assert "Restarts=1" in run("scontrol", "show", "job", number)
-    log = "".join(run("torchx", "log", f"{handle}/train/{host}") for host in (0, 1))
-    assert "tiny: step 300, epoch 30: valid AUC" in log
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 301))
+    return job
 
 
 @pytest.mark.slurm
 def test_slurm_cancels_a_job_and_refuses_a_bad_one(
-    slurm: dict[str, str], inputs: tuple[Path, Path], tmp_path: Path
+    slurm: dict[str, str], requeued: Submitted, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    """While the other job is held back, so that these two minutes are not only waited for."""
     run = make_config(*inputs, tmp_path / "run", train__epochs=1000)
     file = write_config(run, tmp_path / "c.yaml")
 
@@ -288,3 +298,17 @@ def test_slurm_cancels_a_job_and_refuses_a_bad_one(
             return
         time.sleep(0.5)
     pytest.fail(done.stdout + done.stderr)
+
+
+@pytest.mark.slurm
+def test_slurm_runs_a_job_and_runs_it_again_after_a_node_was_lost(requeued: Submitted) -> None:
+    job = requeued
+    # A job started before its two minutes are over can be ended by what the controller still had to
+    # tell the lost node about it: "cancelled due to node failure".
+    job.wait((job.out / "summary.json").exists, 480)
+    job.wait(lambda: "SUCCEEDED" in job.run("torchx", "status", job.handle), 60)
+    assert "Restarts=1" in job.run("scontrol", "show", "job", job.number)
+    log = "".join(job.run("torchx", "log", f"{job.handle}/train/{host}") for host in (0, 1))
+    assert "tiny: step 300, epoch 30: valid AUC" in log
+    lines = [json.loads(line) for line in (job.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 301))
