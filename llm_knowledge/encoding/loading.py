@@ -61,8 +61,7 @@ def load(
         Tokenizer, configuration (of a model that also reads images or sound, of its text) and model.
 
     Raises:
-        InputError: the model or its tokenizer cannot be loaded, or weights and configuration are
-            those of different models.
+        InputError: the model or its tokenizer cannot be loaded, or the weights are another model's.
     """
     from transformers import AutoConfig, AutoTokenizer
 
