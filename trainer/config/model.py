@@ -93,8 +93,10 @@ class MetaConfig(Section):
         description="Levels whose vectors also enter the bottom input, projected onto the embedding of "
         "the user or scenario: knowledge as a plain feature, without a generated layer.",
     )
-    strategy: Literal["auto", "fused", "grouped", "reference"] = Field(
-        default="auto", description="Implementation of the meta-layer op."
+    strategy: Literal["auto", "fused", "grouped", "reference", "warp_specialised"] = Field(
+        default="auto",
+        description="Implementation of the meta-layer op. warp_specialised is experimental: compiled for "
+        "H100 and H200, never run; auto never takes it.",
     )
 
     def reads(self, level: Literal["user", "scenario"]) -> bool:
@@ -111,6 +113,14 @@ class MetaConfig(Section):
         for field in ("match_layers", "inputs"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field}: name a level once")
+        return self
+
+    @model_validator(mode="after")
+    def _kind_has_the_strategy(self) -> "MetaConfig":
+        if self.strategy == "warp_specialised" and self.kind == "gate":
+            raise ValueError(
+                "strategy warp_specialised has no diagonals, which kind gate is: use auto"
+            )
         return self
 
     @model_validator(mode="after")

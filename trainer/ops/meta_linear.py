@@ -13,6 +13,9 @@ Three strategies compute the same numbers:
 - grouped: samples that share a knowledge vector (all impressions of one scenario) share one generated
   weight, built once per distinct vector: r times fewer products when few are distinct.
 - reference: the fused algorithm as a loop of library products. Any device.
+
+A fourth, warp_specialised, computes as fused does, for H100 and H200. It has never run, and "auto" never
+takes it (`trainer.ops.experimental`).
 """
 
 import importlib.util
@@ -23,15 +26,21 @@ from torch import Tensor
 
 from trainer.ops.activation import activation_name
 from trainer.ops.dispatch import AUTOCAST_TYPE, autocasts
+from trainer.ops.experimental.warp_specialised import missing_for_warp_specialised
 from trainer.ops.grouped import (
     can_group_on_device,
     grouped_linear,
     refuse_forward_mode,
     take_rows,
 )
-from trainer.ops.reference import diagonal_linear, meta_linear_fused, meta_linear_reference
+from trainer.ops.reference import (
+    diagonal_linear,
+    meta_linear_fused,
+    meta_linear_reference,
+    meta_linear_specialised,
+)
 
-STRATEGIES = ("auto", "fused", "grouped", "reference")
+STRATEGIES = ("auto", "fused", "grouped", "reference", "warp_specialised")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The generated weights are saved for the backward pass, and their gradient is as large. Where they grow
@@ -54,8 +63,12 @@ def min_rows_per_group(device: str, rank: int, in_features: int, out_features: i
     return 6 + 3e5 / ((rank + 1) * max(in_features * out_features, 1))
 
 
-def missing_for_fused(device: str) -> str | None:
-    """What the fused strategy lacks on a device, "cpu" or "cuda"; None where it can run."""
+def missing_for(strategy: str, device: str) -> str | None:
+    """What a strategy lacks on a device, "cpu" or "cuda"; None where it can run."""
+    if strategy == "warp_specialised":
+        return missing_for_warp_specialised(device)
+    if strategy != "fused":
+        return None
     if not _HAS_TRITON:
         return "the package triton"
     if device != "cuda":
@@ -251,7 +264,8 @@ def meta_linear(
         group: Which row of `g` belongs to each sample, int64 [B], values in [0, S)
             (`trainer.ops.group_by_key` finds it where only keys are known).
         activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh".
-        strategy: "auto", "fused" (CUDA), "reference", or "grouped" (which needs `group`).
+        strategy: "auto", "fused" (CUDA), "reference", "grouped" (which needs `group`), or
+            "warp_specialised" (bfloat16 on an H100 or H200, never run).
 
     Returns:
         Outputs [B, o]. With g = 0 they are those of the shared layer alone.
@@ -278,10 +292,16 @@ def meta_linear(
             f"meta_linear: unknown strategy {strategy!r}; use one of {', '.join(STRATEGIES)}"
         )
     if strategy == "fused" and not _HAS_TRITON:
-        raise ValueError(f"meta_linear: strategy fused needs {missing_for_fused(h.device.type)}")
+        raise ValueError(
+            f"meta_linear: strategy fused needs {missing_for(strategy, h.device.type)}"
+        )
     per_sample = g if group is None else take_rows(g, group)
-    if strategy != "fused" and weight.dim() == 2:
+    if strategy == "reference" and weight.dim() == 2:
         return diagonal_linear(h, per_sample, weight, bias, None, name)
     refuse_forward_mode(h, per_sample, weight, bias)
-    op = meta_linear_fused if strategy == "fused" else meta_linear_reference
-    return op(h, per_sample, weight, bias, name)
+    ops = {
+        "fused": meta_linear_fused,
+        "reference": meta_linear_reference,
+        "warp_specialised": meta_linear_specialised,
+    }
+    return ops[strategy](h, per_sample, weight, bias, name)

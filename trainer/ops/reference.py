@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from trainer.ops.activation import activate, activate_, activation_gradient
 from trainer.ops.dispatch import AUTOCAST_TYPE, apply_function, is_plain_eager, without_autocast
+from trainer.ops.experimental.warp_specialised import specialised_forward, specialised_gradients
 from trainer.ops.grouped import take_rows
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -206,3 +207,11 @@ def meta_linear_fused(
     if is_plain_eager(*tensors):
         return apply_function(_Eager, tensors, activation, _fused_forward, _fused_gradients)
     return _fused(*tensors, activation)
+
+
+def meta_linear_specialised(
+    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Tensor:
+    """The warp-specialised kernels, on an H100 or H200; no operators, since they have never run."""
+    tensors = (h, g, weight, bias)
+    return apply_function(_Eager, tensors, activation, specialised_forward, specialised_gradients)

@@ -197,11 +197,11 @@ def start(
         )
 
 
-def padded(tensor: Tensor, *widths: int) -> Tensor:
-    """Its last dimensions filled up with zeros to multiples of 16; contiguous, aligned to 16 bytes."""
+def padded(tensor: Tensor, *widths: int, to: int = 16) -> Tensor:
+    """Its last dimensions filled up with zeros to multiples of `to`; contiguous, aligned to 16 bytes."""
     extra: list[int] = []
     for width in widths:
-        extra += [0, -width % 16]
+        extra += [0, -width % to]
     tensor = F.pad(tensor, extra) if any(extra) else tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 

@@ -277,7 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     parser.add_argument(
         "--strategy",
-        choices=("auto", "fused", "grouped", "reference"),
+        choices=("auto", "fused", "grouped", "reference", "warp_specialised"),
         default="auto",
         help="of the op (default: what training takes)",
     )

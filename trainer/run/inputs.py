@@ -15,7 +15,7 @@ from trainer.data.dataset import DatasetInfo, validate_dataset
 from trainer.data.loading.loader import check_shares
 from trainer.distributed.process_group import Runtime
 from trainer.features.resolve import Feature, resolve_features
-from trainer.ops.meta_linear import missing_for_fused
+from trainer.ops.meta_linear import missing_for
 from trainer.run.id_tables import check_device
 from trainer.run.stores import check_coverage, check_origin, open_stores
 
@@ -91,11 +91,12 @@ def check_strategy(meta: MetaConfig, device: str) -> None:
     Raises:
         InputError: With what to use instead.
     """
-    if not meta.enabled or meta.strategy != "fused":
+    if not meta.enabled:
         return
-    if missing := missing_for_fused(device):
+    if missing := missing_for(meta.strategy, device):
         raise InputError(
-            f"model.meta.strategy: fused needs {missing}; this run is on {device}; use auto or reference"
+            f"model.meta.strategy: {meta.strategy} needs {missing}; this run is on {device}; use auto or "
+            "reference"
         )
 
 
