@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Bytes per second of a GPU's memory by NVIDIA's data sheets (SXM), by what the GPU's name has in it.
+MEMORY_BANDWIDTH = {"A100-SXM4-80GB": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
 COPY_BYTES = 256 * 2**20  # far beyond any cache
 REPEATS = 5
 
@@ -72,6 +74,21 @@ class Clock:
             call()
             seconds.append(self.stop(began)[0])
         return statistics.median(seconds)
+
+
+def data_sheet_bandwidth(gpu: str | None) -> float | None:
+    """Bytes per second that the data sheet promises of a GPU's memory.
+
+    Args:
+        gpu: Its name as torch has it, like "NVIDIA H100 80GB HBM3"; None on a CPU.
+
+    Returns:
+        None of a CPU, of a GPU that is not in the table, and of a card with slower memory than its name's
+        (PCIe, NVL).
+    """
+    if gpu is None or "PCIe" in gpu or "NVL" in gpu:
+        return None
+    return next((rate for name, rate in MEMORY_BANDWIDTH.items() if name in gpu), None)
 
 
 def copy_bandwidth(device: torch.device, size: int = COPY_BYTES) -> float:

@@ -18,6 +18,7 @@ from embeddings.profiling.baselines import RULES, BareKernel, PlainTables, Refer
 from embeddings.profiling.measure import (
     Clock,
     copy_bandwidth,
+    data_sheet_bandwidth,
     gather_bandwidth,
     link_bandwidth,
     machine,
@@ -343,6 +344,7 @@ def _report(
     ids = max(subject.batches[0].values().numel(), 1)
     dtype = torch.float16 if table.bytes_per_value == 2 else torch.float32
     random_rows = gather_bandwidth(table.rows, table.dim, ids, dtype, device)
+    promised = data_sheet_bandwidth(machine()["gpu"] if device.type == "cuda" else None)
     phases: dict[str, Any] = {}
     for name in PHASES:
         if f"phases {name}" not in seconds:
@@ -353,6 +355,7 @@ def _report(
         wire = link_bandwidth(link[name], device)
         phases[name] = milliseconds | {
             "memory_bytes": memory[name],
+            "data_sheet_ms": None if promised is None else 1e3 * memory[name] / promised,
             "link_bytes": link[name],
             "share_of_copy_bandwidth": memory[name] / spent / copy,
             "share_of_gather_bandwidth": memory[name] / spent / random_rows,

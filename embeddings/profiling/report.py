@@ -41,6 +41,7 @@ def _cell(cell: dict[str, Any]) -> list[str]:
         [
             name,
             _spread(phase["ms"]),
+            _milliseconds(phase.get("data_sheet_ms")),
             f"{phase['memory_bytes'] / 1e6:.2f}",
             f"{phase['share_of_copy_bandwidth']:.0%}",
             f"{phase['share_of_gather_bandwidth']:.0%}",
@@ -50,7 +51,16 @@ def _cell(cell: dict[str, Any]) -> list[str]:
         for name, phase in cell["phases"].items()
         if name in PHASES
     ]
-    head = ["phase", "ms", "memory MB", "of copy", "of gather", "link MB", "of link"]
+    head = [
+        "phase",
+        "ms",
+        "by data sheet",
+        "memory MB",
+        "of copy",
+        "of gather",
+        "link MB",
+        "of link",
+    ]
     lines += _table(phases, head).splitlines()
     part = cell["sum_of_phases_over_step"]["time"]["median"]
     rate, forward = cell["samples_per_second"], cell["forward"]["ms"]["median"]
@@ -89,6 +99,11 @@ def _table(rows: list[list[str]], head: Sequence[str] = ()) -> str:
 
 def _spread(values: dict[str, float]) -> str:
     return f"{values['median']:.2f} ({values['low']:.2f}-{values['high']:.2f})"
+
+
+def _milliseconds(value: float | None) -> str:
+    """What a phase would take that waits for its bytes alone, at the data sheet's rate."""
+    return "" if value is None else f"{value:.3f}"
 
 
 def _share(value: float | None) -> str:

@@ -6,12 +6,12 @@ array holds, once. Nobody has measured either: the formula is held to a count by
 
 from typing import NamedTuple
 
+from embeddings.profiling.measure import MEMORY_BANDWIDTH
 from trainer.ops.triton_tiles import choose_tile, share_of_batch, slices_of_a_part
 
 # H100 and H200 (SXM), dense bfloat16. The bandwidth of L2 is nowhere in NVIDIA's data sheets; 5.5 TB/s
 # is what microbenchmarks of an H100 report for reads.
 PEAK, L2, MULTIPROCESSORS = 989e12, 5.5e12, 132
-MEMORY = {"H100": 3.35e12, "H200": 4.8e12}
 
 
 class Traffic(NamedTuple):
@@ -29,7 +29,7 @@ class Traffic(NamedTuple):
 
     def bound(self, gpu: str = "H200") -> float:
         """Most of the peak that a kernel can reach which waits for nothing but these bytes."""
-        seconds = max(self.flops / PEAK, self.l2 / L2, self.memory / MEMORY[gpu])
+        seconds = max(self.flops / PEAK, self.l2 / L2, self.memory / MEMORY_BANDWIDTH[gpu])
         return self.flops / PEAK / seconds
 
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from embeddings.profiling.measure import data_sheet_bandwidth
 from embeddings.profiling.measure_tables import COLLECTIONS, SHARDINGS, sweep
+from embeddings.profiling.report import text_of
 from launch.main import main
 from tests.drills.profile_cells import SMALL
 from tests.helpers.paths import ROOT
@@ -18,6 +20,36 @@ IMPOSSIBLE = {
     ("sequence", "grid_shard"),
     ("sequence", "data_parallel"),
 }
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rate"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3.35e12),
+        ("NVIDIA H200", 4.8e12),
+        ("NVIDIA A100-SXM4-80GB", 2.039e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA L4", None),
+        (None, None),
+    ],
+)
+def test_bandwidth_of_the_data_sheet(gpu, rate):
+    assert data_sheet_bandwidth(gpu) == rate
+
+
+def test_what_bytes_alone_would_take_is_printed_beside_what_was_measured(found):
+    report = json.loads(json.dumps(found["full"]))
+    cell = report["cells"][0]
+    lookup = cell["phases"]["lookup"]
+    assert lookup["data_sheet_ms"] is None  # of a CPU
+    lookup |= {"data_sheet_ms": 0.125, "ms": {"median": 0.5, "low": 0.4, "high": 0.6}}
+    head, row = (
+        next(line.split() for line in text_of(report).splitlines() if line.strip().startswith(name))
+        for name in ("phase ", "lookup ")
+    )
+    assert head[:5] == ["phase", "ms", "by", "data", "sheet"]
+    assert row[1:4] == ["0.50", "(0.40-0.60)", "0.125"]
 
 
 @pytest.fixture(scope="module")
