@@ -6,6 +6,7 @@ The interpreter has to be switched on before triton is imported, hence a process
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -459,6 +460,27 @@ def test_traffic_by_hand() -> None:
     arrays = 2 * (2 * 16_384 * 128 + 33 * 128 * 129) + 4 * 33 * 16_384
     assert found.memory == arrays
     assert found.bound() == pytest.approx(found.flops_per_l2_byte * 5.5e12 / 989e12)
+
+
+def test_the_page_has_the_bytes_and_bounds_of_the_formula() -> None:
+    """Every cell of its table: r = 32, bfloat16, 132 multiprocessors, an H200's memory."""
+    from trainer.ops.traffic import traffic
+
+    page = (ROOT / "docs" / "results" / "meta-layer.md").read_text(encoding="utf-8").splitlines()
+    head = next(at for at, line in enumerate(page) if line.startswith("| i = o | B |"))
+    for line, (width, rows) in zip(
+        page[head + 2 :],
+        itertools.product((128, 256, 512), (1024, 4096, 16_384, 65_536)),
+        strict=False,
+    ):
+        cells = [f"{width}", f"{rows:,}"]
+        for kernel in ("forward", "backward_input", "backward_weight"):
+            moved = traffic(kernel, rows, 32, width, width)
+            cells.append(
+                f"{moved.programs:,}, {moved.l2 / 1e6:,.0f} ({moved.flops_per_l2_byte:.0f}), "
+                f"{moved.memory / 1e6:,.0f}, {moved.bound():.0%}"
+            )
+        assert line == f"| {' | '.join(cells)} |"
 
 
 @pytest.mark.slow
