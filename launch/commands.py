@@ -39,6 +39,27 @@ def run_quickstart(options: argparse.Namespace, words: list[str]) -> int | None:
     return None
 
 
+def draft_schema(options: argparse.Namespace, words: list[str]) -> int | None:
+    """Drafts the schema of a log."""
+    import tempfile
+
+    from llm_knowledge.files import write_text
+    from trainer.data.sources.draft import draft_schema as drafted
+    from trainer.data.sources.writer import connect
+
+    if options.out is not None and options.out.exists():
+        raise InputError(f"{options.out}: is there already; give another --out, or remove it")
+    base = Path("/") if options.out is None else options.out.parent
+    with tempfile.TemporaryDirectory() as scratch, connect(Path(scratch)) as con:
+        text = drafted(con, options.raw, options.users, options.catalogue, base)
+    if options.out is None:
+        print(text, end="")
+        return None
+    write_text(options.out, text)
+    print(f"{options.out}: read it, mend it, then llm4msr prepare parquet --schema {options.out}")
+    return None
+
+
 def prepare(options: argparse.Namespace, words: list[str]) -> int | None:
     """Turns a source into a prepared dataset."""
     for name in ("held_out_users", "held_out_valid_users"):

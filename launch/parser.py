@@ -41,6 +41,7 @@ def build_parser() -> CommandParser:
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         _add_quickstart,
+        _add_schema,
         _add_prepare,
         _add_simulate,
         _add_knowledge,
@@ -110,6 +111,20 @@ def _add_quickstart(commands: Commands) -> None:
     )
     p.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
     _add_processes(p, "training processes", default=2)
+
+
+def _add_schema(commands: Commands) -> None:
+    p = command(
+        commands,
+        "schema",
+        run.draft_schema,
+        "Drafts the schema of a log from its files: guesses with their reasons, and warnings.",
+        "schema --raw log --catalogue items.parquet --out schema.yaml",
+    )
+    p.add_argument("--raw", type=Path, required=True, help="the log: a Parquet file or a folder")
+    p.add_argument("--users", type=Path, help="the users' table, if there is one")
+    p.add_argument("--catalogue", type=Path, help="the table of items, if there is one")
+    p.add_argument("--out", type=Path, help="file to write (default: it is printed)")
 
 
 def _add_prepare(commands: Commands) -> None:

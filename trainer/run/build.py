@@ -65,15 +65,10 @@ def build(config: RunConfig, runtime: Runtime, folder: Path, inputs: Inputs) -> 
     encoder = _row_encoder(config.data, config.features.history, dataset, stores, ids, features)
     rows = {level: id_map.rows for level, id_map in ids.items()}
     means = on_all_ranks(lambda: run_means(folder, stores))
+    read = feature_shapes(inputs.features, features)
+    sequences = sequence_shapes(inputs.features, features, config.tables.dim, BLOCK)
     shapes = make_shapes(
-        dataset,
-        stores,
-        rows,
-        config.data.labels,
-        config.features,
-        feature_shapes(inputs.features, features),
-        sequence_shapes(inputs.features, features, config.tables.dim, BLOCK),
-        means,
+        dataset, stores, rows, config.data.labels, config.features, read, sequences, means
     )
     torch.manual_seed(train.seed)
     readers = readers_of_tables(features.item_steps)

@@ -1,5 +1,6 @@
 """Rows of the log as the model needs them: ids to table rows, keys to store rows, rows to a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -208,15 +209,19 @@ def collate(encoded: Rows, batch_size: int, features: FeatureEncoder) -> Batch:
         extra_labels=padded(rows["extra_labels"]),
         numbers=padded(rows[NUMBERS]),
         present=torch.from_numpy(np.concatenate(there)) if there else torch.empty(0),
-        weighted=_keyed(
-            {
-                name: (encoding.values, padded(encoding.lengths).numpy())
-                for name, encoding in weighted.items()
-            },
-            [encoding.weights for encoding in weighted.values() if encoding.weights is not None],
-        )
-        if weighted
-        else no_ids(),
+        weighted=_weighted(weighted, padded),
+    )
+
+
+def _weighted(
+    ragged: dict[str, Ragged], padded: Callable[[np.ndarray], torch.Tensor]
+) -> KeyedJaggedTensor:
+    """Ids with weights, by table; lengths are padded to the batch."""
+    if not ragged:
+        return no_ids()
+    return _keyed(
+        {name: (rows.values, padded(rows.lengths).numpy()) for name, rows in ragged.items()},
+        [rows.weights for rows in ragged.values() if rows.weights is not None],
     )
 
 
