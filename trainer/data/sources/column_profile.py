@@ -127,9 +127,9 @@ def _profile(
             else "NOT isfinite(x)"
         )
     bad = inside if lists or kind == "float" else "false"
-    ends = "NULL, NULL" if lists or kind not in ("int64", "float", "bool", "time", "string") else (
-        f"min(x) FILTER (WHERE NOT ({bad})), max(x) FILTER (WHERE NOT ({bad}))"
-    )  # fmt: skip
+    ends = f"min(x) FILTER (WHERE NOT ({bad})), max(x) FILTER (WHERE NOT ({bad}))"
+    if kind not in ("int64", "float", "bool", "time", "string"):
+        ends = "NULL, NULL"
     nulls, unusable, low, high = con.execute(
         f"SELECT count(*) FILTER (WHERE {missing}), count(*) FILTER (WHERE {bad}), {ends} FROM {table}"
     ).fetchall()[0]
