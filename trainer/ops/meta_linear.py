@@ -26,7 +26,6 @@ from torch import Tensor
 
 from trainer.ops.activation import activation_name
 from trainer.ops.dispatch import AUTOCAST_TYPE, autocasts
-from trainer.ops.experimental.warp_specialised import missing_for_warp_specialised
 from trainer.ops.grouped import (
     can_group_on_device,
     grouped_linear,
@@ -39,6 +38,7 @@ from trainer.ops.reference import (
     meta_linear_reference,
     meta_linear_specialised,
 )
+from trainer.ops.warp_specialised import missing_for_warp_specialised
 
 STRATEGIES = ("auto", "fused", "grouped", "reference", "warp_specialised")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

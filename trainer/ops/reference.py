@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from trainer.ops.activation import activate, activate_, activation_gradient
 from trainer.ops.dispatch import AUTOCAST_TYPE, apply_function, is_plain_eager, without_autocast
-from trainer.ops.experimental.warp_specialised import specialised_forward, specialised_gradients
 from trainer.ops.grouped import take_rows
+from trainer.ops.warp_specialised import specialised_forward, specialised_gradients
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 

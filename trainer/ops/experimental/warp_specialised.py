@@ -1,160 +1,264 @@
-"""The strategy `warp_specialised`: launches the Gluon kernels of the forward pass and of its gradient.
+"""Warp-specialised kernels for Hopper in Gluon. Compiled, never run: see `trainer.ops.experimental`.
 
-Never run on a GPU, and Gluon has no interpreter: registers, shared memory and instructions are known from
-the compiler, numbers are not. The weights' gradient is that of strategy fused.
+A program has one producer warp, which copies by TMA, and two consumer warpgroups of 64 rows each. What
+stays for all slices, h or dz, is copied once. Blocks of slices go through a ring in shared memory. Each of
+its cells has two mbarriers: on `full` the copy's bytes arrive, on `empty` both consumers. The warpgroups
+take turns by themselves: while one scales, the other multiplies. Scales are applied after the product, in
+float32, as by the kernels of `trainer.ops.triton_meta`.
 """
 
-import importlib.util
-from typing import NamedTuple
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-import torch
-from torch import Tensor
-
-from trainer.ops.activation import activation_gradient
-from trainer.ops.dispatch import without_autocast
-
-ROWS, DEPTH, WIDEST = 128, 64, 512  # rows of a program, depth of a block, most that stays on chip
-_HOPPER = (9, 0)
-
-
-class Ring(NamedTuple):
-    """Columns of a program, and cells of its ring of blocks."""
-
-    columns: int
-    cells: int
+# Not specialised on values: one compiled variant for every batch size and rank.
+any_size = gluon.jit(do_not_specialize=["ROWS", "RANK"])
 
 
-def ring_of(kernel: str, depth: int) -> Ring:
-    """What fits into 227 KB beside the rows that stay, without a register spilled.
+@gluon.jit
+def activate_tile(z, ACTIVATION: gl.constexpr):
+    """One of `trainer.ops.triton_tiles.ACTIVATION_CODES`, of a float32 tile."""
+    if ACTIVATION == 1:  # what is not a number is not below 0, and stays
+        z = gl.where(z < 0, 0.0, z)
+    elif ACTIVATION == 2:
+        z = gl.where(z > 0, z, 0.01 * z)
+    elif ACTIVATION == 3:
+        z = 1.0 / (1.0 + gl.exp(-z))
+    elif ACTIVATION == 4:  # near 0, where the difference would cancel, by its series
+        x = z * z
+        series = 2 / 15 + x * (-17 / 315 + x * (62 / 2835))
+        series = z * (1 + x * (-1 / 3 + x * series))
+        z = gl.where(gl.abs(z) < 0.25, series, 2.0 / (1.0 + gl.exp(-2.0 * z)) - 1.0)
+    return z
 
-    Args:
-        kernel: "forward" or "backward_input".
-        depth: Length of its inner products, at most 512.
+
+@gluon.jit
+def produce(
+    rows_desc,
+    slices_desc,
+    shared,
+    first_row,
+    first_column,
+    SLICES,
+    OUT,
+    BK: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FORWARD: gl.constexpr,
+):
+    """Copies both consumers' rows, then blocks of A_0 to A_r, in steps along the depth.
+
+    A block is [columns, BK] of A_j in the forward pass, and [BK, columns] in the backward pass.
     """
-    if depth <= 256:
-        return Ring(128, 6)
-    return Ring(128, 4) if kernel == "forward" else Ring(64, 8)
+    resident, ring, resident_full, full, empty = shared
+    mbarrier.expect(resident_full, rows_desc.block_type.nbytes * STEPS * 2)
+    for consumer in gl.static_range(2):
+        for step in gl.static_range(STEPS):
+            tma.async_copy_global_to_shared(
+                rows_desc,
+                [first_row + 64 * consumer, step * BK],
+                resident_full,
+                resident.index(consumer * STEPS + step),
+            )
+    for block in range(SLICES * STEPS):
+        cell = block % STAGES
+        mbarrier.wait(empty.index(cell), ((block // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(cell), slices_desc.block_type.nbytes)
+        slice_row = block // STEPS * OUT
+        depth = block % STEPS * BK
+        row = slice_row + (first_column if FORWARD else depth)
+        column = depth if FORWARD else first_column
+        tma.async_copy_global_to_shared(
+            slices_desc, [row, column], full.index(cell), ring.index(cell)
+        )
 
 
-def missing_for_warp_specialised(device: str) -> str | None:
-    """What the strategy lacks on a device, "cpu" or "cuda"; None where it can be launched."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton"
-    if device != "cuda":
-        return "CUDA"
-    capability = torch.cuda.get_device_capability()
-    if capability != _HOPPER:
-        return "a GPU of compute capability 9.0 (H100, H200), not {}.{}".format(*capability)
-    return None
+@gluon.jit
+def multiply(
+    CONSUMER: gl.constexpr,
+    product,
+    shared,
+    j,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FORWARD: gl.constexpr,
+):
+    """The product of a consumer's rows by slice j, float32 [64, columns]; frees the ring's cells."""
+    resident, ring, _, full, empty = shared
+    for step in gl.static_range(STEPS):
+        block = j * STEPS + step
+        cell = block % STAGES
+        mbarrier.wait(full.index(cell), (block // STAGES) & 1)
+        a = ring.index(cell)
+        if FORWARD:
+            a = a.permute((1, 0))
+        rows = resident.index(CONSUMER * STEPS + step)
+        product = warpgroup_mma(rows, a, product, use_acc=step > 0, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
+    for step in gl.static_range(STEPS):
+        mbarrier.arrive(empty.index((j * STEPS + step) % STAGES), count=1)
+    return product
 
 
-def refuse(h: Tensor, weight: Tensor) -> None:
-    """Refuses layers that the kernels were not written for.
+@gluon.jit
+def consume_forward(
+    CONSUMER: gl.constexpr,
+    shared,
+    inputs,
+    ACTIVATION: gl.constexpr,
+    BN: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A [64, BN] tile of y: the sum of g~_j (h A_j^T + c_j), and the activation."""
+    gates, bias, y, first_row, first_column, SLICES, ROWS, OUT, STRIDE = inputs
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
+    )
+    m = first_row + 64 * CONSUMER + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    n = first_column + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
+    acc = gl.zeros([64, BN], gl.float32, LAYOUT)
+    product = gl.zeros([64, BN], gl.float32, LAYOUT)
+    mbarrier.wait(shared[2], 0)
+    for j in range(SLICES):
+        gate = gl.load(gates + gl.cast(j, gl.int64) * STRIDE + m, mask=m < ROWS, other=0.0)
+        c = gl.load(bias + j * OUT + n, mask=n < OUT, other=0.0).to(gl.float32)
+        product = multiply(CONSUMER, product, shared, j, STEPS, STAGES, FORWARD=True)
+        acc = acc + gate[:, None] * (product + c[None, :])
+    acc = activate_tile(acc, ACTIVATION)
+    cells = y + m.to(gl.int64)[:, None] * OUT + n[None, :]
+    gl.store(cells, acc.to(y.dtype.element_ty), mask=(m < ROWS)[:, None] & (n < OUT)[None, :])
 
-    Args:
-        h: Layer inputs [B, i], as cast.
-        weight: Slices [r+1, o, i].
 
-    Raises:
-        ValueError: Names what is needed, and the strategy that has it.
-    """
-    lacking = missing_for_warp_specialised(h.device.type)
-    if lacking is None and weight.dim() == 2:
-        lacking = "full slices, not diagonals"
-    if lacking is None and h.dtype != torch.bfloat16:
-        lacking = f"bfloat16 (train.precision: bf16), not {str(h.dtype).removeprefix('torch.')}"
-    if lacking is None and max(weight.shape[1:]) > WIDEST:
-        lacking = f"widths of at most {WIDEST}, not {max(weight.shape[1:])}"
-    if lacking:
-        raise ValueError(f"meta_linear: strategy warp_specialised needs {lacking}; use auto")
+@gluon.jit
+def consume_backward(
+    CONSUMER: gl.constexpr,
+    shared,
+    inputs,
+    BN: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A [64, BN] tile of dh, the sum of g~_j V_j with V_j = dz A_j, and <V_j, h> of its columns."""
+    gates, h, dh, dg, first_row, first_column, SLICES, ROWS, IN, STRIDE = inputs
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
+    )
+    m = first_row + 64 * CONSUMER + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    n = first_column + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
+    inside = (m < ROWS)[:, None] & (n < IN)[None, :]
+    at = m.to(gl.int64)[:, None] * IN + n[None, :]
+    x = gl.load(h + at, mask=inside, other=0.0)
+    acc = gl.zeros([64, BN], gl.float32, LAYOUT)
+    product = gl.zeros([64, BN], gl.float32, LAYOUT)
+    mbarrier.wait(shared[2], 0)
+    for j in range(SLICES):
+        gate = gl.load(gates + gl.cast(j, gl.int64) * STRIDE + m, mask=m < ROWS, other=0.0)
+        product = multiply(CONSUMER, product, shared, j, STEPS, STAGES, FORWARD=False)
+        acc = acc + gate[:, None] * product
+        share = gl.sum(product * x.to(gl.float32), axis=1)
+        gl.store(dg + gl.cast(j, gl.int64) * ROWS + m, share, mask=m < ROWS)
+    gl.store(dh + at, acc.to(dh.dtype.element_ty), mask=inside)
 
 
+@gluon.jit
+def barriers(STAGES: gl.constexpr):
+    """Barriers of the resident rows and of the ring: filled once by a copy, emptied by two consumers."""
+    resident_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(resident_full, count=1)
+    for cell in gl.static_range(STAGES):
+        mbarrier.init(full.index(cell), count=1)
+        mbarrier.init(empty.index(cell), count=2)
+    return resident_full, full, empty
+
+
+@any_size
 def specialised_forward(
-    h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
-) -> Tensor:
-    """Gives y [B, o] of `trainer.ops.meta_linear`; see `refuse` for what it takes."""
-    from trainer.ops.experimental import warp_specialised_kernels as kernels
-    from trainer.ops.triton_tiles import ACTIVATION_CODES, padded, transposed_gates
-
-    refuse(h, weight)
-    (rows, width_in), width_out = h.shape, weight.shape[1]
-    if rows * width_in * width_out == 0:
-        from trainer.ops.triton_meta import fused_forward
-
-        return fused_forward(h, g, weight, bias, activation)
-    h = padded(h, width_in, to=DEPTH)
-    weight = padded(weight, width_in, width_out, to=DEPTH)
-    bias, gates = padded(bias, width_out, to=DEPTH), transposed_gates(g)
-    slices, o, i = weight.shape
-    ring = ring_of("forward", i)
-    y = h.new_empty(rows, o)
-    with torch.cuda.device_of(h):
-        kernels.specialised_forward[-(-rows // ROWS), -(-o // ring.columns)](
-            _described(h, ROWS // 2, DEPTH),
-            _described(weight.view(slices * o, i), ring.columns, DEPTH),
-            *(gates, bias, y, rows, slices - 1, o, gates.shape[1]),
-            ACTIVATION=ACTIVATION_CODES[activation],
-            **_constants(ring, i),
-        )
-    return y[:, :width_out].contiguous()
-
-
-def specialised_gradients(
-    dy: Tensor, y: Tensor, h: Tensor, g: Tensor, weight: Tensor, bias: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gives dh [B, i], dg [B, r], dweight [r+1, o, i] and dbias [r+1, o]."""
-    from trainer.ops import triton_meta
-    from trainer.ops.triton_tiles import padded, transposed_gates
-
-    with without_autocast(h):
-        dz = activation_gradient(dy, y, activation)
-        (rows, width_in), width_out = h.shape, weight.shape[1]
-        if rows * width_in * width_out == 0:
-            return triton_meta.fused_backward(dz, h, g, weight, bias)
-        dbias = torch.cat([g.t() @ dz, dz.sum(0, keepdim=True)])
-        # In float32: both parts of dg are rounded once, when they have met.
-        dg_of_bias = dz.float() @ bias[:-1].float().t()
-        gates = transposed_gates(g)
-        dz, h = padded(dz, width_out, to=DEPTH), padded(h, width_in, to=DEPTH)
-        weight = padded(weight, width_in, width_out, to=DEPTH)
-        dh, dg = _backward_input(dz, h, gates, weight)
-        dweight = triton_meta.launch_backward_weight(dz, h, gates, weight)
-        return (
-            dh[:, :width_in].contiguous(),
-            (dg.t() + dg_of_bias).to(g.dtype),
-            dweight[:, :width_out, :width_in].contiguous(),
-            dbias,
-        )
+    h_desc,
+    slices_desc,
+    gates,
+    bias,
+    y,
+    ROWS,
+    RANK,
+    OUT,
+    STRIDE,
+    ACTIVATION: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A [128, BN] tile of y [ROWS, OUT]; slices_desc is of [(RANK + 1) OUT, IN], IN = STEPS BK."""
+    resident = gl.allocate_shared_memory(gl.bfloat16, [2 * STEPS, 64, BK], h_desc.layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, BK], slices_desc.layout)
+    resident_full, full, empty = barriers(STAGES)
+    row = gl.program_id(0) * 128
+    column = gl.program_id(1) * BN
+    slices = RANK + 1
+    shared = (resident, ring, resident_full, full, empty)
+    inputs = (gates, bias, y, row, column, slices, ROWS, OUT, STRIDE)
+    gl.warp_specialize(
+        [
+            (consume_forward, (0, shared, inputs, ACTIVATION, BN, STEPS, STAGES)),
+            (consume_forward, (1, shared, inputs, ACTIVATION, BN, STEPS, STAGES)),
+            (
+                produce,
+                (h_desc, slices_desc, shared, row, column, slices, OUT, BK, STEPS, STAGES, True),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
-def _backward_input(dz: Tensor, h: Tensor, gates: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns dh [B, i] and, float32 [r, B], what weights give to dg; widths are multiples of 64."""
-    from trainer.ops.experimental import warp_specialised_kernels as kernels
+@any_size
+def specialised_backward_input(
+    dz_desc,
+    slices_desc,
+    gates,
+    h,
+    dh,
+    dg,
+    ROWS,
+    RANK,
+    IN,
+    OUT,
+    STRIDE,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A [128, BN] tile of dh [ROWS, IN] and its plane of dg, float32 [tiles of IN, RANK, ROWS].
 
-    slices, o, i = weight.shape
-    rows, ring = len(h), ring_of("backward_input", o)
-    tiles = -(-i // ring.columns)
-    dh = torch.empty_like(h)
-    dg = h.new_empty(tiles, slices, rows, dtype=torch.float32)
-    with torch.cuda.device_of(h):
-        kernels.specialised_backward_input[-(-rows // ROWS), tiles](
-            _described(dz, ROWS // 2, DEPTH),
-            _described(weight.view(slices * o, i), DEPTH, ring.columns),
-            *(gates, h, dh, dg, rows, slices - 1, i, o, gates.shape[1]),
-            **_constants(ring, o),
-        )
-    return dh, dg[:, :-1].sum(0)
-
-
-def _described(matrix: Tensor, rows: int, columns: int) -> object:
-    """A matrix of bfloat16 as TMA copies it, in blocks of that many rows and columns."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
-
-
-def _constants(ring: Ring, depth: int) -> dict[str, int]:
-    sizes = {"BN": ring.columns, "BK": DEPTH, "STEPS": depth // DEPTH, "STAGES": ring.cells}
-    return sizes | {"num_warps": 4}
+    slices_desc is of [(RANK + 1) OUT, IN], OUT = STEPS BK. What biases give to dg is added elsewhere.
+    """
+    resident = gl.allocate_shared_memory(gl.bfloat16, [2 * STEPS, 64, BK], dz_desc.layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BN], slices_desc.layout)
+    resident_full, full, empty = barriers(STAGES)
+    row = gl.program_id(0) * 128
+    column = gl.program_id(1) * BN
+    slices = RANK + 1
+    plane = dg + gl.program_id(1).to(gl.int64) * slices * ROWS
+    shared = (resident, ring, resident_full, full, empty)
+    inputs = (gates, h, dh, plane, row, column, slices, ROWS, IN, STRIDE)
+    gl.warp_specialize(
+        [
+            (consume_backward, (0, shared, inputs, BN, STEPS, STAGES)),
+            (consume_backward, (1, shared, inputs, BN, STEPS, STAGES)),
+            (
+                produce,
+                (dz_desc, slices_desc, shared, row, column, slices, OUT, BK, STEPS, STAGES, False),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )

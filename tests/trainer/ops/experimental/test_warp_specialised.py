@@ -14,8 +14,7 @@ import torch
 
 from llm_knowledge.errors import InputError
 from trainer.config.model import MetaConfig
-from trainer.ops import choose_strategy, meta_linear
-from trainer.ops.experimental import warp_specialised
+from trainer.ops import choose_strategy, meta_linear, warp_specialised
 from trainer.run.inputs import check_strategy
 
 has_triton = pytest.mark.skipif(
@@ -44,7 +43,7 @@ def built(kernel: str, width: int) -> Built:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from tests.trainer.ops.ahead_of_time import disassembled
-    from trainer.ops.experimental import warp_specialised_kernels
+    from trainer.ops.experimental import warp_specialised as warp_specialised_kernels
     from trainer.ops.triton_tiles import ACTIVATION_CODES
 
     function = getattr(warp_specialised_kernels, f"specialised_{kernel}")
@@ -213,7 +212,7 @@ class Emulated:
 def test_what_is_launched_and_made_of_it(monkeypatch: pytest.MonkeyPatch, i: int, o: int) -> None:
     """Widths filled up, planes added, cut off: all but the kernels themselves."""
     from trainer.ops import triton_meta
-    from trainer.ops.experimental import warp_specialised_kernels as kernels
+    from trainer.ops.experimental import warp_specialised as kernels
 
     def backward_weight(dz, h, gates, weight):
         rows = len(h)
