@@ -1,15 +1,13 @@
 """The commands and their options."""
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import launch.commands as run
 from launch.arguments import CommandParser
 from launch.logs import LEVELS as LOG_LEVELS
-from llm_knowledge.extraction.config import add_arguments, add_refresh_arguments
-from llm_knowledge.options import add_options
-from llm_knowledge.store.options import CompressOptions, InspectOptions, ShuffleOptions
 from trainer.evaluation.metrics import SEGMENTS
 
 Commands = argparse._SubParsersAction
@@ -191,6 +189,12 @@ def _add_simulate(commands: Commands) -> None:
 
 
 def _add_knowledge(commands: Commands) -> None:
+    if importlib.util.find_spec("pydantic") is None:
+        return  # a machine with torch and triton alone times the op; it extracts nothing
+    from llm_knowledge.extraction.config import add_arguments, add_refresh_arguments
+    from llm_knowledge.options import add_options
+    from llm_knowledge.store.options import CompressOptions, InspectOptions, ShuffleOptions
+
     knowledge = commands.add_parser(
         "knowledge", help="Prompts, frozen language model, knowledge stores."
     )
