@@ -85,16 +85,19 @@ _POOLED_ONLY = (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value
 
 
 def wanted_placement(table: Table, placements: Mapping[str, Placement], ranks: int) -> Placement:
-    """What is wanted of a table; a smaller one than there are ranks cannot be cut by rows.
+    """What is wanted of a table; a small one, whose rows do not reach all ranks, is not cut by rows.
+
+    Rows are cut into parts of one size, rounded up: 9 rows on 4 ranks are 3, 3, 3 and none.
 
     Raises:
         PlanError: If that is wanted all the same: the kernels fail on a rank without rows.
     """
     placement = placements.get(table.name)
-    if table.rows >= ranks:
-        return placement or Placement()
     if placement is None:
-        return Placement(sharding="table_wise")
+        reaches_all = (ranks - 1) * -(-table.rows // ranks) < table.rows
+        return Placement() if reaches_all else Placement(sharding="table_wise")
+    if table.rows >= ranks:
+        return placement
     if placement.sharding in ("row_wise", "table_row_wise", "grid_shard"):
         raise PlanError(
             f"table {table.name} has {table.rows} rows, fewer than {ranks} ranks: {placement.sharding} would "
