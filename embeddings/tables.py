@@ -164,10 +164,10 @@ class SparseFeatures(nn.Module):
             pooled_collection(weighted, init_std, is_weighted=True) if weighted else None
         )
         self.pooled: nn.Module = pooled_collection(pooled, init_std)
-        by_width: dict[int, list[Table]] = {}
+        by_width: dict[int, list[Table]] = {table.dim: [] for table in sequences}
         for table in sequences:
-            by_width.setdefault(table.dim, []).append(table)
-        first, *others = by_width.values()
+            by_width[table.dim].append(table)
+        first, *others = by_width.values() or [[]]
         self.sequences: nn.Module = sequence_collection(first, init_std)
         self.further_sequences = nn.ModuleDict(
             {f"width_{group[0].dim}": sequence_collection(group, init_std) for group in others}
@@ -185,17 +185,14 @@ class SparseFeatures(nn.Module):
         """All collections of sequences."""
         return [self.sequences, *self.further_sequences.values()]
 
-    def forward(self, ids: KeyedJaggedTensor) -> tuple[KeyedTensor, list[dict[str, JaggedTensor]]]:
-        """Looks up rows; all results are awaitables under sharding, so communication overlaps.
+    def forward(self, ids: KeyedJaggedTensor) -> tuple[KeyedTensor, dict[str, JaggedTensor]]:
+        """Looks up rows; both results are awaitables under sharding, so communication overlaps."""
+        pooled, sequences = self.pooled(ids), self.sequences(ids)
+        return (pooled[0], sequences[0]) if self.hash_zch else (pooled, sequences)
 
-        Returns:
-            Sums by feature; of every collection of sequences the vectors by feature.
-        """
-        pooled = self.pooled(ids)
-        sequences = [collection(ids) for collection in self.sequence_collections]
-        if self.hash_zch:
-            return pooled[0], [vectors[0] for vectors in sequences]
-        return pooled, sequences
+    def look_up_further(self, ids: KeyedJaggedTensor) -> list[dict[str, JaggedTensor]]:
+        """Looks up the sequences of other widths, one result per collection."""
+        return [collection(ids) for collection in self.further_sequences.values()]
 
     def look_up_weighted(self, ids: KeyedJaggedTensor) -> KeyedTensor | None:
         """Looks up the tables whose ids have weights; None without such tables."""

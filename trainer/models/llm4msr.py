@@ -1,5 +1,6 @@
 """The model: sharded ids and frozen knowledge in, a backbone with meta layers around it, logits out."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -226,13 +227,16 @@ class DenseModel(nn.Module):
     def forward(
         self,
         pooled: KeyedTensor,
-        sequences: list[dict[str, JaggedTensor]],
+        sequences: dict[str, JaggedTensor],
         vectors: KeyedTensor | None,
         batch: Batch,
         weighted: KeyedTensor | None = None,
+        further: Sequence[dict[str, JaggedTensor]] = (),
     ) -> tuple[Tensor, Predictions]:
         """Returns the loss (a sum over samples divided by the batch size) and the predictions."""
-        steps = {key: part for collection in sequences for key, part in collection.items()}
+        steps = {
+            key: part for collection in (sequences, *further) for key, part in collection.items()
+        }
         products = (
             torch.autocast(batch.label.device.type, torch.bfloat16)
             if self.autocast
@@ -390,4 +394,5 @@ class LLM4MSR(nn.Module):
         # A collection of its own: to the others weights mean nothing, sharded or not.
         weighted = self.sparse.look_up_weighted(batch.weighted)
         vectors = self.knowledge(batch.knowledge) if self.knowledge is not None else None
-        return self.dense(pooled, sequences, vectors, batch, weighted)
+        further = self.sparse.look_up_further(batch.ids)
+        return self.dense(pooled, sequences, vectors, batch, weighted, further)

@@ -205,7 +205,7 @@ def flops_per_sample(model: LLM4MSR, description: Description) -> float:
         width = description.knowledge_dim
         vectors = {level: torch.rand(samples, width) for level in ("user", "item")}
         with FlopCounterMode(display=False, custom_mapping=OWN_FLOPS) as counter:
-            loss, _ = model.dense({"user": values(samples, dim)}, [sequences], vectors, batch)
+            loss, _ = model.dense({"user": values(samples, dim)}, sequences, vectors, batch)
             loss.backward()
         return counter.get_total_flops()
 

@@ -216,10 +216,10 @@ class SerialStep:
         parts = list(dense.meta.children()) if dense.meta is not None else []
         hooks = [part.register_forward_pre_hook(catch, with_kwargs=True) for part in parts]
         last = 1 + len(self._model.sparse.sequence_collections)
-        sequences = self._used[1:last]
+        further = self._used[2:last]
         weighted = self._used[last] if self._trained > last else None
         loss, _ = self._timed(
-            "dense forward", lambda: dense(self._used[0], sequences, known, batch, weighted)
+            "dense forward", lambda: dense(*self._used[:2], known, batch, weighted, further)
         )
         for hook in hooks:
             hook.remove()
