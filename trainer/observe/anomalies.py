@@ -221,8 +221,10 @@ def keep_from_tables(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
     """
     if not torch.is_grad_enabled():
         return
-    pooled, sequences = inputs[:2]
-    for values in [pooled.values(), *(sequence.values() for sequence in sequences.values())]:
+    pooled, sequences, _, _, weighted, further = inputs  # of DenseModel.forward
+    looked_up = [pooled, *([] if weighted is None else [weighted])]
+    looked_up += [steps for part in (sequences, *further) for steps in part.values()]
+    for values in (vectors.values() for vectors in looked_up):
         if values.requires_grad:
             values.register_hook(
                 lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0) * torch.isfinite(gradient).all()

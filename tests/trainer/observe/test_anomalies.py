@@ -1,18 +1,20 @@
 """Guard rails on one rank: spikes, damaged tables, limits of rolling back; several: tests/drills."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 import trainer.training.loop
 from llm_knowledge.errors import InputError
 from tests.drills.fault_drill import at_batch, losses
 from tests.helpers.training_data import make_config, make_inputs
 from trainer.checkpoint.directory import checkpoints
-from trainer.observe.anomalies import incidents
+from trainer.observe.anomalies import incidents, keep_from_tables
 from trainer.run.session import Run
 from trainer.training.loop import train
 
@@ -108,3 +110,21 @@ def test_skip_keeps_tables_and_dense_parameters_finite(
     for name, value in seen[0].model.state_dict().items():
         whole = value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
         assert torch.isfinite(whole).all(), name
+
+
+def test_no_lookup_takes_what_is_not_finite() -> None:
+    """Pooled, weighted, items and histories, and sequences of every further width."""
+    values = [torch.ones(2, 4, requires_grad=True) for _ in range(4)]
+    jagged = [JaggedTensor(value, lengths=torch.tensor([1, 1])) for value in values[2:]]
+    pooled, weighted = (KeyedTensor(["a"], [4], value) for value in values[:2])
+    with torch.enable_grad():
+        keep_from_tables(
+            torch.nn.Identity(),
+            (pooled, {"item": jagged[0]}, None, None, weighted, [{"feature_tag": jagged[1]}]),
+        )
+    for bad in (math.nan, math.inf, 1.0):
+        for value in values:
+            value.grad = None
+            (value * torch.tensor([bad, 1.0, 1.0, 1.0])).sum().backward()
+            expected = torch.ones(2, 4) if bad == 1.0 else torch.zeros(2, 4)
+            assert torch.equal(value.grad, expected)
