@@ -7,7 +7,7 @@ WORKERS ?= 2
 PROFILE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 # On a machine without a GPU, torch's own index of CPU builds saves gigabytes: make TORCH_INDEX=<its address> …
 TORCH_INDEX ?=
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALLED := $(VENV)/.installed-$(PROFILE)
 
 SPARK := $(if $(shell command -v java),$(VENV)/.installed-spark)
